@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Criterion": "core.criteria.criterion",
     "CubicSchedule": "core.schedule",
     "ExportSettings": "export.export_run",
     "Grid": "core.quantization",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from pst_ds.checkpoint.adapter import save_pretrained as save_pretrained
     from pst_ds.config.one_shot import PruneConfig as PruneConfig
     from pst_ds.config.pst import PSTConfig as PSTConfig
+    from pst_ds.core.criteria.criterion import Criterion as Criterion
     from pst_ds.core.quantization import Grid as Grid
     from pst_ds.core.schedule import CubicSchedule as CubicSchedule
     from pst_ds.core.schedule import OneShotSchedule as OneShotSchedule

@@ -87,6 +87,8 @@ def method_conflicts(method: str, pst: PSTConfig, final_sparsity: float) -> Iter
     except ValueError as error:
         yield f"method = {method!r}: pst.{error}"
         return
+    if pst.criterion:
+        yield from _criterion_conflicts(method, pst)
     if pst.magnitude == "activation" and pst.initial_mask == "zeros" and facts.masks != "none":
         yield (
             'pst.magnitude = "activation" modifies the ranking by |W|, which pst.initial_mask = "zeros" does not use. '
@@ -96,13 +98,25 @@ def method_conflicts(method: str, pst: PSTConfig, final_sparsity: float) -> Iter
     yield from _sparsity_conflicts(method, pst, injected, final_sparsity)
 
 
+def _criterion_conflicts(method: str, pst: PSTConfig) -> Iterator[str]:
+    """Yield a message where the method cannot rank weights by ``pst.criterion``."""
+    masks = METHODS[method].masks
+    if masks == "none":
+        yield f'pst.criterion = "{pst.criterion}" ranks weights, and method = {method!r} prunes none. Remove it'
+    if masks == "fixed" and "gradients" in pst.criterion_needs:
+        yield (
+            f'pst.criterion = "{pst.criterion}" needs gradients, and method = {method!r} chooses its mask before the '
+            "first step. Choose another criterion"
+        )
+
+
 def _expert_conflicts(method: str, pst: PSTConfig) -> Iterator[str]:
     """Yield a message for each setting that does not fit the removal of whole experts, or requires it."""
     if method != "experts":
         if pst.pattern == "experts":
             yield f'pst.pattern = "experts" is for method = "experts", not for method = {method!r}. Set the method'
         return
-    for name, values in {"pattern": ("matrix", "experts"), "magnitude": ("weight",)}.items():
+    for name, values in {"pattern": ("matrix", "experts"), "magnitude": ("weight",), "criterion": ("",)}.items():
         if getattr(pst, name) not in values:
             yield f'method = "experts" removes whole experts, and pst.{name} is about single weights. Remove it'
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BeforeValidator, Strict
 
+from pst_ds.config.criteria import criterion_called, implied_criterion
 from pst_ds.config.settings import (
     BeforeLoading,
     Finite,
@@ -131,6 +132,10 @@ class PSTConfig(_LibrarySection):
     magnitude: Literal["weight", "activation"] = "weight"
     """Untrained term of the scores: "weight" is |W|; "activation" is |W| times the norm of its input over calibration
     examples, relative to the mean norm, as in Wanda (arXiv 2306.11695)."""
+    criterion: BeforeLoading[str] = ""
+    """How weights are ranked: "magnitude", "activation", "learned" (magnitude and learned scores),
+    "learned-activation", or the name of a criterion that an installed package adds. Unset is what ``magnitude``,
+    ``score_rank`` and ``structured_scores`` imply."""
     frozen_magnitude: bool = False
     """Use |W0| instead of |W| in the scores: masks then change by the learned scores only, not as U V changes. For
     models that are pruned at once and then recover."""
@@ -189,7 +194,32 @@ class PSTConfig(_LibrarySection):
                 f"update_embeddings = {list(self.update_embeddings)} with update_rank = 0 updates nothing. Set "
                 "update_rank to at least 1, or update_embeddings to []"
             )
+        yield from self._criterion_problems()
         yield from self._pattern_problems()
+
+    def _criterion_problems(self) -> Iterator[str]:
+        if not self.criterion:
+            return
+        try:
+            needs = criterion_called(self.criterion).needs
+        except InputError as error:
+            yield f"criterion: {error}"
+            return
+        if self.initial_mask == "zeros":
+            yield (
+                f'criterion = "{self.criterion}" ranks weights, and initial_mask = "zeros" keeps the non-zeros of the '
+                "base model. Remove one of them"
+            )
+        if self.magnitude == "activation" and "input_norms" not in needs:
+            yield (
+                f'criterion = "{self.criterion}" does not use norms of inputs, which magnitude = "activation" measures'
+                ". Remove one of them"
+            )
+        if "learned_scores" in needs and not self.has_scores:
+            yield (
+                f'criterion = "{self.criterion}" uses learned scores, which score_rank = 0 and structured_scores = '
+                "false omit. Change one of them"
+            )
 
     def _pattern_problems(self) -> Iterator[str]:
         try:
@@ -250,6 +280,24 @@ class PSTConfig(_LibrarySection):
     def has_scores(self) -> bool:
         """True if the scores include A B, or R and C."""
         return self.score_rank > 0 or self.structured_scores
+
+    @property
+    def criterion_name(self) -> str:
+        """Name of the criterion: :attr:`criterion`, or what the other settings imply."""
+        return self.criterion or implied_criterion(self.magnitude, has_scores=self.has_scores)
+
+    @property
+    def criterion_needs(self) -> frozenset[str]:
+        """What the criterion reads besides weights (``pst_ds.core.criteria.criterion.NEEDS``)."""
+        if self.criterion:
+            return criterion_called(self.criterion).needs
+        # Known without importing torch, as long as no criterion is named.
+        needs = set[str]()
+        if self.magnitude == "activation":
+            needs.add("input_norms")
+        if self.has_scores:
+            needs.add("learned_scores")
+        return frozenset(needs)
 
     @property
     def of_experts(self) -> "PSTConfig":

@@ -163,6 +163,11 @@ class RunConfig(Section):
             yield f"{lead} divides pruned experts, and method = {self.method!r} prunes none. Set 1, or another method"
         if self.pst.magnitude == "activation":
             yield f'{lead} does not support pst.magnitude = "activation". Set "weight", or train.expert_parallel = 1'
+        elif self.pst.criterion and "input_norms" in self.pst.criterion_needs:
+            yield (
+                f'{lead} does not support pst.criterion = "{self.pst.criterion}", which needs norms of inputs. Choose '
+                "another, or train.expert_parallel = 1"
+            )
 
     def _conflicts_of_solves(self) -> Iterator[str]:
         """Yield a message for each setting that does not fit masks and weights that are solved for during training."""
@@ -175,6 +180,8 @@ class RunConfig(Section):
             yield f'{solves} starts with all weights, and start.method = "{self.start.method}" prunes. Remove [start]'
         if pst.magnitude != "weight":
             yield f'{solves} ranks by ALPS, and pst.magnitude = "{pst.magnitude}" changes scores. Remove it'
+        if pst.criterion:
+            yield f'{solves} ranks by ALPS, not by pst.criterion = "{pst.criterion}". Remove one of them'
         for pattern in (pst.pattern, *(rule.pattern or "" for rule in pst.overrides)):
             if pattern and parse_pattern(pattern).pools_matrices:
                 yield f'{solves} solves one matrix at a time, and pattern "{pattern}" pools several. Set "matrix"'
@@ -202,9 +209,12 @@ class RunConfig(Section):
     @cached_property
     def injected_pst(self) -> PSTConfig:
         """The config to inject: ``seeded_pst`` with the settings that the method fixes; without scores if masks are
-        solved."""
+        solved, or ranked by a criterion that does not use them."""
         config = self.mask_method.pst_config(self.seeded_pst)
-        return replace(config, score_rank=0, structured_scores=False) if self.schedule.solves else config
+        uses_scores = "learned_scores" in config.criterion_needs
+        if self.schedule.solves or (config.criterion and not uses_scores):
+            return replace(config, score_rank=0, structured_scores=False)
+        return config
 
     @property
     def start_sparsity(self) -> float:

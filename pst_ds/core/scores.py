@@ -57,12 +57,22 @@ def importance(
         scores.mul_(tile.row_norms.unsqueeze(1))
     if tile.col_norms is not None:
         scores.mul_(tile.col_norms)
+    add_learned_scores_(scores, tile, constants, scratch)
+    return scores
+
+
+def add_learned_scores_(scores: Tensor, tile: TileFactors, constants: Constants, scratch: Tensor | None = None) -> None:
+    """Add alpha1 A B + alpha2 (R 1' + 1 C') to fp32 ``scores``, bit-identical for a given weight in any rectangle.
+
+    ``scratch``: a tensor like ``scores`` whose values may be overwritten.
+    """
+    # Terms are added to the scores one by one, as kernels do: adding their sum would round differently.
+    scratch = torch.empty_like(scores) if scratch is None else scratch
     add_low_rank_(scores, tile.score_left, tile.score_right, constants.alpha1, scratch)
     if tile.score_rows is not None:
         scores.add_((tile.score_rows * constants.alpha2).unsqueeze(1))
     if tile.score_cols is not None:
         scores.add_(tile.score_cols * constants.alpha2)
-    return scores
 
 
 def sliced_weight(weight: Tensor, tile: TileFactors, constants: Constants) -> Tensor:

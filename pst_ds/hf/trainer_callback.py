@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback, Trai
 from transformers.training_args import TrainingArguments
 
 from pst_ds.checkpoint.adapter import CONFIG_FILE, adapter_state, save_pretrained, write_adapter_state
+from pst_ds.core.criteria.criterion import Criterion, WeightSlice
 from pst_ds.core.schedule import CubicSchedule, Schedule
 from pst_ds.errors import InputError
 from pst_ds.json_text import JsonObject
@@ -61,13 +62,20 @@ class PSTCallback(_LogFigures, ExportableState):
 
     Args:
         schedule: Any schedule; None for a CubicSchedule of ``fields``.
+        criterion: How weights are ranked, as in :class:`pst_ds.MaskUpdater`.
         fields: Fields of CubicSchedule; ``num_steps`` is the Trainer's ``max_steps`` by default.
 
     Raises:
         InputError: Neither or both were given, or the Trainer, its model or its optimizer cannot train with masks.
     """
 
-    def __init__(self, schedule: Schedule | None = None, **fields: Any):
+    def __init__(
+        self,
+        schedule: Schedule | None = None,
+        *,
+        criterion: "Criterion | Callable[[WeightSlice], Tensor] | None" = None,
+        **fields: Any,
+    ):
         if (schedule is None) == (not fields):
             raise InputError(
                 "PSTCallback takes a schedule, or the fields of one: PSTCallback(final_sparsity=0.9), with "
@@ -76,6 +84,7 @@ class PSTCallback(_LogFigures, ExportableState):
         if type(schedule) is CubicSchedule:  # but not a subclass, which has another ramp
             fields, schedule = dataclasses.asdict(schedule), None
         self._schedule, self._fields = schedule, fields
+        self._criterion = criterion
         if schedule is None:
             _cubic(1, **fields)  # rejects bad fields now
         self._masks: MaskUpdater | None = None
@@ -93,10 +102,11 @@ class PSTCallback(_LogFigures, ExportableState):
             ours = {key: value for key, value in config.items() if key not in ("optimizer", "scheduler")}
             validate_deepspeed_config(ours, source="the Trainer's DeepSpeed config")
         injected_config(model)  # rejects a model without PST, or with PST in a part
-        if self._schedule is not None and args.restore_callback_states_from_checkpoint:
+        not_in_json = self._schedule if self._schedule is not None else self._criterion
+        if not_in_json is not None and args.restore_callback_states_from_checkpoint:
             raise InputError(
                 f"restore_callback_states_from_checkpoint = True makes a new PSTCallback from JSON, which holds no "
-                f"{type(self._schedule).__name__}; leave it out (the masks continue at their step anyway), or give "
+                f"{type(not_in_json).__name__}; leave it out (the masks continue at their step anyway), or give "
                 "PSTCallback the fields of CubicSchedule"
             )
         adapter_checkpoints(model)
@@ -129,7 +139,7 @@ class PSTCallback(_LogFigures, ExportableState):
                     "cannot be continued"
                 )
             step = saved["attributes"]["step"]
-        self._masks = MaskUpdater(model, schedule, step=step)
+        self._masks = MaskUpdater(model, schedule, step=step, criterion=self._criterion)
         self._note_figures(model)
         self._forget_best_of_ramp(state)
         last = step + state.max_steps - state.global_step

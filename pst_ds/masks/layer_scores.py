@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.coded_weight import CodedRun, OwnWeights
-from pst_ds.core.factors import Factors, tile_factors
+from pst_ds.core.criteria.criterion import Criterion, WeightSlice
+from pst_ds.core.criteria.learned_activation import LearnedActivation
+from pst_ds.core.factors import Factors, TileFactors, tile_factors
 from pst_ds.core.kernels.triton.launch import serves
 from pst_ds.core.kernels.triton.table import OwnKeys, OwnUnits
-from pst_ds.core.keys import SingleWeights, score_keys, single_weights
+from pst_ds.core.keys import SingleWeights, order_keys, score_keys, single_weights
 from pst_ds.core.layout import Rect, StoredMatrix, positions_before, shard_tiles, view_in_shard
 from pst_ds.core.select import Sampled
 from pst_ds.core.units import block_keys, loss_keys, unit_tiles
+from pst_ds.errors import InputError
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import sharding
 from pst_ds.parallel.halo import Halo
@@ -27,17 +30,34 @@ UNIT_CACHE_BYTES = 256 << 20
 
 MOST_IN_A_UNIT = 1 << 12
 """Weights of the largest block that kernels sum: a thread has 32 of them."""
+EVERY_TERM = LearnedActivation()
+"""The criterion that uses all that a layer has: learned scores if it trains them, norms if they were measured."""
 
 
 class LayerScores:
-    """One layer's weights on this rank (:func:`current_base`), their halo, and the fp32 masters of its factors."""
+    """One layer's weights on this rank (:func:`current_base`), their halo, and the fp32 masters of its factors.
 
-    def __init__(self, name: str, layer: PSTLayer, factors: Factors, own: OwnWeights, halo: Halo | None = None):
+    ``criterion`` ranks the weights; None is :data:`EVERY_TERM`. ``gradient``: of the whole layer in storage shape, fp32
+    on the weights' device, if the criterion needs it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: PSTLayer,
+        factors: Factors,
+        own: OwnWeights,
+        halo: Halo | None = None,
+        criterion: Criterion | None = None,
+        gradient: Tensor | None = None,
+    ):
         self.name, self.layer, self.layout = name, layer, layer.layout
         self.row_length, self.matrices = self.layout.shape[1], self.layout.matrices()
         self.rule, self.pattern = layer.rule, layer.rule.pattern
         self.start, self.stop, self.device = own.start, own.stop, own.device
         self._own, self._halo = own, halo
+        self.criterion = EVERY_TERM if criterion is None else criterion
+        self._gradient = gradient
         self._shard_numel = layer.split().share
         self._tile_size = TILE_ELEMENTS.get(self.device.type, TILE_ELEMENTS["cuda"])
         self.unit = self.pattern.unit(self.layout)
@@ -60,9 +80,8 @@ class LayerScores:
         """
         if (group := self.layer.group) is None:
             return [self]
-        elsewhere = LayerScores(
-            self.name, self.layer, self._factors, OwnWeights(self._own.values[:0], 0, self.row_length)
-        )
+        nothing = OwnWeights(self._own.values[:0], 0, self.row_length)
+        elsewhere = LayerScores(self.name, self.layer, self._factors, nothing, criterion=self.criterion)
         elsewhere.is_elsewhere = True
         return [self if position == group.position else elsewhere for position in range(group.degree)]
 
@@ -81,8 +100,58 @@ class LayerScores:
 
     def keys(self, matrix: StoredMatrix, rect: Rect) -> Tensor:
         """Return the keys of single weights of a rectangle of ``matrix``, (rows, cols) int32."""
-        tile = tile_factors(self._factors, self.layout, matrix, rect)
-        return score_keys(self._values(rect), tile, self.layer.constants, self.layer.magnitude_scales[matrix.index])
+        factors, scale = self._visible(matrix, rect), self.layer.magnitude_scales[matrix.index]
+        if self.criterion.has_kernels:
+            return score_keys(self._values(rect), factors, self.layer.constants, scale)
+        outputs, inputs = matrix.ranges(rect, transposed=self.layout.transposed)
+        return self._keys_in_torch(
+            matrix,
+            values=self._values(rect),
+            factors=factors,
+            outputs=_along(outputs, self.device, is_row=self.layout.transposed),
+            inputs=_along(inputs, self.device, is_row=not self.layout.transposed),
+            gradient=None if self._gradient is None else self._gradient[rect.slices],
+        )
+
+    def _visible(self, matrix: StoredMatrix, rect: Rect) -> TileFactors:
+        """Return the factors of a rectangle that the criterion ranks by."""
+        return self.criterion.visible(tile_factors(self._factors, self.layout, matrix, rect))
+
+    def _keys_in_torch(
+        self,
+        matrix: StoredMatrix,
+        *,
+        values: Tensor,
+        factors: TileFactors,
+        outputs: Tensor,
+        inputs: Tensor,
+        gradient: Tensor | None,
+    ) -> Tensor:
+        """Return the keys of a slice of ``matrix``, int32 in the shape of ``values``. Raises InputError for scores that
+        do not fit it.
+
+        ``outputs``, ``inputs``: numbers counted from those of the matrix.
+        """
+        # A rank that owns some experts of a stack counts outputs from the first expert of the whole stack.
+        first = 0 if self.layer.group is None else self.layer.group.position * self.layout.out_features
+        part = WeightSlice(
+            layer=self.name,
+            base=values,
+            outputs=outputs + (first + matrix.outputs.start),
+            inputs=inputs,
+            magnitude_scale=self.layer.magnitude_scales[matrix.index],
+            constants=self.layer.constants,
+            factors=factors,
+            weight_gradient=gradient,
+        )
+        scores = self.criterion.scores(part)
+        if not isinstance(scores, Tensor) or scores.shape != values.shape:
+            shape = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"type {type(scores).__name__}"
+            raise InputError(
+                f"{self.name}: the criterion {type(self.criterion).__name__} returned scores of {shape} for weights of "
+                f"shape {tuple(values.shape)}. Return a score for each weight"
+            )
+        return order_keys(scores.to(torch.float32))
 
     def weight_keys(self, matrix: StoredMatrix) -> Iterator[Tensor]:
         return (self.keys(matrix, rect) for rect in self.rects(matrix))
@@ -145,21 +214,46 @@ class LayerScores:
         return positions + offset if offset else positions
 
     def _singles(self, matrix: StoredMatrix, positions: Tensor) -> Tensor | SingleWeights:
-        values = self._own.at(self._flat(matrix, positions))
+        flat = self._flat(matrix, positions)
+        values = self._own.at(flat)
         width = matrix.rect.c1 - matrix.rect.c0
-        tile = tile_factors(self._factors, self.layout, matrix, matrix.rect)
-        scale = self.layer.magnitude_scales[matrix.index]
-        return single_weights(values, positions // width, positions % width, tile, self.layer.constants, scale)
+        rows = positions // width
+        cols = positions % width
+        factors, scale = self._visible(matrix, matrix.rect), self.layer.magnitude_scales[matrix.index]
+        singles = single_weights(values, rows, cols, factors, self.layer.constants, scale)
+        if self.criterion.has_kernels:
+            return singles
+        outputs, inputs = (cols, rows) if self.layout.transposed else (rows, cols)
+        keys = self._keys_in_torch(
+            matrix,
+            values=singles.weight,
+            factors=singles.tile,
+            outputs=outputs.unsqueeze(1),
+            inputs=inputs.unsqueeze(1),
+            gradient=None if self._gradient is None else self._gradient.flatten()[flat].unsqueeze(1),
+        )
+        return keys.squeeze(1)
 
     def own_keys(self, matrix: StoredMatrix) -> OwnKeys | None:
         """Return this rank's weights of ``matrix`` as input of the kernels; None if the kernels cannot be used."""
         values = self._own.values
-        if not serves(self.device) or isinstance(values, CodedRun) or values.element_size() > 4:
+        if (
+            not self.criterion.has_kernels
+            or not serves(self.device)
+            or isinstance(values, CodedRun)
+            or values.element_size() > 4
+        ):
             return None
-        tile = tile_factors(self._factors, self.layout, matrix, matrix.rect)
-        scale = self.layer.magnitude_scales[matrix.index]
-        found = OwnKeys(values, self.start, self.row_length, matrix.rect, tile, self.layer.constants, scale)
-        return found if found.fits else None
+        keys = OwnKeys(
+            values,
+            start=self.start,
+            row_length=self.row_length,
+            rect=matrix.rect,
+            tile=self._visible(matrix, matrix.rect),
+            constants=self.layer.constants,
+            weight_scale=self.layer.magnitude_scales[matrix.index],
+        )
+        return keys if keys.fits else None
 
     def unit_weights(self, matrix: StoredMatrix, lost: int = 0, prune: int = 0) -> OwnKeys | None:
         """Return the same with the units of several weights that overlap the shard.
@@ -206,6 +300,12 @@ class LayerScores:
             self._halo.after[max(0, first - self.stop) : max(0, last - self.stop)],
         ]
         return torch.cat(pieces)
+
+
+def _along(numbers: slice, device: torch.device, *, is_row: bool) -> Tensor:
+    """Return ``numbers`` as a row (1, n) or as a column (n, 1), int64."""
+    values = torch.arange(numbers.start, numbers.stop, device=device)
+    return values.unsqueeze(0) if is_row else values.unsqueeze(1)
 
 
 def whole_factors(layers: Sequence[PSTLayer], *, with_scores: bool = True) -> list[Factors]:

@@ -3,17 +3,20 @@
 import json
 import re
 import warnings
+from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pst_ds.config.pst import PSTConfig
+from pst_ds.core.criteria.criterion import Criterion, WeightSlice
 from pst_ds.core.schedule import RoundingSchedule, Schedule, Schedules
 from pst_ds.errors import InputError, shortened
 from pst_ds.masks.experts import remove_experts
+from pst_ds.masks.ranking import Ranking
 from pst_ds.masks.scales import RoundingStats, update_scales
 from pst_ds.masks.solve import solve_masks
-from pst_ds.masks.update import MaskStats, mask_stats, masks_of_zeros, update_masks
+from pst_ds.masks.update import MaskStats, mask_stats, masks_of_zeros
 from pst_ds.nn.expert_scores import ExpertScores
 from pst_ds.nn.gradient_sums import GradientSums
 from pst_ds.nn.inject import freeze_scores, injected_config, layers_never_called, pst_layers, round_weights
@@ -30,7 +33,11 @@ SPARSITY_TOLERANCE = 0.01
 
 
 def update_if_due(
-    model: nn.Module, schedules: Schedules, step: int, sums: GradientSums | ExpertScores | None = None
+    model: nn.Module,
+    schedules: Schedules,
+    step: int,
+    sums: GradientSums | ExpertScores | None = None,
+    ranking: Ranking | None = None,
 ) -> tuple[MaskStats | None, RoundingStats | None]:
     """Update masks and quantisation scales if they are due after applied step ``step`` (0: before the first). Once the
     masks are final, fix the scores; from the first search of scales on, quantise the weights. Return the statistics of
@@ -38,14 +45,14 @@ def update_if_due(
 
     A model injected with ``initial_mask = "zeros"`` keeps the non-zeros of its weights instead of selecting masks. With
     ``sums`` of the last batches, masks and kept weights are solved for instead, and the sums are closed; with scores of
-    experts whole experts are removed.
+    experts whole experts are removed. Otherwise weights are ranked by ``ranking``; None is that of the model's config.
     Collective: schedules and step are equal on every rank, so all ranks update or none does.
 
     Raises:
         InputError: after the first step, for layers that no forward pass has called (``PSTConfig.prune_uncalled``).
         FloatingPointError: scores, updates or weights are not finite; raised on every rank.
     """
-    masks = None if schedules.masks is None else _update_masks(model, schedules.masks, step, sums)
+    masks = None if schedules.masks is None else _update_masks(model, schedules.masks, step, sums, ranking)
     scales = None
     if schedules.updates_scales_at(step) and any(layer.stored_grid for layer in pst_layers(model).values()):
         heartbeat("the search of scales")
@@ -57,7 +64,7 @@ def update_if_due(
 
 
 def _update_masks(
-    model: nn.Module, schedule: Schedule, step: int, sums: GradientSums | ExpertScores | None
+    model: nn.Module, schedule: Schedule, step: int, sums: GradientSums | ExpertScores | None, ranking: Ranking | None
 ) -> MaskStats | None:
     """Select masks if ``schedule`` does so after ``step``."""
     if step == 0:  # a forward pass before training may call layers whose weight training reads without a call
@@ -76,7 +83,8 @@ def _update_masks(
             masks = solve_masks(model, sums, target, progress)
             sums.close()
         else:
-            masks = update_masks(model, target, progress=progress)
+            ranking = Ranking(model) if ranking is None else ranking
+            masks = ranking.update(target, progress)
     if schedule.is_final(step):
         freeze_scores(model)
     return masks
@@ -102,19 +110,29 @@ class MaskUpdater:
             (``register_for_checkpointing``).
         rounding: steps from which on weights are quantised with the ``grid`` of ``inject_pst``, and at which their
             scales are searched; None for never.
+        criterion: how weights are ranked: a :class:`pst_ds.Criterion`, or a function of a slice of a weight that
+            returns its scores; None for the criterion of the model's PSTConfig.
 
     Raises:
-        InputError: ``inject_pst`` was not called on ``model``; the schedule or ``rounding`` does not fit the
-            model or each other.
+        InputError: ``inject_pst`` was not called on ``model``; the schedule, ``rounding`` or ``criterion`` does not
+            fit the model or each other.
     """
 
     def __init__(
-        self, model: nn.Module, schedule: Schedule, *, step: int = 0, rounding: RoundingSchedule | None = None
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        *,
+        step: int = 0,
+        rounding: RoundingSchedule | None = None,
+        criterion: "Criterion | Callable[[WeightSlice], Tensor] | None" = None,
     ):
         _require_schedule(schedule)
         self.schedule = schedule
         self._model = unwrapped(model)
         _require_pst(self._model)
+        self._ranking = Ranking(self._model, criterion)
+        self._ranking.require_norms()
         if _keeps_zeros(self._model) and not schedule.is_final(0):
             raise InputError(
                 f'initial_mask = "zeros": {type(schedule).__name__} would prune other weights than the base model. '
@@ -164,8 +182,10 @@ class MaskUpdater:
                 "engine.skipped_steps) after engine.load_checkpoint"
             )
         if step > self.step:
-            self.step, new = step, self._update(step)
-        _stop_scores(optimizer, self.is_final)
+            self.step = step
+            new = self._update(step)
+            self._listen()
+        _stop_scores(optimizer, self._scores_are_fixed)
         return new
 
     def state_dict(self) -> dict[str, int]:
@@ -176,19 +196,31 @@ class MaskUpdater:
         """Resume from the step of ``state`` with the model's current masks. Collective."""
         self.step, self.masks = state["step"], mask_stats(self._model)
         self._noted = steps_noted()
-        freeze_scores(self._model, frozen=self.is_final)
+        freeze_scores(self._model, frozen=self._scores_are_fixed)
         if self.schedules.rounding is not None:
             round_weights(self._model, rounds=self.schedules.quantises_at(self.step))
+        self._listen()
+
+    @property
+    def _scores_are_fixed(self) -> bool:
+        """True if the learned scores have no effect on masks, now or later."""
+        return self.is_final or not self._ranking.learns_scores
+
+    def _listen(self) -> None:
+        """Collect what the criterion needs of the next step, if masks are updated after it."""
+        self._ranking.before_batch(is_due=self.schedule.updates_masks_at(self.step + 1))
 
     def _update(self, step: int) -> MaskStats | None:
-        masks, scales = update_if_due(self._model, self.schedules, step)
+        masks, scales = update_if_due(self._model, self.schedules, step, ranking=self._ranking)
         self.masks, self.rounding_stats = masks or self.masks, scales or self.rounding_stats
         return masks
 
     def _begin(self) -> None:
         """Select the masks before the first step, and check that they fit those that the model came with."""
         found = self.masks.sparsity
+        self._ranking.stop_listening()  # there was no batch yet
         new = self._update(0)
+        self._listen()
         if new and _keeps_zeros(self._model) and abs(new.sparsity - self.schedule.final_sparsity) > SPARSITY_TOLERANCE:
             raise InputError(
                 f"final_sparsity = {self.schedule.final_sparsity}, but {new.sparsity:.4f} of the pruned weights are "
@@ -303,10 +335,3 @@ def _require_pst(model: nn.Module) -> None:
             'pattern = "experts": only runs of pst-ds train with method = "experts" measure what experts contribute. '
             "Choose another pattern, or remove experts with pst-ds prune --method reap"
         )
-    if injected_config(model).magnitude == "activation":
-        for name, layer in pst_layers(model).items():
-            if layer.input_norms is None:
-                raise InputError(
-                    f'magnitude = "activation", but {name} has no norms of its inputs. Set them with '
-                    'pst_ds.train.calibration.set_norms, or use PSTConfig(magnitude="weight")'
-                )

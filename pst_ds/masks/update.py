@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pst_ds.core.bits import join_bits, pack_shard
 from pst_ds.core.coded_weight import OwnWeights
+from pst_ds.core.criteria.criterion import Criterion
 from pst_ds.core.kernels.triton.bit_sums import BitsOfShard, ShardBits, placed_bits, replace_bits
 from pst_ds.core.kernels.triton.launch import serves
 from pst_ds.masks.layer_scores import LayerScores, current_base, whole_factors
@@ -52,7 +53,14 @@ class MaskStats:
 
 
 @torch.no_grad()
-def update_masks(model: nn.Module, sparsity: float, *, progress: float = 1.0) -> MaskStats:
+def update_masks(
+    model: nn.Module,
+    sparsity: float,
+    *,
+    progress: float = 1.0,
+    criterion: Criterion | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
+) -> MaskStats:
     """Prune the weights with the smallest scores, computed from the fp32 masters, in the pattern of each layer.
 
     Layers with their own final sparsity have ``progress`` times that, the others ``sparsity``. Exactly floor(sparsity *
@@ -60,11 +68,14 @@ def update_masks(model: nn.Module, sparsity: float, *, progress: float = 1.0) ->
     or N:M groups; "global" matrices lose as many in all as they would separately. Among equal scores the lowest flat
     index is pruned first.
 
+    ``criterion``: what scores the weights; None for the learned scores and input norms that the layers have.
+    ``gradients``: of whole layers, fp32 in storage shape, by name, if the criterion needs them.
+
     Collective, with a number of collectives that does not depend on the number of layers. Raises FloatingPointError on
     every rank, naming the layers, for scores that are not finite; the masks are then unchanged.
     """
     layers = pst_layers(model)
-    keyed = _layer_keys(layers)
+    keyed = _layer_keys(layers, criterion, gradients or {})
     own_targets = [k.layer.rule.final_sparsity for k in keyed]
     targets = [sparsity if own is None else own * progress for own in own_targets]
     parts = [(part, target) for k, target in zip(keyed, targets, strict=True) for part in k.of_all_ranks()]
@@ -135,7 +146,9 @@ def _shard_bits(keyed: Sequence[LayerScores], kept: Iterator[tuple[Matrix, Kept]
     return found
 
 
-def _layer_keys(layers: dict[str, PSTLayer]) -> list[LayerScores]:
+def _layer_keys(
+    layers: dict[str, PSTLayer], criterion: Criterion | None, gradients: Mapping[str, Tensor]
+) -> list[LayerScores]:
     """Return the keys of every layer, with weights of other ranks in its units. Collective: one or two all-to-alls."""
     factors = whole_factors(list(layers.values()))
     wide = [layer for layer in layers.values() if layer.rule.pattern.unit(layer.layout) != (1, 1)]
@@ -154,6 +167,14 @@ def _layer_keys(layers: dict[str, PSTLayer]) -> list[LayerScores]:
         )
         halo_of |= zip(some, halos, strict=True)
     return [
-        LayerScores(name, layer, replace(own, update={}), own_weights[layer], halo_of.get(layer))
+        LayerScores(
+            name,
+            layer,
+            factors=replace(own, update={}),
+            own=own_weights[layer],
+            halo=halo_of.get(layer),
+            criterion=criterion,
+            gradient=gradients.get(name),
+        )
         for (name, layer), own in zip(layers.items(), factors, strict=True)
     ]

@@ -18,6 +18,7 @@ from pst_ds.core.schedule import Schedules, learning_rate_factor
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import shortened
 from pst_ds.masks.layer_stats import measure
+from pst_ds.masks.ranking import Ranking
 from pst_ds.masks.schedule_driver import SPARSITY_TOLERANCE, update_if_due
 from pst_ds.masks.update import MaskStats
 from pst_ds.nn.gradient_sums import GradientSums
@@ -109,6 +110,10 @@ class Loop:
         """Bytes that each batch brought to this rank, since the last line of metrics.jsonl."""
         self.sums: GradientSums | None = None
         """Sums for the next solve, while the run listens."""
+        self.ranking: Ranking | None = None
+        """What ranks the weights, in runs that prune."""
+        if schedules.masks is not None:
+            self.ranking = Ranking(engine.module)
         self.scores = scores_of_routers(engine.module)
         """Scores of the experts on calibration examples and all batches, while some experts are still to be removed."""
         self._saved_tensors: AbstractContextManager[object] = nullcontext()
@@ -168,6 +173,8 @@ class Loop:
         if self.sums is None and self.schedules.listens_at(state.step):
             by_token = not self.run.task_facts.predicts_tokens
             self.sums = GradientSums(self.engine.module, torch.device(self.device), by_token=by_token)
+        if self.ranking is not None and self.schedules.masks is not None:
+            self.ranking.before_batch(is_due=self.schedules.masks.updates_masks_at(state.step + 1))
         losses: list[Tensor] = []
         for number, batch in enumerate(micro_batches, 1):
             heartbeat(f"the forward and backward pass of batch {state.batch + 1}")
@@ -257,7 +264,9 @@ def _update_if_due(loop: Loop, state: LoopState) -> None:
     Raises ConfigError, on every rank, if masks that keep the base model's zeros have another sparsity than requested.
     """
     traffic.take()
-    masks, scales = update_if_due(loop.engine.module, loop.schedules, state.step, loop.sums or loop.scores)
+    masks, scales = update_if_due(
+        loop.engine.module, loop.schedules, state.step, sums=loop.sums or loop.scores, ranking=loop.ranking
+    )
     received = _received_bytes([traffic.take()], "update/")
     if masks is not None:
         loop.sums, state.masks = None, masks

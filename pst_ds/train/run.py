@@ -219,7 +219,7 @@ def _build_loop(
     if is_main():
         run_folder.write_files(run, context.ds_config, is_finished=state.step == run.num_steps(len(examples)))
     barrier()
-    if run.mask_method.masks != "none" and run.pst.magnitude == "activation":
+    if run.mask_method.masks != "none" and "input_norms" in run.pst.criterion_needs:
         calibrate(context, engine, examples, resumed=checkpoint is not None)
     metrics = _open_metrics(context, engine, examples, checkpoint, quiet=quiet)
     why = objective.why_all_logits(engine.module)

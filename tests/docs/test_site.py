@@ -65,7 +65,7 @@ def test_the_api_page_has_the_signature_of_every_public_name():
         names = [part.strip().partition("=")[0] for part in re.sub(r"\([^()]*\)", "", shown).split(",")]
         names = [part.lstrip("*") for part in names if part not in ("", "*")]
         actual = list(inspect.signature(value).parameters)
-        assert (names[:-1] == actual[: len(names) - 1]) if names[-1] == "..." else (names == actual), name
+        assert (names[:-1] == actual[: len(names) - 1]) if names[-1:] == ["..."] else (names == actual), name
 
 
 def test_make_docs_is_strict_and_lets_warnings_count():
