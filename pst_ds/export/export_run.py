@@ -5,10 +5,9 @@ import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator
 
@@ -25,7 +24,7 @@ from pst_ds.errors import InputError
 from pst_ds.export.export_checks import require_place, require_pruned, require_representable, require_vocabulary
 from pst_ds.file_names import RUN_FILE
 from pst_ds.train.evaluate import evaluation_batches
-from pst_ds.train.model import load_tokenizer, meta_model
+from pst_ds.train.resolved import build_shapes, resolve
 from pst_ds.train.run_folder import open_checkpoint
 from pst_ds.writing.encoding import Encoding, ExportError
 from pst_ds.writing.expert_stacks import kept_experts
@@ -143,16 +142,18 @@ def export_run(
     require_vocabulary(settings.vocabulary, SEEN)
     require_pruned(config, settings.format, plain=settings.plain)
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(config, checkpoint)
-    tokenizer = load_tokenizer(config)
-    build = partial(meta_model, config, opened.state.labels, tokenizer, own_dropout=True)
-    model, whole = build(), None
+    resolved = resolve(config, labels=opened.state.labels)
+    tokenizer = resolved.require_tokenizer()
+    model = resolved.shapes.model_to_export()
+    whole: PreTrainedModel | None = None
     require_representable(model, settings.format)
     if settings.format == ONNX:
         return _to_onnx(lambda at, how: export_run(config, at, how, checkpoint=opened), Path(out), settings)
-    options = options_as_trained(settings.options(), cast("PreTrainedModel", model), opened)
+    options = options_as_trained(settings.options(), model, opened)
     kept = next(iter(kept_experts(model, opened).values()), ())
     if kept:
-        model, whole = build(experts=len(kept)), model
+        smaller = build_shapes(config, opened.state.labels, tokenizer, experts=len(kept))
+        model, whole = smaller.model_to_export(), model
     vocabulary = None
     if settings.vocabulary:
         if settings.vocabulary == SEEN:
@@ -161,14 +162,14 @@ def export_run(
             tokens = _tokens_of_file(settings.vocabulary, tokenizer)
         vocabulary = trim(tokenizer, tokens | ids_of_model(model))
     report = export_checkpoint(
-        cast("PreTrainedModel", model),
+        model,
         opened,
         tokenizer,
         Path(out),
         options,
         vocabulary=vocabulary,
         run=json.loads(json.dumps(tomllib.loads(dump_run(config)))),
-        whole=cast("PreTrainedModel | None", whole),
+        whole=whole,
     )
     report["checkpoint"] = str(opened.folder)
     return _with_token_count(report)

@@ -28,10 +28,11 @@ from pst_ds.planning.shapes import block_sizes, model_numbers
 from pst_ds.planning.start import Cost, StartData, start_plan
 from pst_ds.planning.time import Batch, TimePlan, step_flops, time_plan
 from pst_ds.planning.verdict import Need, Verdict, Work, need_of_rank, verdict
-from pst_ds.train.model import frozen_bytes, frozen_grid, grid_of_run, head_names, load_tokenizer, parameter_groups
+from pst_ds.train.model import frozen_bytes, head_names, parameter_groups
 from pst_ds.train.objective import teacher_shapes
 from pst_ds.train.one_shot.start import one_shot_config
-from pst_ds.train.prepare import checked_shapes, require_engine, resolved_deepspeed_config
+from pst_ds.train.prepare import require_engine, require_trainable, resolved_deepspeed_config
+from pst_ds.train.resolved import ResolvedRun, RunShapes, frozen_grid, grid_of_run, resolve
 from pst_ds.train.stages import require_stages
 
 
@@ -203,14 +204,17 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
     raw = load_deepspeed_config(run.deepspeed_config) if run.deepspeed_config else None
     micro_batch_size = run.micro_batch_size(ranks)  # raises before the data is read
     stage = None if raw is None else zero_stage(raw)
-    model, num_examples, remark = _read(run, options, ranks, stage)
+    resolved, num_examples, remark = _read(run, options, ranks, stage)
+    model = resolved.shapes.model
     num_steps = run.train.num_steps if num_examples is None else require_stages(run, num_examples)
     has_cores = not torch.accelerator.is_available() and ranks <= (os.cpu_count() or 1)
     machine_name = options.machine or ("cpu" if has_cores else "h100")
     machine = machine_of(machine_name)
     numbers = model_numbers(model, device=machine.device)
     zero = _zero(run, raw, model, ranks, machine, options.memory)
-    layers, embeddings, trained_in_full = _layers(model), _embeddings(model), head_names(model, run)
+    layers = _layers(resolved.shapes)
+    embeddings = _embeddings(model)
+    trained_in_full = head_names(model, run)
     remarks = [remark] if remark else []
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, run)]
     start, finetuning = start_cost(run, model, numbers, ranks, machine), run.finetuning()
@@ -317,46 +321,41 @@ def _cost(
     return memory, times, verdict(work, times, machine, memory=options.memory)
 
 
-def _read(run: RunConfig, options: PlanOptions, ranks: int, stage: int | None) -> tuple[nn.Module, int | None, str]:
-    """Return the run's model on the meta device, its number of examples (None without data) and a remark on them.
+def _read(run: RunConfig, options: PlanOptions, ranks: int, stage: int | None) -> tuple[ResolvedRun, int | None, str]:
+    """Return the resolved run, its number of examples (None without data) and a remark on them.
 
     Raises InputError for everything that ``pst-ds train`` would reject.
     """
-    task, tokenizer, num_examples, remark = task_of(run), None, None, ""
-    if options.no_data:
-        if not run.train.num_steps:
-            raise InputError(
-                f"train.num_steps = {run.train.num_steps}: --no-data cannot count the steps of an epoch. Set them with "
-                "--set train.num_steps=1000 --set train.num_epochs=0."
-            )
-        labels = ["0", "1"] if task.new_head else []
-    else:
-        tokenizer, labels = load_tokenizer(run), task.label_names(run.data)
-        examples = task.load(run.data, "train", tokenizer, labels)
-        num_examples, remark = len(examples), task.remark(run.data, examples)
-    model = checked_shapes(
-        run,
-        labels,
-        tokenizer,
-        ranks=ranks,
-        num_shards=ranks if stage == 3 else 1,
-        stage=stage or 0,
-        reads_teacher=not options.no_data,
+    if options.no_data and not run.train.num_steps:
+        raise InputError(
+            f"train.num_steps = {run.train.num_steps}: --no-data cannot count the steps of an epoch. Set them with "
+            "--set train.num_steps=1000 --set train.num_epochs=0."
+        )
+    resolved = resolve(
+        run, reads_data=not options.no_data, num_shards=ranks if stage == 3 else 1, checks_precision=True
     )
-    return model, num_examples, remark
+    num_examples: int | None = None
+    remark = ""
+    if not options.no_data:
+        examples = resolved.load("train")
+        num_examples = len(examples)
+        remark = resolved.task.remark(run.data, examples)
+    require_trainable(resolved, ranks=ranks, stage=stage or 0, reads_teacher=not options.no_data)
+    return resolved, num_examples, remark
 
 
-def _layers(model: nn.Module) -> list[PlannedLayer]:
+def _layers(shapes: RunShapes) -> list[PlannedLayer]:
+    layers = pst_layers(shapes.model)
     return [
         PlannedLayer(
-            name=name,
-            out_features=layer.layout.out_features,
-            in_features=layer.layout.in_features,
-            matrices=layer.layout.num_matrices,
-            experts=layer.layout.num_experts,
-            factor_parameters=sum(p.numel() for _, p in layer.factor_parameters()),
+            name=target.name,
+            out_features=target.layout.out_features,
+            in_features=target.layout.in_features,
+            matrices=target.layout.num_matrices,
+            experts=target.layout.num_experts,
+            factor_parameters=sum(p.numel() for _, p in layers[target.name].factor_parameters()),
         )
-        for name, layer in pst_layers(model).items()
+        for target in shapes.targets
     ]
 
 

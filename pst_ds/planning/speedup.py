@@ -18,7 +18,7 @@ from pst_ds.nn.cut_config import cut_config
 from pst_ds.nn.model_structure import experts_per_token, model_width, text_config
 from pst_ds.nn.targets import Target, resolve_targets
 from pst_ds.prune.blocks import find_blocks
-from pst_ds.train.model import load_model_config
+from pst_ds.train.resolved import load_model_config
 
 OVERHEADS = dict(zip(ENGINES, (2300, 4000, 0, 0), strict=True))
 """Other work per token, block and unit of width. Fitted to OpenVINO int8 (MiniLM) and to llama.cpp Q8_0 (SmolLM2-135M)

@@ -2,10 +2,8 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 from pst_ds.atomic_files import write_text_atomic
 from pst_ds.config.run import ConfigError, RunConfig
@@ -16,16 +14,12 @@ from pst_ds.file_names import BEST, CHECKPOINTS, FINAL, MANIFEST_FILE, RUN_FILE
 from pst_ds.parallel.engine import free_released
 from pst_ds.parallel.ranks import is_main, of_main, of_main_at_length
 from pst_ds.train.divergence import DivergedError
-from pst_ds.train.model import meta_model
 from pst_ds.train.prepare import prepare
 from pst_ds.train.resume import as_table, require_same_run
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.run_folder import open_checkpoint
 from pst_ds.writing.check import check_export
 from pst_ds.writing.to_folder import ExportOptions, export_checkpoint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def finetune(
@@ -39,7 +33,7 @@ def finetune(
     if stage is None:
         return context
     try:
-        inner = prepare(stage, context.launch, labels=context.labels).with_rates(examples)
+        inner = prepare(stage, context.launch, labels=context.labels, tokenizer=context.tokenizer).with_rates(examples)
         out = Path(context.run.finetuned_path)
         if not of_main(partial(_is_done, context.run, inner.run, examples.digest)):
             if is_main():  # so that the folder is enough to resume
@@ -53,7 +47,7 @@ def finetune(
         raise DivergedError(str(error).replace("--set train.", "--set finetune.")) from None
     except InputError as error:
         raise InputError(f'finetune.method = "{stage.method}": {error}') from None
-    return replace(context, run=context.run.finetuned())
+    return context.with_run(context.run.finetuned())
 
 
 def _is_done(run: RunConfig, stage: RunConfig, data_digest: str) -> bool:
@@ -80,6 +74,6 @@ def _is_done(run: RunConfig, stage: RunConfig, data_digest: str) -> bool:
 def _write_model(context: RunContext, out: Path) -> None:
     """Write the trained model to the folder ``out``, atomically, and verify it."""
     checkpoint = open_checkpoint(context.run, BEST)
-    model = cast("PreTrainedModel", meta_model(context.run, context.labels, context.tokenizer, own_dropout=True))
+    model = context.resolved.shapes.model_to_export()
     export_checkpoint(model, checkpoint, context.tokenizer, out, ExportOptions(), run=as_table(context.run))
     check_export(out)

@@ -13,27 +13,22 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.train import RATES
-from pst_ds.core.quantization import Grid, grid_of
-from pst_ds.data.conversations import read_template
-from pst_ds.data.tasks import Task, task_of
-from pst_ds.data.tokens.tokenize import open_tokenizer
-from pst_ds.errors import first_line, shortened
+from pst_ds.data.tasks import task_of
+from pst_ds.errors import shortened
 from pst_ds.nn.base_model import DTYPES, Pretrained
-from pst_ds.nn.cut_config import cut_config, set_num_experts
 from pst_ds.nn.experts import expert_stacks
-from pst_ds.nn.inject import inject_pst, persistent_buffers, plain_name, pst_layers
-from pst_ds.nn.model_structure import experts_modules
+from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.optimizer import pst_parameter_groups
 from pst_ds.nn.sharded_weights import read_now
 from pst_ds.nn.tables.coded import coded_tables
-from pst_ds.nn.tables.rounded import set_table_grid
 from pst_ds.nn.targets import modules_to_save
 from pst_ds.parallel import sharding
-from pst_ds.parallel.ranks import raise_on_all_ranks, world_size
+from pst_ds.parallel.ranks import raise_on_all_ranks
+from pst_ds.train.resolved import dropout_of, load_model_config, prepare_for_method, set_dropout
 from pst_ds.train.sequences import keep_documents_apart
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 Groups: TypeAlias = list[dict[str, Any]]
 """Parameter groups, as for torch's optimizers."""
@@ -67,64 +62,6 @@ class BuiltModel:
         return found
 
 
-def grid_of_run(run: RunConfig) -> Grid | None:
-    """Return the scheme in which the run quantises its weights; None if it does not."""
-    return grid_of(run.quantization.values, run.quantization.group) if run.quantization.values else None
-
-
-def frozen_grid(run: RunConfig, bits: int) -> Grid | None:
-    """Return the quantisation scheme of frozen weights stored in ``bits``; None for 16, weights as they were loaded."""
-    return None if bits == 16 else grid_of(f"int{bits}", run.model.base_group)
-
-
-def load_tokenizer(run: RunConfig) -> PreTrainedTokenizerBase:
-    """Load the run's tokenizer, with a padding token if the task needs one. Raises InputError."""
-    setting, where = ("tokenizer", run.model.tokenizer) if run.model.tokenizer else ("path", run.model.path)
-    place = Pretrained(where, f"model.{setting}")
-    place.require_place()
-    if setting == "path":
-        place.config()  # raises if it is missing; without it transformers finds no tokenizer
-    tokenizer = open_tokenizer(where, str(place), "Name the folder that has one with model.tokenizer")
-    if run.data.chat_template:
-        tokenizer.chat_template = read_template(run.data.chat_template, "data.chat_template")
-    if tokenizer.pad_token is None and task_of(run).pads:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_model_config(
-    run: RunConfig, labels: list[str], tokenizer: PreTrainedTokenizerBase | None, *, own_dropout: bool = False
-) -> PreTrainedConfig:
-    """Load the transformers config of the run's model, with the run's dropout unless ``own_dropout``.
-
-    Raises InputError for a model that cannot do the run's task; that is not checked without a ``tokenizer``.
-    """
-    task, base = task_of(run), Pretrained(run.model.path, "model.path")
-    config = base.config(**task.config_options(labels), **attention_options(run))
-    base.require_dense(config)
-    set_padding(config, task, tokenizer)
-    if tokenizer is not None:
-        task.check_model(run.data, config, tokenizer)
-    # hidden_dropout_prob, resid_pdrop, dropout_rate and so on; None follows another, and layerdrop skips layers
-    for key, value in config.to_dict().items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not own_dropout and is_number and ("dropout" in key or key.endswith("pdrop")):
-            setattr(config, key, run.model.dropout)
-    return config
-
-
-def set_padding(config: PreTrainedConfig, task: Task, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Set the padding token of ``config`` to the tokenizer's, if the task pads."""
-    padding = getattr(config, "pad_token_id", None) or 0 if tokenizer is None else tokenizer.pad_token_id
-    if task.pads and padding is not None:  # a decoder's head reads the token before the padding
-        config.pad_token_id = padding
-
-
-def attention_options(run: RunConfig) -> dict[str, str]:
-    """Return the options of ``from_pretrained`` for the run's attention implementation."""
-    return {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
-
-
 def build_model(
     run: RunConfig,
     labels: list[str],
@@ -146,7 +83,9 @@ def build_model(
     """
     from transformers.integrations import HfDeepSpeedConfig
 
-    config, task = load_model_config(run, labels, tokenizer), task_of(run)
+    config = load_model_config(run, labels, tokenizer)
+    set_dropout(config, dict.fromkeys(dropout_of(config), run.model.dropout))
+    task = task_of(run)
     keep_alive = HfDeepSpeedConfig(zero3_config) if zero3_config is not None else None
     base, misfit = Pretrained(run.model.path, "model.path"), "Name one that the config belongs to"
     if task.new_head:
@@ -173,114 +112,10 @@ def build_model(
     return BuiltModel(module, keep_alive, outputs, unit)
 
 
-def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | None) -> None:
-    """Inject PST modules and freeze parameters for the run's method. Works on the meta device; collective under
-    ``zero.Init``."""
-    if run.mask_method.injects:
-        inject_pst(
-            module,
-            run.injected_pst,
-            num_shards=num_shards,
-            grid=grid_of_run(run),
-            base_grid=frozen_grid(run, run.model.base_bits),
-            embedding_grid=frozen_grid(run, run.model.embedding_bits),
-            expert_parallel=run.train.experts_divided_by(num_shards or world_size()),
-        )
-    if run.mask_method.trains_everything:  # that can have a gradient
-        for param in module.parameters():
-            param.requires_grad_(param.dtype.is_floating_point)
-    if run.quantization.embeddings:
-        set_table_grid(module, grid_of(run.quantization.embeddings, run.quantization.group))
-
-
-def meta_model(
-    run: RunConfig,
-    labels: list[str],
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    num_shards: int = 1,
-    own_dropout: bool = False,
-    experts: int = 0,
-) -> nn.Module:
-    """Build the run's model on the meta device, with names, shapes and trainable parameters. Raises InputError.
-
-    With ``own_dropout`` it has the dropout of its config, not the run's. ``experts``: number of experts if it is not
-    that of model.path.
-    """
-    config = load_model_config(run, labels, tokenizer, own_dropout=own_dropout)
-    if experts:
-        set_num_experts(config, experts)
-    if run.start.ffn is not None:
-        cut_config(config, run.start.ffn)
-    purpose = f" with model.attn_implementation = {run.model.attn_implementation!r} and task {run.task!r}"
-    base, kind, dtype = (
-        Pretrained(run.model.path, "model.path"),
-        task_of(run).model_class(),
-        DTYPES[run.train.precision],
-    )
-    module = base.shapes(kind, config, dtype=dtype, purpose=purpose, fix="Choose another of them")
-    with torch.device("meta"):
-        prepare_for_method(module, run, num_shards=num_shards)
-    if not num_trainable(module):
-        raise ConfigError(
-            f"method = {run.method!r} with pst.update_rank = {run.pst.update_rank} would train nothing of model.path = "
-            f"{run.model.path!r}. Fix: pst.update_rank of at least 1, or pst.modules_to_save with a module to train"
-        )
-    return module
-
-
-def why_not_in_precision(run: RunConfig, labels: list[str], shapes: nn.Module) -> str:
-    """Return why the model of :func:`meta_model` only works in fp32; "" if the run's precision may do."""
-    if run.train.precision == "fp32":
-        return ""
-    name = type(shapes).__name__
-    if names := kept_in_fp32(shapes):
-        return f"{name} keeps {names[0]} in fp32, and torch cannot multiply the two"
-    if experts_modules(shapes):  # whose operators have other rules on the meta device
-        return ""
-    problem = _forward_problem(run, labels, DTYPES[run.train.precision])
-    if problem and not _forward_problem(run, labels, torch.float32):
-        return f"{name} works in fp32 only; its forward pass ends in {problem!r}"
-    return ""
-
-
-def _forward_problem(run: RunConfig, labels: list[str], dtype: torch.dtype) -> str:
-    """Return the error of a forward pass of the model before injection, on the meta device; "" if there is none.
-
-    Passes that depend on values always fail there, in every dtype.
-    """
-    config = load_model_config(run, labels, None)
-    plain = Pretrained(run.model.path, "model.path").shapes(task_of(run).model_class(), config, dtype=dtype)
-    try:
-        with torch.no_grad():
-            plain(input_ids=torch.ones(1, 8, dtype=torch.long, device="meta"))
-    except Exception as error:  # any operator or model may raise anything
-        return first_line(error)
-    return ""
-
-
-def kept_in_fp32(module: nn.Module) -> list[str]:
-    """Return names of the base's parameters that are fp32 although their class does not declare it to transformers.
-
-    In a bf16 model a forward pass that uses them fails, such as DeBERTa's with q_bias.
-    """
-    lists = (getattr(module, name, None) or () for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
-    declared = {part for parts in lists for part in parts}
-    return [
-        name
-        for name, param in module.named_parameters()
-        if param.dtype == torch.float32 and ".pst_" not in name and not any(part in name for part in declared)
-    ]
-
-
 def parameter_groups(module: nn.Module, run: RunConfig) -> Groups:
     """Return :func:`pst_parameter_groups` with the run's rates."""
     rates = {name: getattr(run.train, name) for name in RATES}
     return pst_parameter_groups(module, **rates, betas=(run.train.adam_beta1, run.train.adam_beta2))
-
-
-def num_trainable(module: nn.Module) -> int:
-    return sum(sharding.full_numel(p) for p in module.parameters() if p.requires_grad)
 
 
 def frozen_bytes(module: nn.Module, run: RunConfig, ranks: int) -> int:

@@ -20,7 +20,7 @@ from pst_ds.nn.inject import bypassed
 from pst_ds.nn.language_head import LanguageHead
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.sequence import SequenceParallel
-from pst_ds.train.model import attention_options, set_padding
+from pst_ds.train.resolved import attention_options, set_padding
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.sequences import keep_documents_apart, part_of_batch
 from pst_ds.train.token_heads import following, head_of, predicted, why_all_logits

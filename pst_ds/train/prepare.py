@@ -8,13 +8,11 @@ from torch import nn
 
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.config.run import ConfigError, RunConfig
-from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError, shortened
 from pst_ds.json_text import JsonObject
 from pst_ds.nn.cut_config import experts_left
 from pst_ds.nn.experts import leaf_class
-from pst_ds.nn.inject import pst_layers
-from pst_ds.nn.model_structure import model_width, text_config
+from pst_ds.nn.model_structure import text_config
 from pst_ds.nn.router import pst_routers
 from pst_ds.parallel.ds_config import (
     RunNumbers,
@@ -26,8 +24,9 @@ from pst_ds.parallel.ds_config import (
 from pst_ds.parallel.launch import LaunchEnvironment, device_of, init_distributed, memory_of_rank
 from pst_ds.parallel.ranks import all_gather_objects, raise_together
 from pst_ds.parallel.watchdog import longest_wait
-from pst_ds.train.model import frozen_bytes, load_tokenizer, meta_model, num_trainable, why_not_in_precision
+from pst_ds.train.model import frozen_bytes
 from pst_ds.train.objective import require_teacher
+from pst_ds.train.resolved import ResolvedRun, num_trainable, resolve
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.sequences import require_shareable, require_small_masks
 
@@ -39,13 +38,19 @@ _AFTER_STALL_SECONDS = 60.0
 
 
 def prepare(
-    run: RunConfig, launch: LaunchEnvironment, *, run_file: str = "the run file", labels: list[str] | None = None
+    run: RunConfig,
+    launch: LaunchEnvironment,
+    *,
+    run_file: str = "the run file",
+    labels: list[str] | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> RunContext:
     """Read and check everything that takes little time, and join the process group. Collective.
 
     Args:
         run_file: Name of the run file, for messages.
         labels: Names of the classes of a trained run; None to read them from the data.
+        tokenizer: The run's tokenizer, if it is open already.
 
     Raises InputError, on every rank.
     """
@@ -53,7 +58,7 @@ def prepare(
     require_engine(run, launch.world_size)
     problem: InputError | None = None
     try:
-        context = _checked(run, launch, run_file, labels)
+        context = _checked(run, launch, run_file, labels, tokenizer)
     except InputError as error:
         if launch.world_size == 1 or find_spec("deepspeed") is None:
             raise
@@ -81,10 +86,18 @@ def _placed(context: RunContext, run_file: str) -> RunContext:
     if config is None or zero_stage(config) != 3:
         return context
     sizes, memory = zip(*all_gather_objects((launch.node_size, memory_of_rank(launch))), strict=True)
-    ranks, wanted = launch.world_size, run.model.base_placement
+    ranks = launch.world_size
+    wanted = run.model.base_placement
     uneven = len(set(sizes)) > 1 or ranks % min(sizes[0], ranks) > 0
-    size, names = ranks if uneven else sizes[0], (run.deepspeed_config, run_file)
-    chosen = place_frozen(config, wanted, context.frozen_bytes, ranks, size, min(memory), names=names)
+    chosen = place_frozen(
+        config,
+        wanted,
+        frozen_bytes(context.resolved.shapes.model, run, ranks),
+        ranks,
+        ranks if uneven else sizes[0],
+        min(memory),
+        names=(run.deepspeed_config, run_file),
+    )
     remark = (
         f'model.base_placement = "{wanted}": nodes have different numbers of ranks, so all ranks share the frozen '
         "weights. Start equally many ranks on every node to keep gathers in the node"
@@ -92,55 +105,48 @@ def _placed(context: RunContext, run_file: str) -> RunContext:
     return replace(context, copy_ranks=chosen, remark=remark if uneven and wanted in ("auto", "node") else "")
 
 
-def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: list[str] | None) -> RunContext:
+def _checked(
+    run: RunConfig,
+    launch: LaunchEnvironment,
+    run_file: str,
+    labels: list[str] | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
+) -> RunContext:
     run.tracking.require_installed()
     raw = load_deepspeed_config(run.deepspeed_config) if run.deepspeed_config else None
-    labels = labels or task_of(run).label_names(run.data)
-    context = RunContext(run, launch, labels, load_tokenizer(run), None, device_of(launch))
-    ranks, stage = launch.world_size, zero_stage(raw)
-    shapes = checked_shapes(run, labels, context.tokenizer, ranks=ranks, num_shards=ranks, stage=stage)
-    resolved = resolved_deepspeed_config(run, raw, shapes, ranks=ranks, run_file=run_file)
-    return replace(
-        context, ds_config=resolved, width=model_width(shapes), frozen_bytes=frozen_bytes(shapes, run, ranks)
-    )
+    ranks = launch.world_size
+    resolved = resolve(run, labels=labels, tokenizer=tokenizer, num_shards=ranks, checks_precision=True)
+    device = device_of(launch)
+    require_trainable(resolved, ranks=ranks, stage=zero_stage(raw))
+    ds_config = resolved_deepspeed_config(run, raw, resolved.shapes.model, ranks=ranks, run_file=run_file)
+    return RunContext(resolved, launch, ds_config, device)
 
 
-def checked_shapes(
-    run: RunConfig,
-    labels: list[str],
-    tokenizer: "PreTrainedTokenizerBase | None",
-    *,
-    ranks: int,
-    num_shards: int,
-    stage: int,
-    reads_teacher: bool = True,
-) -> nn.Module:
+def require_trainable(resolved: ResolvedRun, *, ranks: int, stage: int, reads_teacher: bool = True) -> None:
     """Build the run's model on the meta device and check that it can be trained. Raises InputError.
 
     Args:
-        tokenizer: None to skip what depends on it.
-        num_shards: Ranks that each parameter is split over.
         stage: ZeRO stage; 0 without DeepSpeed.
-        reads_teacher: Whether to check a teacher, whose folder must then exist.
+        reads_teacher: whether to check a teacher, whose folder must then exist.
     """
-    shapes = meta_model(run, labels, tokenizer, num_shards=num_shards)
-    if problem := why_not_in_precision(run, labels, shapes):
+    run, shapes = resolved.run, resolved.shapes
+    if problem := shapes.only_fp32:
         raise ConfigError(f'train.precision = {run.train.precision!r}: {problem}. Set train.precision = "fp32"')
+    model = shapes.model
     if reads_teacher:
-        require_teacher(run, shapes)
-    require_small_masks(run, shapes.config)  # type: ignore[arg-type]
-    require_shareable(run, shapes.config, stage, run.micro_batch_size(ranks))  # type: ignore[arg-type]
-    for router in pst_routers(shapes).values():
+        require_teacher(run, model)
+    require_small_masks(run, model.config)  # type: ignore[arg-type]
+    require_shareable(run, model.config, stage, run.micro_batch_size(ranks))  # type: ignore[arg-type]
+    for router in pst_routers(model).values():
         experts_left(
-            router.num_embeddings, run.schedule.final_sparsity, text_config(shapes), "schedule.final_sparsity ="
+            router.num_embeddings, run.schedule.final_sparsity, text_config(model), "schedule.final_sparsity ="
         )
-    stacks = [name for name, layer in pst_layers(shapes).items() if layer.layout.num_experts > 1]
+    stacks = [target.name for target in shapes.targets if target.layout.num_experts > 1]
     if run.schedule.solves and stacks:
         raise ConfigError(
             f"schedule.solves = {run.schedule.solves}: {shortened(stacks)} holds experts, which it does not support. "
             "Set schedule.solves = 0"
         )
-    return shapes
 
 
 def resolved_deepspeed_config(
@@ -170,4 +176,4 @@ def resolved_deepspeed_config(
 def prepare_single(run: RunConfig, checkpoint: Checkpoint) -> RunContext:
     """Prepare to read a checkpoint on one process without DeepSpeed, regardless of what the run trained on."""
     launch = LaunchEnvironment(0, 1, 0)
-    return RunContext(run, launch, checkpoint.state.labels, load_tokenizer(run), None, device_of(launch))
+    return RunContext(resolve(run, labels=checkpoint.state.labels), launch, None, device_of(launch))

@@ -1,6 +1,5 @@
 """Train a run from its config to the final checkpoint."""
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NotRequired, TypeAlias, TypedDict
@@ -35,13 +34,14 @@ from pst_ds.train.evaluate import predict
 from pst_ds.train.expert_tokens import CountsOfExperts, counts_of_experts, warning_of_unused
 from pst_ds.train.finetune import finetune
 from pst_ds.train.loop import Loop, LoopState
-from pst_ds.train.model import build_model, num_trainable
+from pst_ds.train.model import build_model
 from pst_ds.train.monitor.metrics import MetricsWriter
 from pst_ds.train.monitor.trackers import Trackers
 from pst_ds.train.objective import Objective, load_teacher, teacher_of
 from pst_ds.train.one_shot.start import remark_on_shares, start_run
 from pst_ds.train.prepare import prepare as prepare
 from pst_ds.train.prepare import prepare_single as prepare_single
+from pst_ds.train.resolved import num_trainable
 from pst_ds.train.resume import RunProgress, checkpoint_to_resume, flat_table, on_base_of, restore
 from pst_ds.train.run_context import RunContext, require_same_data
 from pst_ds.train.sequences import require_documents_apart, shared_sequences
@@ -184,7 +184,7 @@ def run_stages(context: RunContext, splits: Splits, *, resume: bool, restart: bo
         run_folder.require_no_checkpoints(Path(context.run.output_dir))
     train = partial(train_prepared, resume=resume, restart=restart, quiet=quiet, splits=splits)
     context = finetune(context, splits[0], train, quiet=quiet)
-    return replace(context, run=start_run(context.run, splits[0], quiet=quiet))
+    return context.with_run(start_run(context.run, splits[0], quiet=quiet))
 
 
 def load_splits(context: RunContext) -> Splits:

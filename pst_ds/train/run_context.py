@@ -1,15 +1,16 @@
-"""A run that was read and checked: its config with task, labels, tokenizer, DeepSpeed config and device."""
+"""A resolved run with the ranks, DeepSpeed config and device on which it is computed."""
 
 import socket
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pst_ds.config.run import RunConfig
-from pst_ds.data.tasks import ExampleSet, Task, task_of
+from pst_ds.data.tasks import ExampleSet, Task
 from pst_ds.errors import InputError
 from pst_ds.json_text import JsonObject
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import all_gather_objects
+from pst_ds.train.resolved import ResolvedRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,41 +18,65 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """Facts that all parts of a run use, known before its model is built; equal on all ranks, except ``launch``."""
+    """A resolved run with its place: what all parts of a run use, equal on all ranks except ``launch``."""
 
-    run: RunConfig
+    resolved: ResolvedRun
     launch: LaunchEnvironment
-    labels: list[str]
-    """Names of the classes, in the order of their ids."""
-    tokenizer: "PreTrainedTokenizerBase"
     ds_config: JsonObject | None
     """Resolved DeepSpeed config; None for one process without DeepSpeed."""
     device: str
-    width: int = 1
-    """Hidden size of the model."""
-    frozen_bytes: int = 0
-    """Bytes of frozen weights and masks, without experts that ranks divide."""
     copy_ranks: int = 0
-    """Ranks that share a second copy of them, see :func:`~pst_ds.parallel.placement.copy_ranks`."""
+    """Ranks that share a second copy of frozen weights, see :func:`~pst_ds.parallel.placement.copy_ranks`."""
     remark: str = ""
     """Remark on the lack of such copies."""
 
     @property
+    def run(self) -> RunConfig:
+        """The checked config."""
+        return self.resolved.run
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes, in the order of their ids."""
+        return self.resolved.labels
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The run's tokenizer."""
+        return self.resolved.require_tokenizer()
+
+    @property
     def task(self) -> Task:
         """The run's task."""
-        return task_of(self.run)
+        return self.resolved.task
+
+    @property
+    def width(self) -> int:
+        """Hidden size of the model."""
+        return self.resolved.shapes.width
 
     def load(self, split: str) -> ExampleSet:
         """Load the examples of a split. Raises ConfigError."""
-        return self.task.load(self.run.data, split, self.tokenizer, self.labels)
+        return self.resolved.load(split)
+
+    def with_run(self, run: RunConfig) -> "RunContext":
+        """Return the context for another config of the same model, see :meth:`ResolvedRun.with_run`."""
+        return replace(self, resolved=self.resolved.with_run(run))
+
+    def with_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> "RunContext":
+        """Return the context with a tokenizer of fewer tokens."""
+        return replace(self, resolved=replace(self.resolved, tokenizer=tokenizer))
 
     def with_rates(self, examples: ExampleSet) -> "RunContext":
         """Return the context with all learning rates resolved to numbers, for training on ``examples``."""
-        number, num_labels = len(examples), self.task.num_labels(examples)
+        number = len(examples)
         run = self.run.with_rates(
-            width=self.width, num_steps=self.run.num_steps(number), num_examples=number, num_labels=num_labels
+            width=self.width,
+            num_steps=self.run.num_steps(number),
+            num_examples=number,
+            num_labels=self.task.num_labels(examples),
         )
-        return replace(self, run=run)
+        return self.with_run(run)
 
 
 def require_same_data(digest: str, what: str) -> None:

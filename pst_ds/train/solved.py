@@ -21,7 +21,6 @@ from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.merge import plain_tensors
 from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import is_main, of_main, raise_together
-from pst_ds.train.model import meta_model
 from pst_ds.train.run_context import RunContext
 from pst_ds.writing.from_folder import copy_small_files
 from pst_ds.writing.plan import require_space
@@ -69,7 +68,7 @@ _Planned = dict[str, tuple[torch.dtype, tuple[int, ...], str]]
 def planned(context: RunContext, layers: Mapping[str, PSTLayer]) -> _Planned:
     """Plan the file of a solved base. Raises InputError."""
     run = context.run
-    shapes = meta_model(run, context.labels, context.tokenizer)
+    shapes = context.resolved.shapes.model
     base = BaseWeights(run.model.path, getattr(shapes, "base_model_prefix", ""))
     is_text_part(shapes, base.folder)
     tensors = plain_tensors(shapes)

@@ -228,7 +228,8 @@ def _checksum_on_cpu(folder: Path) -> str:
     from pst_ds.checkpoint.format import read_checkpoint
     from pst_ds.checkpoint.restore import load_into, trainable
     from pst_ds.config.toml import load_run_folder
-    from pst_ds.train.model import build_model, load_tokenizer
+    from pst_ds.train.model import build_model
+    from pst_ds.train.resolved import load_tokenizer
 
     run = load_run_folder(folder)
     model = build_model(run, [], load_tokenizer(run), zero3_config=None).module

@@ -204,24 +204,22 @@ def test(run_file: Path, model: Path, tests: dict[str, str], reference: str) -> 
     """Return the metrics of a model folder, loaded dense by transformers, on each file of ``tests``, with the KL
     divergence from the folder ``reference`` if there is one."""
     from pst_ds.config.toml import load_run
-    from pst_ds.data.tasks import task_of
     from pst_ds.export.reference import load_folder
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
     from pst_ds.train.evaluate import kl_divergence, predict
-    from pst_ds.train.model import load_tokenizer
+    from pst_ds.train.resolved import resolve
     from pst_ds.train.run_context import RunContext
 
     if not tests:
         return {}
     run, launch = load_run(run_file), LaunchEnvironment(0, 1, 0)
-    labels = task_of(run).label_names(run.data)
-    context = RunContext(run, launch, labels, load_tokenizer(run), None, device_of(launch))
+    context = RunContext(resolve(run), launch, None, device_of(launch))
     task, network = context.task, load_folder(model, context)
     other = load_folder(reference, context) if reference else None
     found = {}
     for name, path in tests.items():
         data = load_run(run_file, [f"data.test={json.dumps(path)}"]).data
-        examples = task.load(data, "test", context.tokenizer, labels)
+        examples = task.load(data, "test", context.tokenizer, context.labels)
         found[name] = task.metrics(predict(network, context, examples), examples)
         if other is not None:
             found[name] |= kl_divergence(other, network, context, examples)

@@ -40,9 +40,9 @@ from pst_ds.planning.plan import start_cost
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.speedup import share_for
 from pst_ds.text_table import bytes_text
-from pst_ds.train.model import load_model_config, load_tokenizer, meta_model, num_trainable, why_not_in_precision
 from pst_ds.train.one_shot.start import require_startable
-from pst_ds.train.prepare import checked_shapes
+from pst_ds.train.prepare import require_trainable
+from pst_ds.train.resolved import load_model_config, load_tokenizer, num_trainable, resolve
 from pst_ds.train.stages import require_schedules
 
 if TYPE_CHECKING:
@@ -130,8 +130,9 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     table, length_reason = _with_batches(table, args, first.task_facts.init_epochs, examples, ranks)
     run = run_from_table(table)
     run.micro_batch_size(ranks)
-    model = meta_model(run, labels, tokenizer)
-    if why_not_in_precision(run, labels, model):
+    shapes = resolve(run, labels=labels, tokenizer=tokenizer, checks_precision=True).shapes
+    model = shapes.model
+    if shapes.only_fp32:
         table = laid_over(table, "train", precision="fp32")
     check = partial(_checked, labels=labels, tokenizer=tokenizer, examples=examples, ranks=ranks)
     if _is_cut(args):
@@ -208,7 +209,9 @@ def _checked(table: Settings, labels: list[str], tokenizer: "Tokenizer", example
     """
     run = run_from_table(table)
     stage = 3 if run.deepspeed_config else 0
-    model = checked_shapes(run, labels, tokenizer, ranks=ranks, num_shards=1, stage=stage)
+    resolved = resolve(run, labels=labels, tokenizer=tokenizer, checks_precision=True)
+    require_trainable(resolved, ranks=ranks, stage=stage)
+    model = resolved.shapes.model
     require_schedules(run, examples)
     unexamined = require_startable(run) if run.start.method != "none" else ""
     start_cost(run, model, model_numbers(model), ranks, machine_of("cpu"))

@@ -1,7 +1,7 @@
 """The masked model of a run, changed in place as its export was: trimmed to fewer tokens, cast, quantised."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -132,7 +132,7 @@ class MaskedRun:
         if max(tokenizer.get_vocab().values()) >= len(kept):
             raise ExportError(f"{self.folder}: the manifest has {len(kept)} tokens, and the tokenizer has more")
         take_rows(self.model, kept)
-        self.context = replace(before, tokenizer=tokenizer)
+        self.context = before.with_tokenizer(tokenizer)
         self.examples = _examples(self.context, self.split, self.limit)
         if before.run.task_facts.packs_text or len(whole) != len(self.examples):
             return FewerTokens(len(kept), metrics)

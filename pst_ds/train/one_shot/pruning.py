@@ -33,7 +33,7 @@ from pst_ds.prune.one_shot import plan_layers, prune_files
 from pst_ds.prune.outcome import PrunedLayer
 from pst_ds.prune.rules import LayerRule
 from pst_ds.prune.whole_experts import drop_experts
-from pst_ds.train.model import attention_options, load_tokenizer
+from pst_ds.train.resolved import attention_options, load_tokenizer
 from pst_ds.train.run_context import require_same_data
 from pst_ds.writing.from_folder import copy_small_files
 from pst_ds.writing.plan import SHARD_BYTES, require_space

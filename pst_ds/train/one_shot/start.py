@@ -20,8 +20,8 @@ from pst_ds.parallel import stop_signals
 from pst_ds.parallel.ranks import is_main, of_main
 from pst_ds.parallel.stop_signals import StoppedError
 from pst_ds.prune.model_files import ModelFiles
-from pst_ds.train.model import attention_options
 from pst_ds.train.one_shot.pruning import prune_model, require_prunable, require_task
+from pst_ds.train.resolved import attention_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

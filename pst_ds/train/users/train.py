@@ -149,7 +149,7 @@ def train_users(
     train, counts = context.run.train, sorted(map(rows.count, chosen))
     usual = counts[len(counts) // 2]  # default rates are for the median number of rows
     steps = max(1, round(train.num_epochs * -(-usual // train.batch_size)))
-    context = replace(context, run=with_rates_of_users(context.run, how, width=context.width, steps=steps))
+    context = context.with_run(with_rates_of_users(context.run, how, width=context.width, steps=steps))
     model = PersonalModel(context, checkpoint, part)
     of_main(lambda: UserStore.create(folder, model.common).names)
     store = raise_on_all_ranks(lambda: UserStore(folder))
@@ -200,7 +200,7 @@ def _train_user(model: PersonalModel, rows: RowsByUser, store: UserStore, name: 
     examples = raise_on_all_ranks(lambda: rows.load(context.task, name, context.tokenizer, context.labels))
     model.activate(None)
     run = _with_batches_for(context.run, len(examples), name)
-    context = replace(context, run=run)
+    context = context.with_run(run)
     metrics = _Losses(Path(run.output_dir), num_steps=run.num_steps(len(examples)), is_main=False, quiet=True)
     state = LoopState()  # changed in place
     for _ in Loop(context, model.engine, examples, Schedules(), metrics, Objective(context)).steps(state):

@@ -23,7 +23,8 @@ from pst_ds.data.labelled import Examples
 from pst_ds.data.tasks import task_of
 from pst_ds.data.tasks.regression import Regression, regression_metrics
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.model import build_model, load_tokenizer
+from pst_ds.train.model import build_model
+from pst_ds.train.resolved import load_tokenizer
 from pst_ds.train.run import prepare, train_prepared
 
 pytestmark = pytest.mark.usefixtures("alone")

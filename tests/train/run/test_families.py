@@ -17,7 +17,7 @@ from pst_ds.cli.main import main
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.model import load_model_config, load_tokenizer
+from pst_ds.train.resolved import load_model_config, load_tokenizer
 from pst_ds.train.run import prepare, train_prepared
 
 SPARSITY = 0.7

@@ -1,0 +1,321 @@
+"""A run as all verbs see it: checked config, labels, tokenizer, and the model's shapes, each of them made once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from pst_ds.config.pst import MaskRule, PSTConfig
+from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.core.layout import WeightLayout
+from pst_ds.core.quantization import Grid, grid_of
+from pst_ds.data.conversations import read_template
+from pst_ds.data.tasks import ExampleSet, Task, task_of
+from pst_ds.data.tokens.tokenize import open_tokenizer
+from pst_ds.errors import first_line
+from pst_ds.nn.base_model import DTYPES, Pretrained
+from pst_ds.nn.cut_config import cut_config, set_num_experts
+from pst_ds.nn.inject import inject_pst, pst_layers
+from pst_ds.nn.model_structure import experts_modules, model_width
+from pst_ds.nn.tables.rounded import set_table_grid
+from pst_ds.parallel import sharding
+from pst_ds.parallel.ranks import world_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedTarget:
+    """A layer that the run prunes."""
+
+    name: str
+    layout: WeightLayout
+    rule: MaskRule
+    """Pattern and final sparsity, with the overrides that match the layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunShapes:
+    """The run's model on the meta device: names, shapes and trained parameters, with the modules of the method."""
+
+    model: nn.Module
+    targets: tuple[ResolvedTarget, ...]
+    """The pruned layers in model order; empty for methods without PST layers."""
+    only_fp32: str
+    """Why the model does not work in the run's precision, only in fp32; "" if it may."""
+    own_dropout: Mapping[str, float]
+    """Dropout in the model's config.json, by key. The model is built with ``model.dropout`` instead."""
+
+    @property
+    def width(self) -> int:
+        """Hidden size of the model."""
+        return model_width(self.model)
+
+    def model_to_export(self) -> PreTrainedModel:
+        """Return the model with the dropout of its config.json, which an export writes into its own.
+
+        The modules keep the rates with which they were built; nothing computes with them on the meta device.
+        """
+        set_dropout(self.model.config, self.own_dropout)  # type: ignore[arg-type]
+        return cast("PreTrainedModel", self.model)
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedRun:
+    """Facts about a run that do not depend on ranks and devices. The same on every rank."""
+
+    run: RunConfig
+    labels: list[str]
+    """Names of the classes, in the order of their ids."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """None for a plan without data."""
+    make_shapes: Callable[[], RunShapes]
+    """Builds :attr:`shapes` in its first call, and returns them in every other: copies of this value share them."""
+
+    @property
+    def task(self) -> Task:
+        """The run's task."""
+        return task_of(self.run)
+
+    @property
+    def injected(self) -> PSTConfig:
+        """The config of the PST layers, with the settings that the method fixes."""
+        return self.run.injected_pst
+
+    @property
+    def shapes(self) -> RunShapes:
+        """The model on the meta device, built on first use. Raises InputError for a model that cannot be trained."""
+        return self.make_shapes()
+
+    def load(self, split: str) -> ExampleSet:
+        """Load the examples of a split. Raises ConfigError."""
+        return self.task.load(self.run.data, split, self.require_tokenizer(), self.labels)
+
+    def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer, which only a plan without data lacks."""
+        assert self.tokenizer is not None
+        return self.tokenizer
+
+    def with_run(self, run: RunConfig) -> ResolvedRun:
+        """Return the facts for another config of the same model, which keeps tokenizer and shapes.
+
+        Fine-tuning, a start and learning rates change the weights that training begins with and how it goes on. They
+        change neither names nor shapes.
+        """
+        return replace(self, run=run)
+
+
+def resolve(
+    run: RunConfig,
+    *,
+    labels: list[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    reads_data: bool = True,
+    num_shards: int = 1,
+    checks_precision: bool = False,
+) -> ResolvedRun:
+    """Open the tokenizer of a run, and read the names of its classes. The model's shapes are built when first used.
+
+    Args:
+        labels: names of the classes of a trained run; None reads them from the data.
+        tokenizer: the run's tokenizer, if it is open already.
+        reads_data: False for a plan without data, which has no tokenizer and, if need be, two classes.
+        num_shards: ranks over which ZeRO-3 splits each parameter; masks of the shapes are padded for them.
+        checks_precision: whether to try a forward pass in the run's precision, for ``RunShapes.only_fp32``.
+
+    Raises InputError.
+    """
+    if labels is None:
+        task = task_of(run)
+        labels = task.label_names(run.data) if reads_data else ["0", "1"] if task.new_head else []
+    if tokenizer is None and reads_data:
+        tokenizer = load_tokenizer(run)
+    build = partial(build_shapes, run, labels, tokenizer, num_shards=num_shards, checks_precision=checks_precision)
+    return ResolvedRun(run=run, labels=labels, tokenizer=tokenizer, make_shapes=cache(build))
+
+
+def build_shapes(
+    run: RunConfig,
+    labels: list[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    num_shards: int = 1,
+    experts: int = 0,
+    checks_precision: bool = False,
+) -> RunShapes:
+    """Build the run's model on the meta device, see :func:`resolve`. Raises InputError.
+
+    ``experts``: number of experts of each stack, if it is not that of ``model.path``.
+    """
+    config = load_model_config(run, labels, tokenizer)
+    own_dropout = dropout_of(config)
+    set_dropout(config, dict.fromkeys(own_dropout, run.model.dropout))
+    if experts:
+        set_num_experts(config, experts)
+    if run.start.ffn is not None:
+        cut_config(config, run.start.ffn)
+    model = Pretrained(run.model.path, "model.path").shapes(
+        task_of(run).model_class(),
+        config,
+        dtype=DTYPES[run.train.precision],
+        purpose=f" with model.attn_implementation = {run.model.attn_implementation!r} and task {run.task!r}",
+        fix="Choose another of them",
+    )
+    # before the injection, since PST layers hide what the model's own modules do with a dtype
+    only_fp32 = _why_only_fp32(run, labels, model) if checks_precision else ""
+    with torch.device("meta"):
+        prepare_for_method(model, run, num_shards=num_shards)
+    if not num_trainable(model):
+        raise ConfigError(
+            f"method = {run.method!r} with pst.update_rank = {run.pst.update_rank} would train nothing of model.path = "
+            f"{run.model.path!r}. Fix: pst.update_rank of at least 1, or pst.modules_to_save with a module to train"
+        )
+    targets = tuple(ResolvedTarget(name, layer.layout, layer.rule) for name, layer in pst_layers(model).items())
+    return RunShapes(model=model, targets=targets, only_fp32=only_fp32, own_dropout=own_dropout)
+
+
+def load_tokenizer(run: RunConfig) -> PreTrainedTokenizerBase:
+    """Load the run's tokenizer, with a padding token if the task needs one. Raises InputError."""
+    setting, where = ("tokenizer", run.model.tokenizer) if run.model.tokenizer else ("path", run.model.path)
+    place = Pretrained(where, f"model.{setting}")
+    place.require_place()
+    if setting == "path":
+        place.config()  # raises if it is missing; without it transformers finds no tokenizer
+    tokenizer = open_tokenizer(where, str(place), "Name the folder that has one with model.tokenizer")
+    if run.data.chat_template:
+        tokenizer.chat_template = read_template(run.data.chat_template, "data.chat_template")
+    if tokenizer.pad_token is None and task_of(run).pads:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model_config(run: RunConfig, labels: list[str], tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
+    """Load the transformers config of the run's model, with its own dropout: see :func:`set_dropout`.
+
+    Raises InputError for a model that cannot do the run's task; that is not checked without a ``tokenizer``.
+    """
+    task, base = task_of(run), Pretrained(run.model.path, "model.path")
+    config = base.config(**task.config_options(labels), **attention_options(run))
+    base.require_dense(config)
+    set_padding(config, task, tokenizer)
+    if tokenizer is not None:
+        task.check_model(run.data, config, tokenizer)
+    return config
+
+
+def set_padding(config: PreTrainedConfig, task: Task, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Set the padding token of ``config`` to the tokenizer's, if the task pads."""
+    padding = getattr(config, "pad_token_id", None) or 0 if tokenizer is None else tokenizer.pad_token_id
+    if task.pads and padding is not None:  # a decoder's head reads the token before the padding
+        config.pad_token_id = padding
+
+
+def attention_options(run: RunConfig) -> dict[str, str]:
+    """Return the options of ``from_pretrained`` for the run's attention implementation."""
+    return {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
+
+
+def dropout_of(config: PreTrainedConfig) -> dict[str, float]:
+    """Return the rates of dropout in ``config`` by key: hidden_dropout_prob, resid_pdrop, layerdrop and so on.
+
+    A key without a number is omitted: its rate follows another one.
+    """
+    rates: dict[str, float] = {}
+    for key, value in config.to_dict().items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and ("dropout" in key or key.endswith("pdrop")):
+            rates[key] = value
+    return rates
+
+
+def set_dropout(config: PreTrainedConfig, rates: Mapping[str, float]) -> None:
+    """Set rates of dropout in ``config``, by key."""
+    for key, rate in rates.items():
+        setattr(config, key, rate)
+
+
+def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | None) -> None:
+    """Inject PST modules and freeze parameters for the run's method. Works on the meta device; collective under
+    ``zero.Init``."""
+    if run.mask_method.injects:
+        inject_pst(
+            module,
+            run.injected_pst,
+            num_shards=num_shards,
+            grid=grid_of_run(run),
+            base_grid=frozen_grid(run, run.model.base_bits),
+            embedding_grid=frozen_grid(run, run.model.embedding_bits),
+            expert_parallel=run.train.experts_divided_by(num_shards or world_size()),
+        )
+    if run.mask_method.trains_everything:  # that can have a gradient
+        for param in module.parameters():
+            param.requires_grad_(param.dtype.is_floating_point)
+    if run.quantization.embeddings:
+        set_table_grid(module, grid_of(run.quantization.embeddings, run.quantization.group))
+
+
+def grid_of_run(run: RunConfig) -> Grid | None:
+    """Return the scheme in which the run quantises its weights; None if it does not."""
+    return grid_of(run.quantization.values, run.quantization.group) if run.quantization.values else None
+
+
+def frozen_grid(run: RunConfig, bits: int) -> Grid | None:
+    """Return the quantisation scheme of frozen weights stored in ``bits``; None for 16, weights as they were loaded."""
+    return None if bits == 16 else grid_of(f"int{bits}", run.model.base_group)
+
+
+def num_trainable(module: nn.Module) -> int:
+    return sum(sharding.full_numel(p) for p in module.parameters() if p.requires_grad)
+
+
+def _why_only_fp32(run: RunConfig, labels: list[str], plain: nn.Module) -> str:
+    """Return why the ``plain`` model on the meta device works in fp32 only; "" if the run's precision may do."""
+    if run.train.precision == "fp32":
+        return ""
+    name = type(plain).__name__
+    if names := kept_in_fp32(plain):
+        return f"{name} keeps {names[0]} in fp32, and torch cannot multiply the two"
+    if experts_modules(plain):  # whose operators have other rules on the meta device
+        return ""
+    # a copy, because some modules keep what they compute in their first forward pass
+    problem = _forward_problem(copy.deepcopy(plain))
+    if not problem:
+        return ""
+    # passes that depend on values always fail on the meta device, in every dtype
+    config = load_model_config(run, labels, None)
+    place = Pretrained(run.model.path, "model.path")
+    in_fp32 = place.shapes(task_of(run).model_class(), config, dtype=torch.float32)
+    if _forward_problem(in_fp32):
+        return ""
+    return f"{name} works in fp32 only; its forward pass ends in {problem!r}"
+
+
+def _forward_problem(plain: nn.Module) -> str:
+    """Return the error of a forward pass on the meta device; "" if there is none."""
+    try:
+        with torch.no_grad():
+            plain(input_ids=torch.ones(1, 8, dtype=torch.long, device="meta"))
+    except Exception as error:  # any operator or model may raise anything
+        return first_line(error)
+    return ""
+
+
+def kept_in_fp32(module: nn.Module) -> list[str]:
+    """Return names of the base's parameters that are fp32 although their class does not declare it to transformers.
+
+    In a bf16 model a forward pass that uses them fails, such as DeBERTa's with q_bias.
+    """
+    lists = (getattr(module, name, None) or () for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    declared = {part for parts in lists for part in parts}
+    return [
+        name
+        for name, param in module.named_parameters()
+        if param.dtype == torch.float32 and ".pst_" not in name and not any(part in name for part in declared)
+    ]
