@@ -5,6 +5,7 @@ import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,14 +18,13 @@ from pst_ds.config.settings import Positive, Section, settings
 from pst_ds.config.toml import dump_run, load_run_or_folder
 from pst_ds.core.packings import COMPRESSED_TENSORS, COMPRESSED_TENSORS_W8A8, GGUF, ONNX, VALUE_BITS
 from pst_ds.core.quantization import grid_of
-from pst_ds.data.tasks import task_of
 from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.data.vocabulary import trim
 from pst_ds.errors import InputError
 from pst_ds.export.export_checks import require_place, require_pruned, require_representable, require_vocabulary
 from pst_ds.file_names import RUN_FILE
 from pst_ds.train.evaluate import evaluation_batches
-from pst_ds.train.resolved import build_shapes, resolve
+from pst_ds.train.resolved import ResolvedRun, build_shapes, resolve
 from pst_ds.train.run_folder import open_checkpoint
 from pst_ds.writing.encoding import Encoding, ExportError
 from pst_ds.writing.expert_stacks import kept_experts
@@ -143,35 +143,40 @@ def export_run(
     require_pruned(config, settings.format, plain=settings.plain)
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(config, checkpoint)
     resolved = resolve(config, labels=opened.state.labels)
-    tokenizer = resolved.require_tokenizer()
+    require_representable(resolved.shapes.model_to_export(), settings.format)
+    export = partial(_export_resolved, resolved, opened)
+    return _to_onnx(export, Path(out), settings) if settings.format == ONNX else export(Path(out), settings)
+
+
+def _export_resolved(resolved: ResolvedRun, checkpoint: Checkpoint, out: Path, settings: ExportSettings) -> Facts:
+    """Export ``checkpoint`` in a format other than ONNX; see :func:`export_run`."""
+    run, tokenizer = resolved.run, resolved.require_tokenizer()
     model = resolved.shapes.model_to_export()
+    options = options_as_trained(settings.options(), model, checkpoint)
     whole: PreTrainedModel | None = None
-    require_representable(model, settings.format)
-    if settings.format == ONNX:
-        return _to_onnx(lambda at, how: export_run(config, at, how, checkpoint=opened), Path(out), settings)
-    options = options_as_trained(settings.options(), model, opened)
-    kept = next(iter(kept_experts(model, opened).values()), ())
+    kept = next(iter(kept_experts(model, checkpoint).values()), ())
     if kept:
-        smaller = build_shapes(config, opened.state.labels, tokenizer, experts=len(kept))
+        # the export has fewer experts than the trained model, whose shapes tell which rows to read
+        smaller = build_shapes(run, resolved.labels, tokenizer, experts=len(kept))
         model, whole = smaller.model_to_export(), model
     vocabulary = None
     if settings.vocabulary:
         if settings.vocabulary == SEEN:
-            tokens = _tokens_of_splits(config, opened.state.labels, tokenizer)
+            tokens = _tokens_of_splits(resolved)
         else:
             tokens = _tokens_of_file(settings.vocabulary, tokenizer)
         vocabulary = trim(tokenizer, tokens | ids_of_model(model))
     report = export_checkpoint(
         model,
-        opened,
+        checkpoint,
         tokenizer,
-        Path(out),
+        out,
         options,
         vocabulary=vocabulary,
-        run=json.loads(json.dumps(tomllib.loads(dump_run(config)))),
+        run=json.loads(json.dumps(tomllib.loads(dump_run(run)))),
         whole=whole,
     )
-    report["checkpoint"] = str(opened.folder)
+    report["checkpoint"] = str(checkpoint.folder)
     return _with_token_count(report)
 
 
@@ -227,14 +232,15 @@ def _with_token_count(report: Facts) -> Facts:
     return report
 
 
-def _tokens_of_splits(run: RunConfig, labels: list[str], tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+def _tokens_of_splits(resolved: ResolvedRun) -> set[int]:
     """Return the tokens of the training and validation data, truncated as in training."""
-    task, found = task_of(run), set[int]()
-    for split in ("train", "validation") if run.data.validation else ("train",):
-        examples = task.load(run.data, split, tokenizer, labels)
+    task, tokenizer = resolved.task, resolved.require_tokenizer()
+    tokens = set[int]()
+    for split in ("train", "validation") if resolved.run.data.validation else ("train",):
+        examples = resolved.load(split)
         for indices in evaluation_batches(examples.lengths, _BATCH, mixed=task.pads):
-            found.update(task.collate(examples, indices, tokenizer)["input_ids"].unique().tolist())
-    return found
+            tokens.update(task.collate(examples, indices, tokenizer)["input_ids"].unique().tolist())
+    return tokens
 
 
 def _tokens_of_file(path: str, tokenizer: "PreTrainedTokenizerBase") -> set[int]:

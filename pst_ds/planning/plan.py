@@ -3,6 +3,7 @@
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -34,6 +35,9 @@ from pst_ds.train.one_shot.start import one_shot_config
 from pst_ds.train.prepare import require_engine, require_trainable, resolved_deepspeed_config
 from pst_ds.train.resolved import ResolvedRun, RunShapes, frozen_grid, grid_of_run, resolve
 from pst_ds.train.stages import require_stages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +200,11 @@ class Plan:
 def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Plan:
     """Plan a run, given as a config or as the path of its run file or run folder. Raises InputError."""
     run = run if isinstance(run, RunConfig) else load_run_or_folder(run)
-    options = options or PlanOptions()
+    return _plan(run, options or PlanOptions())
+
+
+def _plan(run: RunConfig, options: PlanOptions, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Plan:
+    """Plan a run; ``tokenizer``: that of the run, if it is open already."""
     ranks = options.ranks or launch_environment().world_size
     if ranks < 1:
         raise InputError(f"ranks = {ranks}: a run has at least one rank. Set ranks = 1 or more.")
@@ -204,7 +212,7 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
     raw = load_deepspeed_config(run.deepspeed_config) if run.deepspeed_config else None
     micro_batch_size = run.micro_batch_size(ranks)  # raises before the data is read
     stage = None if raw is None else zero_stage(raw)
-    resolved, num_examples, remark = _read(run, options, ranks, stage)
+    resolved, num_examples, remark = _read(run, options, ranks, stage, tokenizer)
     model = resolved.shapes.model
     num_steps = run.train.num_steps if num_examples is None else require_stages(run, num_examples)
     has_cores = not torch.accelerator.is_available() and ranks <= (os.cpu_count() or 1)
@@ -218,7 +226,7 @@ def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Pla
     remarks = [remark] if remark else []
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, run)]
     start, finetuning = start_cost(run, model, numbers, ranks, machine), run.finetuning()
-    before = None if finetuning is None else plan(finetuning, replace(options, trace=None))
+    before = None if finetuning is None else _plan(finetuning, replace(options, trace=None), resolved.tokenizer)
     # the trace comes last: it uses the model up
     trace = options.trace or _trace(model, run, ranks, zero.persistence_threshold, machine.device)
     scale_bytes = numbers.bytes_of("scales")
@@ -321,7 +329,9 @@ def _cost(
     return memory, times, verdict(work, times, machine, memory=options.memory)
 
 
-def _read(run: RunConfig, options: PlanOptions, ranks: int, stage: int | None) -> tuple[ResolvedRun, int | None, str]:
+def _read(
+    run: RunConfig, options: PlanOptions, ranks: int, stage: int | None, tokenizer: "PreTrainedTokenizerBase | None"
+) -> tuple[ResolvedRun, int | None, str]:
     """Return the resolved run, its number of examples (None without data) and a remark on them.
 
     Raises InputError for everything that ``pst-ds train`` would reject.
@@ -332,7 +342,11 @@ def _read(run: RunConfig, options: PlanOptions, ranks: int, stage: int | None) -
             "--set train.num_steps=1000 --set train.num_epochs=0."
         )
     resolved = resolve(
-        run, reads_data=not options.no_data, num_shards=ranks if stage == 3 else 1, checks_precision=True
+        run,
+        tokenizer=tokenizer,
+        reads_data=not options.no_data,
+        num_shards=ranks if stage == 3 else 1,
+        checks_precision=True,
     )
     num_examples: int | None = None
     remark = ""

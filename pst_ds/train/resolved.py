@@ -106,8 +106,8 @@ class ResolvedRun:
     def with_run(self, run: RunConfig) -> ResolvedRun:
         """Return the facts for another config of the same model, which keeps tokenizer and shapes.
 
-        Fine-tuning, a start and learning rates change the weights that training begins with and how it goes on. They
-        change neither names nor shapes.
+        Stages before the training ([finetune] and [start]) write other weights, and learning rates change how they
+        train; names and shapes stay the same.
         """
         return replace(self, run=run)
 

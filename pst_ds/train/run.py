@@ -184,7 +184,7 @@ def run_stages(context: RunContext, splits: Splits, *, resume: bool, restart: bo
         run_folder.require_no_checkpoints(Path(context.run.output_dir))
     train = partial(train_prepared, resume=resume, restart=restart, quiet=quiet, splits=splits)
     context = finetune(context, splits[0], train, quiet=quiet)
-    return context.with_run(start_run(context.run, splits[0], quiet=quiet))
+    return context.with_run(start_run(context, splits[0], quiet=quiet))
 
 
 def load_splits(context: RunContext) -> Splits:

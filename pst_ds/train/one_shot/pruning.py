@@ -39,7 +39,7 @@ from pst_ds.writing.from_folder import copy_small_files
 from pst_ds.writing.plan import SHARD_BYTES, require_space
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,7 @@ def prune_model(
     *,
     shard_bytes: int = SHARD_BYTES,
     examples: ExampleSet | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     more_facts: Mapping[str, object] | None = None,
     check: Callable[[], None] | None = None,
 ) -> PruneReport:
@@ -98,6 +99,7 @@ def prune_model(
         config: Method, sparsity and other settings.
         shard_bytes: Size limit of a weight file.
         examples: Examples of ``data.train``; None loads them.
+        tokenizer: The run's tokenizer; None opens it.
         more_facts: Facts to add to the pruning record.
         check: Called on every rank after each block; may raise StoppedError.
 
@@ -110,7 +112,7 @@ def prune_model(
         run.pst,
         run.schedule.final_sparsity,
         run.train.precision,
-        partial(_calibration, run, config, examples),
+        partial(_calibration, run, config, examples, tokenizer),
         run.data.train,
         {**({"max_length": run.data.max_length} if config.needs_data else {}), **(more_facts or {})},
         attention_options(run),
@@ -258,13 +260,18 @@ def _facts_of_data(given: PruneInput, config: PruneConfig, batches: Sequence[Bat
 
 
 def _calibration(
-    run: RunConfig, config: PruneConfig, examples: ExampleSet | None, model_config: "PretrainedConfig"
+    run: RunConfig,
+    config: PruneConfig,
+    examples: ExampleSet | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    model_config: "PretrainedConfig",
 ) -> list[Batch]:
     """Return batches of inputs: ``config.samples`` distinct examples of ``data.train``, sorted by length.
 
     Raises InputError if there are fewer examples.
     """
-    task, tokenizer = task_of(run), load_tokenizer(run)
+    task = task_of(run)
+    tokenizer = tokenizer or load_tokenizer(run)
     task.check_model(run.data, model_config, tokenizer)
     if examples is None:
         examples = task.load(run.data, "train", tokenizer, task.label_names(run.data))

@@ -22,6 +22,7 @@ from pst_ds.parallel.stop_signals import StoppedError
 from pst_ds.prune.model_files import ModelFiles
 from pst_ds.train.one_shot.pruning import prune_model, require_prunable, require_task
 from pst_ds.train.resolved import attention_options
+from pst_ds.train.run_context import RunContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,12 +41,13 @@ SETTINGS = {
 """Settings of the run file, by the name of the field of :class:`PruneConfig` that has their value."""
 
 
-def start_run(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> RunConfig:
+def start_run(context: RunContext, examples: ExampleSet, *, quiet: bool) -> RunConfig:
     """Prune the run's pretrained model as ``[start]`` says, unless that was done before; return the run that trains it.
 
     Collective: all ranks share the work. Raises on all ranks InputError, and StoppedError after a signal to any. Blocks
     that are finished are kept: the next start continues.
     """
+    run = context.run
     if run.start.method == "none":
         return run
     start = _facts_of_start(run, examples.digest)
@@ -57,7 +59,9 @@ def start_run(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> RunConfig
         print(f"pruning {run.model.path}{what} by {asked.method}: {out}", file=sys.stderr, flush=True)
     try:
         facts = {"start": start, "base_model": origin_of(run.model.path)}
-        prune_model(run, out, asked, examples=examples, more_facts=facts, check=_stop_if_asked)
+        prune_model(
+            run, out, asked, examples=examples, tokenizer=context.tokenizer, more_facts=facts, check=_stop_if_asked
+        )
     except StoppedError as error:
         raise StoppedError(f"{error}. Finished blocks were kept; start the run again to prune the others") from None
     except InputError as error:
