@@ -13,6 +13,10 @@ class InputError(ValueError):
     """Bad input: a setting, a file, a model or a checkpoint that cannot be used."""
 
 
+class ExportError(InputError):
+    """An export that cannot be made, or that does not match its manifest."""
+
+
 def renamed(message: str, names: Mapping[str, str]) -> str:
     """Return a message about fields of one object with the ``names`` that another place has for them.
 

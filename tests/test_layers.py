@@ -17,13 +17,13 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"core", "atomic_files", "errors", "file_names", "json_text", "plugins", "progress", "text_table", "third_party"},
     {"config", "formats", "parallel"},
-    {"data", "nn", "supervise"},
+    {"data", "nn", "storage_format", "supervise"},
     {"checkpoint", "masks", "prune"},
     {"runtime", "writing"},
     {"hf"},
     {"inference", "train"},
     {"export", "planning"},
-    {"cli", "__init__"},
+    {"cli", "__init__", "storage_formats"},
 ]
 """Packages and single files below pst_ds, lowest layer first. Core may import nothing else, not even single files."""
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}

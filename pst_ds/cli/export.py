@@ -11,23 +11,14 @@ from typing import TYPE_CHECKING
 from pst_ds.cli.flags import flags_of_fields
 from pst_ds.cli.main import add_quiet_argument, add_shard_argument, load_run_or_folder
 from pst_ds.config.targets import TARGETS
-from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, GGUF, GROUPS, ONNX, ONNX_FILE, VALUE_BITS, WHOLE_ROW
+from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, GGUF, GROUPS, ONNX, VALUE_BITS, WHOLE_ROW
 from pst_ds.errors import InputError, shortened
+from pst_ds.storage_format import listed_formats, storage_format
 
 if TYPE_CHECKING:
     from pst_ds.export.export_run import ExportSettings
     from pst_ds.writing.manifest import Facts
 
-FORMATS = {
-    DENSE: "ordinary model folder, pruned weights stored as zeros",
-    "bitmask": "a bit per weight and the kept values; loads after import pst_ds.hf",
-    "2:4": "two of four values and their places; as bitmask",
-    "csr": "rows of values and columns, above 80 %% sparsity; as bitmask",
-    COMPRESSED_TENSORS: "int8 or int4 for vLLM and transformers",
-    GGUF: "one file for llama.cpp",
-    ONNX: "a graph for ONNX Runtime and OpenVINO",
-}
-"""Purpose of each format, for the help; per cent are written as argparse wants them."""
 FLAGS = flags_of_fields(
     ("format", "values", "embeddings", "group", "dtype", "vocabulary", "activation_bits", "plain", "shard_bytes", "out")
 )
@@ -43,8 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("run", metavar="SRC", help="run folder, run file, or model folder with pruned weights")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of a run")
     add("--out", required=True, help="folder to write")
-    listed = "; ".join(f"{name}: {purpose}" for name, purpose in FORMATS.items())
-    add("--format", choices=tuple(FORMATS), metavar="FORMAT", help=f"default: {DENSE}. {listed}")
+    formats = listed_formats()
+    listed = "; ".join(f"{name}: {storage.purpose}" for name, storage in formats.items())
+    escaped = listed.replace("%", "%%")  # argparse formats its help texts
+    add("--format", choices=tuple(formats), metavar="FORMAT", help=f"default: {DENSE}. {escaped}")
     targets = ", ".join(TARGETS)
     text = f"choose format and types for where the model will run, and print the accuracy lost: {targets}"
     add("--for", choices=tuple(TARGETS), dest="target", metavar="TARGET", help=text)
@@ -179,15 +172,9 @@ def lines_of_report(args: argparse.Namespace, report: Facts) -> list[str]:
     """Describe the written folder, in lines of text."""
     from pst_ds.writing.refilled import refilled_text
 
-    if args.format == ONNX:
-        return [_onnx_line(args, report)]
-    if args.format == GGUF:
-        inexact = report["inexact_scales"]
-        changed = f"; fp16 holds {inexact} scales only approximately" if inexact else ""
-        return [
-            f"wrote {args.out}: {report['rounded_tensors']} of {report['tensors']} tensors in blocks, "
-            f"{report['file_bytes']:,} bytes, {report['bits_per_weight']:.2f} bits per weight{changed}"
-        ]
+    lines_of_format = storage_format(args.format).export_lines(args.out, report, args)
+    if lines_of_format is not None:
+        return lines_of_format
     lines = []
     if report.get("refilled"):
         lines.append(refilled_text(report["refilled"]))
@@ -203,16 +190,6 @@ def lines_of_report(args: argparse.Namespace, report: Facts) -> list[str]:
         f"{report['packed_tensors']} packed, {report['file_bytes']:,} bytes, {share:.3f} of dense bf16"
     )
     return lines + ([quantisation_text(report)] if "rounded_tensors" in report else [])
-
-
-def _onnx_line(args: argparse.Namespace, report: Mapping[str, object]) -> str:
-    weights = "dense weights" if args.plain else f"{report['sparse_nodes']} sparse products"
-    difference = report["max_relative_difference"]
-    compared = "not run: no onnxruntime" if difference is None else f"outputs within {difference:.1g} of the model's"
-    return (
-        f"wrote {Path(args.out) / ONNX_FILE}: {report['nodes']} nodes, {weights}, {report['file_bytes']:,} bytes; "
-        f"{compared}"
-    )
 
 
 def quantisation_text(report: Facts) -> str:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from pst_ds.cli.flags import flags_of_fields, in_flags
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, count, load_run_or_folder
-from pst_ds.core.packings import PACKINGS
 from pst_ds.errors import InputError
 from pst_ds.parallel import stop_signals
 from pst_ds.progress import is_first_rank
+from pst_ds.storage_format import folder_formats
 from pst_ds.text_table import aligned, bytes_text
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = subs["export"].add_argument
     add("--user", required=True, metavar="NAME", help="user whose model is written")
     add("--out", required=True, help="folder to write")
-    add("--format", choices=("dense", *PACKINGS), default="dense", help="(default: dense)")
+    add("--format", choices=folder_formats(), default="dense", help="(default: dense)")
     add("--dtype", choices=("bf16", "fp32"), help="cast every tensor (default: unchanged)")
     subs["remove"].add_argument("--user", required=True, nargs="+", metavar="NAME", help="users to remove")
 

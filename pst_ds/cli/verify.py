@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pst_ds.cli.eval import KL_FORMAT
 from pst_ds.cli.export import quantisation_text
 from pst_ds.cli.flags import flags_of_fields
 from pst_ds.cli.main import add_quiet_argument, count, load_run_or_folder
-from pst_ds.core.packings import GGUF, ONNX, ONNX_FILE
 from pst_ds.errors import InputError, shortened
+from pst_ds.storage_format import storage_format
 
 if TYPE_CHECKING:
     from pst_ds.export.verify import VerifyReport
@@ -46,8 +45,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         args.export, config, checkpoint=args.checkpoint, split=args.split, limit=args.limit, reference=args.reference
     )
     compared = report.comparison
-    lines_of_kind = {ONNX: _lines_of_onnx, GGUF: _lines_of_gguf}
-    lines = [*lines_of_kind.get(str(report.file["kind"]), _lines_of_file)(report)]
+    shown = storage_format(str(report.file["kind"])).verify_lines(report.export_dir, report.file)
+    lines = list(_lines_of_file(report) if shown is None else shown)
     if isinstance(compared, Comparison):
         lines += _lines_of_comparison(args.split, compared, quantised="rounded_tensors" in report.file)
     elif compared is not None:
@@ -58,22 +57,6 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     print("\n".join(lines))
     report.require_equal()
     return report.to_json()
-
-
-def _lines_of_onnx(report: VerifyReport) -> Iterator[str]:
-    file = Path(report.export_dir) / ONNX_FILE
-    without_sha256 = list[str](report.file["without_sha256"])  # type: ignore[call-overload]
-    checked = "ONNX Runtime opens it" if without_sha256 else "as in the manifest, and ONNX Runtime opens it"
-    yield f"{file}: {report.file['file_bytes']:,} bytes, {checked}; outputs {report.file['outputs']}"
-    if without_sha256:
-        yield (
-            f"NOT VERIFIED: the content of {shortened(without_sha256)}, of which the manifest of an older version has "
-            "no SHA-256. Export the run again"
-        )
-
-
-def _lines_of_gguf(report: VerifyReport) -> Iterator[str]:
-    yield f"{report.export_dir}: {report.file['file_bytes']:,} bytes, with the SHA-256 that the export wrote into it"
 
 
 def _lines_of_file(report: VerifyReport) -> Iterator[str]:

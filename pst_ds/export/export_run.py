@@ -10,23 +10,23 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.config.run import RunConfig
 from pst_ds.config.settings import Positive, Section, settings
 from pst_ds.config.toml import dump_run, load_run_or_folder
-from pst_ds.core.packings import COMPRESSED_TENSORS, COMPRESSED_TENSORS_W8A8, GGUF, ONNX, VALUE_BITS
+from pst_ds.core.packings import DENSE, VALUE_BITS
 from pst_ds.core.quantization import grid_of
 from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.data.vocabulary import trim
 from pst_ds.errors import InputError
 from pst_ds.export.export_checks import require_place, require_pruned, require_representable, require_vocabulary
 from pst_ds.file_names import RUN_FILE
+from pst_ds.storage_format import StorageFormat, listed_formats, storage_format
 from pst_ds.train.evaluate import evaluation_batches
 from pst_ds.train.resolved import ResolvedRun, build_shapes, resolve
 from pst_ds.train.run_folder import open_checkpoint
-from pst_ds.writing.encoding import Encoding, ExportError
 from pst_ds.writing.expert_stacks import kept_experts
 from pst_ds.writing.from_folder import CONFIG_FILE, model_of
 from pst_ds.writing.manifest import Facts
@@ -48,6 +48,14 @@ def _as_group(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+def _require_listed(name: str) -> str:
+    """Return the name of a storage format that users choose. Raises ValueError for another."""
+    known = listed_formats()
+    if name not in known:
+        raise ValueError(f"format = {name!r} must be one of {', '.join(map(repr, known))}")
+    return name
+
+
 @settings
 class ExportSettings(Section):
     """Settings of an export, named like the options of ``pst-ds export``.
@@ -55,8 +63,8 @@ class ExportSettings(Section):
     Raises ConfigError, which names fields; the command line names its flags instead.
     """
 
-    format: Literal["dense", "bitmask", "2:4", "csr", "compressed-tensors", "gguf", "onnx"] = "dense"
-    """Storage of the weights (docs/how-to/export.md)."""
+    format: Annotated[str, AfterValidator(_require_listed)] = DENSE
+    """Storage of the weights (docs/how-to/export.md), by the name of a storage format."""
     values: Literal["int8", "int4", "bf16"] | None = None
     """Linear layers inside the blocks: "int8" or "int4" quantises them; "bf16" casts every tensor of the model."""
     embeddings: Literal["int8", "int4"] | None = None
@@ -75,19 +83,16 @@ class ExportSettings(Section):
     """Size limit of a weight file."""
 
     def problems(self) -> Iterator[str]:
-        if self.plain and self.format != ONNX:
-            yield f'plain = true is for format = "{ONNX}", not for format = "{self.format}". Remove plain = true'
-        if self.shard_bytes != SHARD_BYTES and self.format in (GGUF, ONNX):
+        storage = self.storage
+        if self.plain and not storage.has_plain_variant:
+            with_variant = " or ".join(f'"{name}"' for name, each in listed_formats().items() if each.has_plain_variant)
+            yield f'plain = true is for format = {with_variant}, not for format = "{self.format}". Remove plain = true'
+        if self.shard_bytes != SHARD_BYTES and not storage.has_weight_files:
             yield (
                 f'shard_bytes = {self.shard_bytes} is for folders of weight files, not for format = "{self.format}". '
                 "Remove shard_bytes"
             )
-        quantised_onnx = self.format == ONNX and not self.plain and self.values in VALUE_BITS
-        if self.activation_bits == 8 and not quantised_onnx and self.format != COMPRESSED_TENSORS:
-            yield (
-                f'activation_bits = 8 is for format = "{COMPRESSED_TENSORS}", and for format = "{ONNX}" with quantised '
-                'weights. Set values = "int8" or "int4"'
-            )
+        yield from storage.problems_of_settings(self)
         if self.group and self.values not in VALUE_BITS and self.embeddings not in VALUE_BITS:
             yield (
                 f'group = {self.group!r} is for quantised values. Set values = "int8" or "int4", or embeddings = '
@@ -95,21 +100,27 @@ class ExportSettings(Section):
             )
         if self.values == "bf16" and self.dtype not in (None, "bf16"):
             yield f'values = "bf16" and dtype = "{self.dtype}" both cast every tensor. Remove one of them'
-        is_quantised_by_run = self.format == COMPRESSED_TENSORS and self.values is None
-        if self.format != ONNX and not is_quantised_by_run:
-            try:
-                options = self.options()
-                Encoding(options.packing, options.values, options.embeddings)
-            except ExportError as error:
-                yield str(error)
+        if storage.needs_no_values(self):
+            return
+        try:
+            options = self.options()
+        except InputError as error:
+            yield str(error)
+            return
+        if problem := storage_format(options.packing).problem(options.values, options.embeddings):
+            yield problem
+
+    @property
+    def storage(self) -> StorageFormat:
+        """The storage format's class."""
+        return storage_format(self.format)
 
     def options(self) -> ExportOptions:
         """Return the storage of the export. Raises InputError for an unknown quantisation."""
-        group = self.group or (32 if self.format == GGUF else None)
-        quantises_inputs = self.format == COMPRESSED_TENSORS and self.activation_bits == 8
+        group = self.group or self.storage.default_group
         try:
             return ExportOptions(
-                packing=COMPRESSED_TENSORS_W8A8 if quantises_inputs else self.format,
+                packing=self.storage.variant_for(self.activation_bits),
                 values=grid_of(self.values, group) if self.values in VALUE_BITS else None,
                 embeddings=grid_of(self.embeddings, group) if self.embeddings in VALUE_BITS else None,
                 dtype="bf16" if self.values == "bf16" else self.dtype,
@@ -145,11 +156,13 @@ def export_run(
     resolved = resolve(config, labels=opened.state.labels)
     require_representable(resolved.shapes.model_to_export(), settings.format)
     export = partial(_export_resolved, resolved, opened)
-    return _to_onnx(export, Path(out), settings) if settings.format == ONNX else export(Path(out), settings)
+    if _is_converted(settings):
+        return _convert(export, Path(out), settings)
+    return export(Path(out), settings)
 
 
 def _export_resolved(resolved: ResolvedRun, checkpoint: Checkpoint, out: Path, settings: ExportSettings) -> Facts:
-    """Export ``checkpoint`` in a format other than ONNX; see :func:`export_run`."""
+    """Export ``checkpoint`` in a format that is not converted from another; see :func:`export_run`."""
     run, tokenizer = resolved.run, resolved.require_tokenizer()
     model = resolved.shapes.model_to_export()
     options = options_as_trained(settings.options(), model, checkpoint)
@@ -190,8 +203,8 @@ def export_model_folder(source: str | Path, out: str | Path, settings: ExportSet
         )
     require_vocabulary(settings.vocabulary, SEEN)
     require_representable(model_of(source), settings.format)
-    if settings.format == ONNX:
-        return _to_onnx(lambda at, how: export_model_folder(source, at, how), Path(out), settings)
+    if _is_converted(settings):
+        return _convert(lambda at, how: export_model_folder(source, at, how), Path(out), settings)
     tokenizer, vocabulary = None, None
     if settings.vocabulary:
         tokenizer = open_tokenizer(source, str(source), "Name a folder with a tokenizer")
@@ -214,15 +227,19 @@ def is_model_folder(source: Path) -> bool:
     return True
 
 
-def _to_onnx(export: Callable[[Path, ExportSettings], Facts], out: Path, settings: ExportSettings) -> Facts:
-    """Export to a temporary folder with ``export``, and write its ONNX graph to ``out``."""
-    from pst_ds.inference.onnx.folder import write_onnx
+def _is_converted(settings: ExportSettings) -> bool:
+    """Return whether the format is made from a folder in another format."""
+    return settings.storage.made_from(plain=settings.plain) != settings.format
 
+
+def _convert(export: Callable[[Path, ExportSettings], Facts], out: Path, settings: ExportSettings) -> Facts:
+    """Export to a temporary folder with ``export``, and convert it to ``out``."""
     with tempfile.TemporaryDirectory(prefix="pst-ds-") as scratch:
-        packed, plain = Path(scratch) / out.name, settings.plain
-        how = replace(settings, format="dense" if plain else "bitmask", plain=False, activation_bits=16)
+        packed = Path(scratch) / out.name
+        source_format = settings.storage.made_from(plain=settings.plain)
+        how = replace(settings, format=source_format, plain=False, activation_bits=16)
         facts = export(packed, how)
-        return write_onnx(packed, out, dict(facts), plain=plain, activation_bits=settings.activation_bits)
+        return settings.storage.convert(packed, out, dict(facts), settings)
 
 
 def _with_token_count(report: Facts) -> Facts:

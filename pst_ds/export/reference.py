@@ -5,7 +5,6 @@ from pathlib import Path
 
 from torch import nn
 
-from pst_ds.core.packings import DENSE
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
 from pst_ds.hf.config import LoadAs, PackedWeightsConfig
@@ -18,7 +17,7 @@ from pst_ds.train.run_context import RunContext
 
 def load_folder(folder: str | Path, context: RunContext, load_as: LoadAs = "dense", fix: str = "") -> nn.Module:
     """Load a folder, dense or packed, in the precision of a run and for its task; see :func:`load_frozen`."""
-    packed = None if open_model_folder(folder).format == DENSE else PackedWeightsConfig(load_as=load_as)
+    packed = None if open_model_folder(folder).is_plain else PackedWeightsConfig(load_as=load_as)
     return load_frozen(Pretrained(str(folder)), context, packed, fix)
 
 

@@ -34,6 +34,10 @@ class PackedFormat(ABC):
     """Name of the part with the shape of the matrix."""
     shape_dims: tuple[int, ...] = (2,)
     """Shape of that part."""
+    has_row_bits = False
+    """True if "bitmask" has the row bits and the values follow row by row, which our kernels multiply with directly."""
+    holds_stacks = False
+    """True if :meth:`rows_of` is defined, so that a stack of experts can be packed as one matrix."""
 
     @abstractmethod
     def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
@@ -120,6 +124,31 @@ class PackedFormat(ABC):
         """
         dense = self._unpack({part: parts[part].detach().cpu().contiguous() for part in self.part_names}, dtype)
         return dense if dtype is None else dense.to(dtype)
+
+    def row_starts(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return the index of the first element of every row in the flattened values, (O,) int64, on their device."""
+        raise NotImplementedError(f"{self.name} has no index of rows")
+
+    def rows_of(self, parts: Mapping[str, Tensor], rows: slice, values: slice, starts: Tensor) -> dict[str, Tensor]:
+        """Return views of the parts of some ``rows``, which are a packed matrix themselves.
+
+        Args:
+            parts: checked parts of the whole matrix.
+            rows: range of rows, with start and stop.
+            values: range of their elements in the part with the values.
+            starts: :meth:`row_starts` of these rows, counted from the first of the ``values``.
+        """
+        num_rows = rows.stop - rows.start
+        outputs = int(parts[self.shape_name].flatten()[0])
+        columns = int(parts[self.shape_name].flatten()[1])
+        held = {self.shape_name: torch.tensor([num_rows, columns]).view(self.shape_dims)}
+        for name, part in parts.items():
+            if name == "row_offsets":
+                held[name] = starts
+            elif name != self.shape_name:
+                by_row = part.dim() == 2 and part.shape[0] == outputs
+                held[name] = part[rows] if by_row else part[values]
+        return held
 
     @abstractmethod
     def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:

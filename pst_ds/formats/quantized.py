@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pst_ds.core.packings import DENSE, QUANTIZED_PACKINGS
+from pst_ds.core.packings import DENSE, GROUPS, QUANTIZED_PACKINGS
 from pst_ds.core.quantization import (
     RULE_OF_SCALES,
     SCALE_DTYPE,
@@ -28,6 +28,21 @@ from pst_ds.formats.rows import as_bools, bytes_of_row, gather, row_counts, scat
 from pst_ds.formats.sparse import BitmaskFormat, TwoFourFormat, filled_groups, require_two_of_four
 
 
+def grid_of_parts(parts: Mapping[str, Part], columns: int) -> Grid:
+    """Return the quantisation of a weight with ``columns`` inputs, given dtype and shape of its codes and scales.
+
+    Raises FormatError if the scales fit no quantisation.
+    """
+    bits = 4 if parts["codes"][0] == torch.uint8 else 8
+    dims = parts["scales"][1] if "scales" in parts else ()
+    groups = dims[1] if len(dims) == 2 else 1
+    group = None if groups == 1 or not columns else columns // max(groups, 1)
+    if group is not None and (group not in GROUPS or group * groups != columns):
+        known = ", ".join(map(str, GROUPS))
+        raise FormatError(f"{groups} scales per row of {columns} inputs: a scale must be for {known} inputs or for all")
+    return Grid(bits, group)
+
+
 class QuantizedFormat(PackedFormat):
     """``codes``, ``scales`` (O, groups) bf16, ``shape`` and, unless dense, ``bitmask`` (O, ceil(I / 8)) uint8.
 
@@ -36,6 +51,7 @@ class QuantizedFormat(PackedFormat):
     """
 
     values_name = "codes"
+    holds_stacks = True
     shape_dims: tuple[int, ...]
     _POSITIONS: ClassVar[dict[str, PackedFormat]] = {"bitmask": BitmaskFormat(), "2:4": TwoFourFormat()}
 
@@ -111,7 +127,17 @@ class QuantizedFormat(PackedFormat):
         held["codes"] = codes
         return {part: held[part] for part in self.part_names}
 
-    def row_offsets(self, parts: Mapping[str, Tensor]) -> Tensor:
+    @property
+    def is_dense(self) -> bool:
+        """True if every position has a code."""
+        return self._base is None
+
+    @property
+    def pads_rows(self) -> bool:
+        """True if a row with an odd number of kept int4 codes ends with half a byte of padding."""
+        return self.packing == "bitmask" and self.grid.bits == 4
+
+    def row_starts(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Return the index of the first byte of every row in ``codes``, (O,) int64, on the device of the parts."""
         codes, rows = parts["codes"], int(parts["shape"].flatten()[0])
         if self.packing != "bitmask":

@@ -24,6 +24,11 @@ class BitmaskFormat(PackedFormat):
     name = "bitmask"
     part_names: tuple[str, ...] = ("compressed", "bitmask", "row_offsets", "shape")
     values_name = "compressed"
+    has_row_bits = True
+    holds_stacks = True
+
+    def row_starts(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return parts["row_offsets"]
 
     def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
         rows, columns = shape
@@ -70,6 +75,16 @@ class CsrFormat(PackedFormat):
     name = "csr"
     part_names = ("crow_indices", "col_indices", "values", "shape")
     values_name = "values"
+    holds_stacks = True
+
+    def row_starts(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return parts["crow_indices"][:-1]
+
+    def rows_of(self, parts: Mapping[str, Tensor], rows: slice, values: slice, starts: Tensor) -> dict[str, Tensor]:
+        others = {name: part for name, part in parts.items() if name != "crow_indices"}
+        # one more index than rows: where the last row ends
+        ends = parts["crow_indices"][rows.start : rows.stop + 1] - values.start
+        return super().rows_of(others, rows, values, starts) | {"crow_indices": ends}
 
     def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
         rows, columns = shape
@@ -141,6 +156,11 @@ class TwoFourFormat(BitmaskFormat):
 
     name = "2:4"
     part_names = ("compressed", "bitmask", "shape")
+
+    def row_starts(self, parts: Mapping[str, Tensor]) -> Tensor:
+        rows, columns = parts["shape"].flatten().tolist()
+        return torch.arange(rows, device=parts["bitmask"].device) * (columns // 2)
+
     shape_dims = (2, 1)
 
     def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.packings import DENSE
 from pst_ds.formats import QuantizedFormat, with_row_bits
 from pst_ds.hf.tables import LoadingTable
 from pst_ds.hf.weight_files import (
@@ -67,7 +66,7 @@ def put_sparse_layers(model: nn.Module, groups: Groups, packing: str, tied: set[
         shape = (table.shape[0], table.shape[1]) if is_embedding else linear_shape(module)
         form = form_of_group(name, packing, group, shape[1])
         if is_embedding or is_tied:
-            if not isinstance(form, QuantizedFormat) or form.packing != DENSE or is_conv1d(module):
+            if not isinstance(form, QuantizedFormat) or not form.is_dense or is_conv1d(module):
                 raise PackedFolderError(
                     f"{name}: packed in the folder, but this model ties it to another weight. Set "
                     "tie_word_embeddings to false in config.json if they differ, or export again."

@@ -16,6 +16,7 @@ from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.hf.config import LoadAs, PackedWeightsConfig
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 from pst_ds.nn.folder_facts import sparsity_of
+from pst_ds.storage_format import STORAGE_FORMATS, storage_format
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """Inputs of an encoder, each (batch, tokens) int64."""
@@ -29,6 +30,8 @@ class ModelFolder:
     config: PreTrainedConfig
     format: str
     """"dense", the format of its packed weights, or "codes" for a dense folder of quantised values."""
+    is_plain: bool
+    """True if transformers loads it without pst-ds: its weights are dense and not quantised."""
 
     @property
     def is_causal(self) -> bool:
@@ -60,14 +63,14 @@ class ModelFolder:
 
     def load(self, load_as: LoadAs = "auto", dtype: str | None = None, device: str = "cpu") -> PreTrainedModel:
         """Return the model in eval mode, in ``dtype``, a key of :data:`DTYPES`, or the folder's. Raises InputError."""
-        if load_as == "sparse" and self.format == DENSE:
+        if load_as == "sparse" and self.is_plain:
             raise InputError(f"{self.path}: its weights are dense. Pack them with pst-ds export --format bitmask")
         model, _ = Pretrained(str(self.path)).load(
             architecture(self.config) or transformers.AutoModel,
             "Name one that the config belongs to",
             dtype=DTYPES[dtype] if dtype else "auto",
             local_files_only=True,
-            quantization_config=None if self.format == DENSE else PackedWeightsConfig(load_as=load_as),
+            quantization_config=None if self.is_plain else PackedWeightsConfig(load_as=load_as),
             device_map=None if device == "cpu" else {"": device},
         )
         return model.eval()
@@ -101,7 +104,9 @@ def open_model_folder(path: str | Path) -> ModelFolder:
     if quantization and method != "pst_ds":
         raise InputError(f"{path}: quantised with {method!r}. Name a folder that is dense, or packed by pst-ds")
     packing = str(quantization.get("format", DENSE))
-    return ModelFolder(path, config, "codes" if quantization and packing == DENSE else packing)
+    if quantization and packing in STORAGE_FORMATS.names and not storage_format(packing).marks_tensors:
+        packing = "codes"
+    return ModelFolder(path, config, packing, is_plain=not quantization)
 
 
 def input_names(model: PreTrainedModel) -> list[str]:

@@ -28,6 +28,7 @@ from pst_ds.hf.weight_files import (
     read_headers,
 )
 from pst_ds.runtime import sparse_layers
+from pst_ds.storage_format import storage_format
 from pst_ds.third_party import patch
 from pst_ds.writing.encoding import ExportError, encoding_of_config
 
@@ -74,7 +75,7 @@ class PackedWeightsQuantizer(HfQuantizer):
         """Return the device map unchanged; resolve ``load_as`` = "auto", which depends on it."""
         config = self.quantization_config
         if config.load_as == "auto":
-            is_fast = config.format == "bitmask" and config.values is None
+            is_fast = storage_format(str(config.format)).is_faster_packed_on_cpu and config.values is None
             config.load_as = "sparse" if is_fast and _is_on_cpu(device_map) else "dense"
             if config.values is not None:
                 _LOG.warning(_UNPACKS, config.values)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pst_ds.errors import InputError
-from pst_ds.formats import FORMATS, FormatError, PackedFormat, form_of
+from pst_ds.formats import FormatError, PackedFormat
 from pst_ds.formats.base_weights import names_in_files
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile, TensorFileError
 from pst_ds.nn.model_structure import is_linear, known_stacks
+from pst_ds.storage_format import form_of, storage_format
 
 _PARTS_OF_CODES = ("codes", "bitmask", "scales", "shape")
 
@@ -59,7 +60,8 @@ def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
 
 def packed_groups(headers: Mapping[str, StoredTensor], packing: str) -> dict[str, dict[str, StoredTensor]]:
     """Return tensors that are named like parts of packed or quantised weights, by module name and part."""
-    known = {*_PARTS_OF_CODES, *(FORMATS[packing].part_names if packing in FORMATS else ())}
+    layout = storage_format(packing).layout(None)
+    known = {*_PARTS_OF_CODES, *(() if layout is None else layout.part_names)}
     groups: dict[str, dict[str, StoredTensor]] = {}
     for name, stored in headers.items():
         module, _, part = name.rpartition(".")

@@ -121,7 +121,7 @@ def divergences(
 
 def variants(folder: ModelFolder, dtype: str) -> dict[str, Variant]:
     """Return the models by name: "dense", and the folder's packed format. Raises InputError."""
-    file_bytes = folder.weight_file_bytes if folder.format == "dense" else None
+    file_bytes = folder.weight_file_bytes if folder.is_plain else None
     by_name = {"dense": Variant(folder.load("dense", dtype), folder.is_causal, file_bytes)}
     if folder.format in FORMATS:
         by_name[folder.format] = Variant(folder.load("sparse", dtype), folder.is_causal, folder.weight_file_bytes)

@@ -47,7 +47,7 @@ class SparseExperts(SparseLinear):
         """Compute where the values of each expert start, and the offsets of its rows from there."""
         super()._prepare()
         rows, values = self.rows_of_expert, getattr(self, self.format.values_name)
-        offsets = self.crow_indices[:-1] if self.format.name == "csr" else self.row_offsets
+        offsets = self.format.row_starts(self.parts())
         first = offsets[::rows]
         self._starts = [*first.tolist(), values.numel()]
         self.register_buffer("expert_offsets", offsets - first.repeat_interleave(rows), persistent=False)
@@ -56,16 +56,7 @@ class SparseExperts(SparseLinear):
         """Return views of the parts of one expert's (O, I) matrix; offsets count from its first value."""
         count = self.rows_of_expert
         rows, (start, stop) = slice(expert * count, (expert + 1) * count), self._starts[expert : expert + 2]
-        found = {"shape": torch.tensor([count, self.in_features]).view(self.format.shape_dims)}
-        for name, part in self.parts().items():
-            if name == "row_offsets":
-                found[name] = self.expert_offsets[rows]
-            elif name == "crow_indices":
-                found[name] = part[rows.start : rows.stop + 1] - start
-            elif name != "shape":
-                by_row = part.dim() == 2 and part.shape[0] == self.out_features
-                found[name] = part[rows] if by_row else part[start:stop]
-        return found
+        return self.format.rows_of(self.parts(), rows, slice(start, stop), self.expert_offsets[rows])
 
     def forward(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:  # type: ignore[override]
         """Multiply with the expert of each (token, expert) pair: (N*k, O) in the order of the experts.
@@ -77,7 +68,8 @@ class SparseExperts(SparseLinear):
         x = self._accepted(x, self.dtype)
         values, num_pairs = getattr(self, self.format.values_name), routing.order.numel()
         needs_gradient = x.requires_grad and torch.is_grad_enabled()
-        in_one_launch = self.format.name != "csr" and not needs_gradient and gpu.multiplies(x, values)
+        has_kernel = self.format.has_row_bits or self.is_quantized
+        in_one_launch = has_kernel and not needs_gradient and gpu.multiplies(x, values)
         if num_pairs <= FEW_PAIRS and not in_one_launch and not needs_gradient and self._is_native(x, values):
             x = x[routing.tokens] if by_token else x
             parts = values.view(-1), self.bitmask, self.expert_offsets
@@ -94,7 +86,7 @@ class SparseExperts(SparseLinear):
 
     def _is_native(self, x: Tensor, values: Tensor) -> bool:
         """Return whether our CPU kernel multiplies a few vectors with an expert."""
-        if self.format.name not in ("bitmask", "2:4") or values.dtype != x.dtype or not self.in_features:
+        if not self.format.has_row_bits or values.dtype != x.dtype or not self.in_features:
             return False
         return ops.backend_for(x.dtype, x.device.type, FEW_PAIRS) == "native"
 
@@ -104,7 +96,7 @@ class SparseExperts(SparseLinear):
         needs_gradient = x.requires_grad and torch.is_grad_enabled()
         offsets = self.expert_offsets[expert * rows : (expert + 1) * rows]
         # only slices, because the product of a token is short
-        if not needs_gradient and form.name in ("bitmask", "2:4"):
+        if not needs_gradient and form.has_row_bits:
             start, stop = self._starts[expert : expert + 2]
             values = getattr(self, form.values_name).view(-1)[start:stop]
             return ops.bitmask_linear(x, values, self.bitmask[expert * rows : (expert + 1) * rows], offsets, None)

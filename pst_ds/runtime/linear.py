@@ -6,7 +6,6 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.packings import DENSE
 from pst_ds.formats import FORMATS, FormatError, PackedFormat, QuantizedFormat
 from pst_ds.runtime import ops
 
@@ -87,11 +86,9 @@ class SparseLinear(nn.Module):
     def _prepare(self) -> None:
         """Compute the offsets of rows that the product needs."""
         self._is_checked = True
-        if self.format.name == "2:4":
-            offsets = torch.arange(self.out_features, device=self.bitmask.device) * (self.in_features // 2)
-            self.register_buffer("row_offsets", offsets, persistent=False)
-        elif isinstance(self.format, QuantizedFormat):
-            self.register_buffer("row_offsets", self.format.row_offsets(self.parts()), persistent=False)
+        form = self.format
+        if (form.has_row_bits or self.is_quantized) and "row_offsets" not in form.part_names:
+            self.register_buffer("row_offsets", form.row_starts(self.parts()), persistent=False)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         self._is_checked = False
@@ -138,12 +135,13 @@ class SparseLinear(nn.Module):
         form = self.format
         values: Tensor = self.codes if self.is_quantized else self._parameters[form.values_name]  # type: ignore[assignment]
         x = self._accepted(x, self._dtype if self.is_quantized else values.dtype)
-        if form.name == "csr" or (x.requires_grad and torch.is_grad_enabled()):
+        has_kernel = form.has_row_bits or self.is_quantized
+        if not has_kernel or (x.requires_grad and torch.is_grad_enabled()):
             return ops.dense_linear(x, self.dense_weight().to(x.device), self.bias)
         in_eager = type(x) is Tensor and not torch.compiler.is_compiling()
         if isinstance(form, QuantizedFormat):
             product = ops.quantized_linear if in_eager else torch.ops.pst_ds.quantized_linear
-            bits = None if form.packing == DENSE else self.bitmask
+            bits = None if form.is_dense else self.bitmask
             return product(x, values, self.scales, bits, self.row_offsets, self.bias, form.packing)
         if in_eager:
             # read the dictionaries directly: four look-ups of nn.Module take as long as a small product

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pst_ds.core.quantization import dequantize, unpack_nibbles
-from pst_ds.formats import FORMATS, QuantizedFormat, form_of
+from pst_ds.formats import FORMATS, QuantizedFormat
 from pst_ds.formats.quantized import without_padding
 from pst_ds.runtime import gpu, native
+from pst_ds.storage_format import form_of
 
 PANEL_ROWS = 1024
 """Rows of a weight that are expanded in one step."""
@@ -112,7 +113,7 @@ def codes_on_device(form: QuantizedFormat, codes: Tensor, bitmask: Tensor | None
         return unpack_nibbles(codes, columns).contiguous() if form.grid.bits == 4 else codes
     keep = _kept(bitmask, columns)
     flat = unpack_nibbles(codes.reshape(-1), 2 * codes.numel()) if form.grid.bits == 4 else codes.reshape(-1)
-    if form.grid.bits == 4 and form.packing == "bitmask":
+    if form.pads_rows:
         flat = without_padding(flat, keep.sum(1))
     return torch.zeros(keep.shape, dtype=torch.int8, device=codes.device).masked_scatter_(keep, flat)
 

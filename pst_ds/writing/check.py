@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.atomic_files import file_sha256
-from pst_ds.core.packings import DENSE, ONNX_FILE
+from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import shortened
 from pst_ds.file_names import CARD_FILE, MANIFEST_FILE
 from pst_ds.formats import FormatError, with_row_bits
@@ -123,13 +123,16 @@ def _check_files(folder: Path, tensors: Sequence[ExportedTensor], facts: Facts, 
         raise ExportError(f"{folder} has files that the manifest does not list: {shortened(loaded)}. Remove them")
     path = folder / CONFIG_FILE
     found = read_table(path, f"{path} is missing").get("quantization_config")
-    left, compressed = facts.get("left_alone", ()), (False, encoding.packing == "bitmask")
+    left = facts.get("left_alone", ())
+    # the header of a file, not its config, says whether its bitmasks are compressed
+    compressed = (False, encoding.storage.compresses_bitmask)
     wanted = [encoding.quantization_config(len(weights), left, compressed=each) for each in compressed]
     if found not in wanted:
         raise ExportError(f"{path}: quantization_config = {str(found)[:200]}, but {encoding} weights need {wanted[0]}")
     for tensor in tensors:
         is_quantised_so = tensor.grid in (encoding.values, encoding.embeddings, None)
-        if not is_quantised_so or tensor.packing not in (DENSE, encoding.packing):
+        is_packed_so = tensor.packing == encoding.packing or not tensor.spec.is_packed
+        if not is_quantised_so or not is_packed_so:
             raise ExportError(
                 f"{folder}: {tensor.name} is {tensor.packing}, {tensor.grid or 'not quantised'}, but by the manifest "
                 f"the export is {encoding}"

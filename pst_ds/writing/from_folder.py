@@ -10,23 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, GGUF
+from pst_ds.core.packings import DENSE
 from pst_ds.core.quantization import Grid
 from pst_ds.file_names import MANIFEST_FILE
-from pst_ds.formats import (
-    VALUE_DTYPES,
-    FormatError,
-    PackedFormat,
-    QuantizedFormat,
-    form_of,
-    packed_format,
-    row_bits,
-    with_row_bits,
-)
+from pst_ds.formats import VALUE_DTYPES, FormatError, PackedFormat, QuantizedFormat, row_bits, with_row_bits
 from pst_ds.formats.base_weights import BaseWeights, names_in_files
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 from pst_ds.nn.model_structure import is_conv1d, linear_shape, untied_linear_layers
 from pst_ds.nn.tables.rounded import embedding_tables
+from pst_ds.storage_format import form_of, packed_format
 from pst_ds.writing.encoding import QUANT_METHOD, Encoding, ExportError, encoding_of_config
 from pst_ds.writing.expert_stacks import FolderStack, folder_stacks
 from pst_ds.writing.manifest import ExportedTensor, Facts, read_manifest, read_table, tensor_sha256
@@ -37,8 +29,6 @@ from pst_ds.writing.quantization import grids
 CONFIG_FILE = "config.json"
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Endings of small files that are copied along with the weights: tokenizer, vocabulary, generation settings."""
-_STAYS_IN_PIECES = (GGUF, *FOR_COMPRESSED_TENSORS)
-"""Formats in which a dense stack of experts stays in separate tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +223,7 @@ class _Planner:
             if outputs:
                 jobs.append(TensorJob(outputs, recipe))
                 taken |= {*recipe.parts.values(), *stack.stored}
-            if self._encoding.packing == GGUF:  # GGUF files have stacks again, and are filled expert by expert
+            if self._encoding.storage.fills_stacks_by_expert:
                 stored = zip(stack.stored, stack.pieces, strict=False)
                 pieces |= {name: (stack.name, piece.run.rows) for name, piece in stored}
         for name, parts in self._tensors(taken).items():
@@ -279,18 +269,20 @@ class _Planner:
     def _stack_outputs(self, stack: FolderStack, recipe: FolderRecipe) -> tuple[TensorSpec, ...]:
         """Return the outputs of a stack that is or will be packed; nothing if it stays separate dense tensors."""
         encoding, is_packed = self._encoding, recipe.form is not None
-        if not is_packed and (not stack.stored or encoding.is_plain or encoding.packing in _STAYS_IN_PIECES):
+        storage = encoding.storage
+        if not is_packed and (not stack.stored or encoding.is_plain or storage.keeps_stacks_in_pieces):
             return ()
         dtype, transposed = self._cast_dtype(recipe.dtype), stack.layout.transposed
         spec = TensorSpec(stack.name, stack.shape, dtype, recipe.facts.origin, transposed=transposed, is_linear=True)
-        if encoding.packing not in _STAYS_IN_PIECES:
-            grid = encoding.values if encoding.packing == DENSE else None
+        if not storage.keeps_stacks_in_pieces:
+            # a format that packs quantises the stack with it, and leaves one that it cannot pack unchanged
+            grid = None if storage.marks_tensors else encoding.values
             as_one = spec.stored_as(encoding, grid, partial(self._keep, recipe))
             if as_one.form is not None:
                 return (as_one,)
         if not is_packed:
             return ()
-        piece_spec = spec.quantised(encoding.values) if encoding.packing == GGUF else spec
+        piece_spec = spec.quantised(encoding.values) if storage.fills_stacks_by_expert else spec
         return tuple(replace(piece_spec, name=piece.name, shape=piece.shape) for piece in stack.pieces)
 
     def _recipe(self, name: str, parts: dict[str, str]) -> FolderRecipe:
@@ -348,7 +340,8 @@ def _facts_of(tensors: Sequence[ExportedTensor], num_matrices: int | None = None
 def _parts_of(weight: str, known: set[str], folder: FolderContents) -> dict[str, str]:
     """Return the parts of the tensor ``weight``, by their names in the files; may be empty."""
     module, packing = weight.removesuffix(".weight"), folder.encoding.packing
-    names = packed_format(packing).part_names if packing != DENSE else ()
+    layout = folder.encoding.storage.layout(None)
+    names = () if layout is None else layout.part_names
     if f"{module}.codes" in known:
         names = packed_format(packing if f"{module}.bitmask" in known else DENSE, Grid(8)).part_names
     parts = {f"{module}.{part}": part for part in names}

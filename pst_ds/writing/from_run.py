@@ -13,7 +13,6 @@ from pst_ds.core.bits import all_ones
 from pst_ds.core.coded_weight import CodedWeight, CodeLayout
 from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.packings import DENSE, GGUF
 from pst_ds.core.quantization import (
     SCALE_DTYPE,
     Grid,
@@ -287,8 +286,8 @@ class _Planner:
         recipe = self._recipe(f"{name}.weight", next(iter(parts)))
         recipe = replace(recipe, rows_in_base=tuple((at, *part.run.rows) for at, part in parts.items()))
         as_one = self._spec(recipe, name, layer.weight_shape)
-        if as_one.form is not None and self._encoding.packing != GGUF:
-            yield TensorJob((as_one,), replace(recipe, masked=as_one.packing == DENSE))
+        if as_one.form is not None and not self._encoding.storage.fills_stacks_by_expert:
+            yield TensorJob((as_one,), replace(recipe, masked=not as_one.is_packed))
             return
         if recipe.kept:
             parts = self._named_parts(self._model, name, layer)
@@ -328,7 +327,7 @@ class _Planner:
         """Plan the model's tensor ``name`` as ``out_name``; an export of a whole base uses the base's names."""
         recipe = self._recipe(name, in_base)
         spec = self._spec(recipe, in_base if in_base and self._keeps_rest else out_name, shape)
-        return TensorJob((spec,), replace(recipe, masked=spec.packing == DENSE))
+        return TensorJob((spec,), replace(recipe, masked=not spec.is_packed))
 
     def _recipe(self, name: str, in_base: str | None, dtype_of: str | None = None) -> RunRecipe:
         """Return how to make the tensor ``name``; ``dtype_of``: a tensor of the base with the dtype, if not in_base."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -9,17 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticKnownError
 from torch import Tensor
 
 from pst_ds.atomic_files import file_sha256
 from pst_ds.core.bits import INT_OF_SIZE
-from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, PACKINGS
 from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.errors import problem_with_value
 from pst_ds.file_names import CARD_FILE, MANIFEST_FILE
 from pst_ds.formats.safetensors_file import DTYPE_OF_CODE, tensor_bytes
-from pst_ds.writing.encoding import STEMS, ExportError, encoding_of
+from pst_ds.storage_format import PLAIN_STEM, storage_formats
+from pst_ds.writing.encoding import ExportError, encoding_of
 from pst_ds.writing.plan import Origin, TensorSpec
 
 FORMAT, QUANTIZED_FORMAT = 2, 3
@@ -46,7 +48,27 @@ Facts = dict[str, Any]
 _Count = Annotated[int, Field(ge=0, lt=1 << 48)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _UNHASHED = (MANIFEST_FILE, CARD_FILE)
-_KINDS = (DENSE, *PACKINGS, *FOR_COMPRESSED_TENSORS)
+
+
+def _require_kind(kind: str) -> str:
+    """Return a storage format that manifests name. Raises pydantic's error of a literal for another."""
+    known = [storage.name for storage in storage_formats() if storage.has_manifest]
+    if kind not in known:
+        raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, known))})
+    return kind
+
+
+def _require_weight_file(name: str) -> str:
+    """Return the name of a weight file of an export. Raises pydantic's error of a pattern for another."""
+    stems = {PLAIN_STEM, *(storage.stem for storage in storage_formats() if storage.has_manifest)}
+    # checked here, because formats of other packages are known only once the registry is asked
+    pattern = rf"(?:{'|'.join(map(re.escape, sorted(stems)))})(?:-[0-9]{{5}}-of-[0-9]{{5}})?\.safetensors"
+    if re.fullmatch(pattern, name) is None:
+        raise PydanticKnownError("string_pattern_mismatch", {"pattern": pattern})
+    return name
+
+
+_Kind = Annotated[str, AfterValidator(_require_kind)]
 
 
 class StoredPart(BaseModel):
@@ -55,7 +77,7 @@ class StoredPart(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     name: Annotated[str, Field(max_length=512)]
-    file: Annotated[str, Field(pattern=rf"^(?:{'|'.join(STEMS)})(?:-[0-9]{{5}}-of-[0-9]{{5}})?\.safetensors$")]
+    file: Annotated[str, AfterValidator(_require_weight_file)]
     sha256: _Sha256
 
 
@@ -75,7 +97,7 @@ class ExportedTensor(BaseModel):
     """Weights that the mask prunes, for each matrix of a pruned tensor."""
     matrix_axis: Literal[0, 1]
     """Storage axis along which the matrices of a fused tensor are concatenated."""
-    packing: Literal[_KINDS]  # type: ignore[valid-type]
+    packing: _Kind
     transposed: bool
     parts: Annotated[tuple[StoredPart, ...], Field(strict=False)]
     values: str = ""
@@ -87,8 +109,15 @@ class ExportedTensor(BaseModel):
     @cached_property
     def spec(self) -> TensorSpec:
         """Shape, dtype, packing and quantisation."""
-        dtype, values = DTYPE_OF_CODE[self.dtype], {"packing": self.packing, "grid": self.grid}
-        return TensorSpec(self.name, self.shape, dtype, self.origin, transposed=self.transposed, **values)
+        return TensorSpec(
+            name=self.name,
+            shape=self.shape,
+            dtype=DTYPE_OF_CODE[self.dtype],
+            origin=self.origin,
+            packing=self.packing,
+            grid=self.grid,
+            transposed=self.transposed,
+        )
 
     @property
     def grid(self) -> Grid | None:
@@ -134,8 +163,9 @@ class _Manifest(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
+    # before the tensors, so that a format that is not installed is named first
+    kind: _Kind
     tensors: list[ExportedTensor]
-    kind: Literal[_KINDS]  # type: ignore[valid-type]
     values: str | None = None
     group: int | str | None = None
     embeddings: str | None = None

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from pst_ds.core.packings import FOR_COMPRESSED_TENSORS
 from pst_ds.writing.encoding import encoding_of
 from pst_ds.writing.manifest import Facts
 
@@ -27,9 +26,10 @@ def model_card(name: str, facts: Facts) -> str:
         tags=["sparse", "pruned", "pst-ds", *formats, *dict.fromkeys(grid.values for _, grid in grids if grid)],
         grids=[(what, grid) for what, grid in grids if grid],
         encoding=encoding,
+        is_packed=encoding.storage.marks_tensors,
         metrics={metric: value for metric, value in facts["metrics"].items() if value is not None},
         model_class=next((f"AutoModel{task}" for task in _TASKS if facts["architecture"].endswith(task)), "AutoModel"),
-        needs_compressed_tensors=facts["kind"] in FOR_COMPRESSED_TENSORS,
+        needs_compressed_tensors=not encoding.is_plain and not encoding.needs_pst_ds,
         to_json=json.dumps,
         max=max,
     )

@@ -12,11 +12,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, FOR_COMPRESSED_TENSORS, PACKINGS
+from pst_ds.core.packings import DENSE
 from pst_ds.core.quantization import Grid
-from pst_ds.formats import VALUE_DTYPES, FormatError, PackedFormat, packed_format, stored_bits
+from pst_ds.formats import VALUE_DTYPES, FormatError, PackedFormat, stored_bits
 from pst_ds.formats.rows import row_counts
 from pst_ds.formats.safetensors_file import Slot, header_and_slots
+from pst_ds.storage_format import StorageFormat, packed_format, storage_format
 from pst_ds.writing.encoding import Encoding, ExportError
 
 SHARD_BYTES = 5 << 30
@@ -40,7 +41,7 @@ class TensorSpec:
     """Dtype in the model, also where quantised values are stored."""
     origin: Origin
     packing: str = DENSE
-    """Packed format, or "dense"."""
+    """Storage format that marks its tensors, or "dense"."""
     grid: Grid | None = None
     """Quantisation scheme; None for values in the model's dtype."""
     transposed: bool = False
@@ -71,9 +72,25 @@ class TensorSpec:
         return self.numel * self.dtype.itemsize
 
     @property
+    def is_of_floats(self) -> bool:
+        """True if packed and quantised layouts can hold its dtype."""
+        return self.dtype in VALUE_DTYPES
+
+    @property
+    def storage(self) -> StorageFormat:
+        return storage_format(self.packing)
+
+    @property
+    def is_packed(self) -> bool:
+        """True if a format other than "dense" lays out its parts."""
+        return self.storage.marks_tensors
+
+    @property
     def form(self) -> PackedFormat | None:
-        """Format of the parts; None for a tensor that is stored unchanged."""
-        return None if self.packing == DENSE and self.grid is None else packed_format(self.packing, self.grid)
+        """Layout of the parts; None for a tensor that is stored unchanged. Raises ValueError for an impossible one."""
+        if self.is_packed:
+            return packed_format(self.packing, self.grid)
+        return self.storage.layout(self.grid)
 
     def part_names(self, parts: Iterable[str] = ()) -> list[str]:
         """Return the names in the files of its ``parts``, by default all of them in the order of the format."""
@@ -111,7 +128,7 @@ class TensorSpec:
 
     def quantised(self, grid: Grid | None) -> TensorSpec:
         """Return the tensor quantised to ``grid``, or unchanged if it is not a matrix of floats."""
-        can_be = self.dtype in VALUE_DTYPES and (len(self.shape) == 2 or self.is_linear) and self.dense_nbytes
+        can_be = self.is_of_floats and (len(self.shape) == 2 or self.is_linear) and self.dense_nbytes
         return replace(self, grid=grid) if can_be else self
 
     def stored_as(
@@ -124,22 +141,13 @@ class TensorSpec:
             grid: quantisation of the tensor if it is not packed.
             keep: reads the row bits of the kept weights, (O, ceil(I/8)), of a weight that may be packed.
 
-        Raises ExportError for a Conv1D in a layout of compressed-tensors.
+        Raises ExportError for a tensor that the format cannot hold, such as a Conv1D in compressed-tensors.
         """
-        packing, spec = encoding.packing, self.quantised(grid)
-        if packing in PACKINGS and keep is not None:
-            can_pack = spec.dtype in VALUE_DTYPES and spec.grid in (None, encoding.values)
-            return spec.packed(packing, encoding.values, keep(spec)) if can_pack else spec
-        if packing not in FOR_COMPRESSED_TENSORS or spec.grid is None:
-            return spec
-        if len(self.shape) > 2:  # its readers support linear layers only
-            return self
-        if self.transposed:
-            raise ExportError(
-                f"{self.name} is the weight of a Conv1D, and {COMPRESSED_TENSORS} supports nn.Linear only. Export "
-                'with format = "dense", and load with pst_ds.hf'
-            )
-        return replace(spec, packing=packing)
+        return encoding.storage.spec_of(self, encoding, grid, keep)
+
+    def marked(self, packing: str) -> TensorSpec:
+        """Return the tensor in the layout of the format ``packing``."""
+        return replace(self, packing=packing)
 
     def packed(self, packing: str, grid: Grid | None, keep: Tensor) -> TensorSpec:
         """Return the tensor packed and quantised to ``grid``, or unchanged if it does not fit or become smaller.
@@ -151,10 +159,11 @@ class TensorSpec:
             return self
         dense = self.quantised(grid)
         form = packed_format(packing, dense.grid)
-        if form.accepts(keep, self.matrix):
+        fits = form.accepts(keep, self.matrix) and (form.holds_stacks or len(self.shape) == 2)
+        if fits:
             packed = replace(dense, packing=packing, stored_values=form.stored(counts))
             if packed.stored_nbytes <= _MAX_DENSE_SHARE * dense.stored_nbytes:
-                bits_shape = tuple(stored_bits(keep).shape) if packing == "bitmask" else ()
+                bits_shape = tuple(stored_bits(keep).shape) if packed.storage.compresses_bitmask else ()
                 return replace(packed, bitmask_shape=bits_shape)
         return replace(self, stays_dense=True)
 
@@ -240,16 +249,16 @@ def require_packed(jobs: Sequence[TensorJob], encoding: Encoding) -> list[str]:
 
     Raises ExportError if nothing is packed, or nothing is quantised, although ``encoding`` asks for it.
     """
-    outputs, packing = [output for job in jobs for output in job.outputs], encoding.packing
+    outputs = [output for job in jobs for output in job.outputs]
     if encoding.is_quantized and not any(output.grid for output in outputs):
         raise ExportError(
             "no weight can be quantised: values is for linear layers inside the blocks, embeddings for embedding "
             "tables and output layers, and this model has neither"
         )
-    if packing == DENSE or any(output.packing != DENSE for output in outputs):
+    if not encoding.storage.marks_tensors or any(output.is_packed for output in outputs):
         return [output.name for output in outputs if output.stays_dense]
     raise ExportError(
-        f"no weight would be smaller as {packing}, so nothing can be packed: 2:4 needs at most two non-zeros in every "
-        "four consecutive inputs, bitmask more than 7 % sparsity, and csr more than 50 %. Train with "
+        f"no weight would be smaller as {encoding.packing}, so nothing can be packed: 2:4 needs at most two non-zeros "
+        "in every four consecutive inputs, bitmask more than 7 % sparsity, and csr more than 50 %. Train with "
         'pst.pattern = "2:4" or more sparsity, or export with format = "dense"'
     )

@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from pst_ds.atomic_files import atomic_folder, require_writable
+from pst_ds.atomic_files import atomic_folder
 from pst_ds.checkpoint.format import Checkpoint
-from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, GGUF, QUANTIZED_PACKINGS
+from pst_ds.core.packings import DENSE
 from pst_ds.core.quantization import Grid
 from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.data.vocabulary import Vocabulary
-from pst_ds.file_names import CARD_FILE, MANIFEST_FILE
+from pst_ds.file_names import CARD_FILE
 from pst_ds.formats.base_weights import BaseWeights, is_text_part
 from pst_ds.nn.folder_facts import origin_of
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.model_structure import is_linear
 from pst_ds.nn.tables.rounded import table_grid
+from pst_ds.storage_format import EMBEDDINGS, VALUES, storage_format
 from pst_ds.writing.encoding import Encoding, ExportError
 from pst_ds.writing.from_folder import CONFIG_FILE, copy_small_files, open_folder, plan_folder
 from pst_ds.writing.from_run import RunSource, plan_run
-from pst_ds.writing.gguf.model import write_gguf
 from pst_ds.writing.manifest import ExportedTensor, Facts, file_sums, write_manifest
 from pst_ds.writing.model_card import model_card
 from pst_ds.writing.plan import SHARD_BYTES, PlannedFile, Source, TensorJob, plan_files, require_packed, require_space
@@ -55,7 +55,7 @@ class ExportOptions:
     """Storage of an export."""
 
     packing: str = DENSE
-    """"dense", a packed format ("bitmask", "2:4", "csr"), "compressed-tensors" or "gguf"."""
+    """Name of a storage format."""
     values: Grid | None = None
     """Quantisation of linear layers; None leaves them unchanged. Layers of a run that was trained with quantisation
     have its quantised values, unless ``dtype`` is set."""
@@ -107,7 +107,7 @@ def export_checkpoint(
     """
     options = options_as_trained(options, model, checkpoint)
     encoding = Encoding(options.packing, options.values, options.embeddings)
-    require_free(out, encoding.packing)
+    encoding.storage.require_free(out)
     base = BaseWeights(checkpoint.state.base_path, getattr(model, "base_model_prefix", ""))
     if vocabulary and is_text_part(model, base.folder):
         raise ExportError(
@@ -180,7 +180,7 @@ def export_folder(
     Raises ExportError.
     """
     encoding = Encoding(options.packing, options.values, options.embeddings)
-    require_free(out, encoding.packing)
+    encoding.storage.require_free(out)
     if out.resolve() == source.resolve():
         raise ExportError(f"out = {str(out)!r} is the folder to read. Name another folder")
     folder = open_folder(source)
@@ -194,7 +194,7 @@ def export_folder(
     if vocabulary:
         assert tokenizer is not None
         contents = _trimmed(contents, tokenizer, vocabulary)
-    elif encoding.packing == GGUF:
+    elif encoding.storage.writes_one_file:
         tokenizer = open_tokenizer(source, str(source), "Name a folder with a tokenizer")
     return _write(contents, tokenizer, out, encoding, options)
 
@@ -223,8 +223,8 @@ def options_as_trained(options: ExportOptions, model: PreTrainedModel, checkpoin
     """
     if not checkpoint.state.rounds:
         return options
-    values = _as_trained("values", checkpoint.contents.value_grid, options.values, options)
-    embeddings = _as_trained("embeddings", table_grid(model), options.embeddings, options)
+    values = _as_trained(VALUES, checkpoint.contents.value_grid, options.values, options)
+    embeddings = _as_trained(EMBEDDINGS, table_grid(model), options.embeddings, options)
     return replace(options, values=values, embeddings=embeddings)
 
 
@@ -236,8 +236,7 @@ def _as_trained(option: str, trained: Grid | None, requested: Grid | None, optio
     if trained is None:
         return requested
     if requested is None:
-        foreign = FOR_COMPRESSED_TENSORS if option == "values" else ()
-        has_codes = options.packing in (*QUANTIZED_PACKINGS, *foreign, GGUF)
+        has_codes = option in storage_format(options.packing).quantises
         return trained if options.dtype is None and has_codes else None
     if requested != trained:
         raise ExportError(
@@ -245,18 +244,6 @@ def _as_trained(option: str, trained: Grid | None, requested: Grid | None, optio
             f"accuracy. Leave {option} and group unset, or write floats with dtype"
         )
     return requested
-
-
-def require_free(out: Path, packing: str) -> None:
-    """Raise ExportError unless ``out`` is free, an empty folder or an older export; for GGUF free or an older file."""
-    if packing == GGUF:
-        if out.suffix != ".gguf" or out.is_dir():
-            raise ExportError(
-                f"out = {str(out.absolute())!r} must be one file for llama.cpp. Give it a name that ends in .gguf"
-            )
-    elif out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST_FILE).is_file())):
-        raise ExportError(f"out = {str(out.absolute())!r} exists and is not an export. Name another folder")
-    require_writable(out, f"out = {str(out)!r}")
 
 
 def _write(
@@ -268,8 +255,10 @@ def _write(
 ) -> Facts:
     """Write ``out`` as a folder or a GGUF file; return the facts, counts and sizes."""
     jobs, source = contents.jobs, contents.source
-    if encoding.packing == GGUF:
-        return contents.facts | write_gguf(jobs, source, contents.model.config, tokenizer, out, encoding)
+    storage = encoding.storage
+    if storage.writes_one_file:
+        written = storage.write_file(jobs, source, contents.model.config, tokenizer, out, encoding)
+        return contents.facts | written
     stay_dense = require_packed(jobs, encoding)
     files = plan_files(jobs, encoding.stem, options.shard_bytes)
     nbytes = {name: slot.nbytes for file in files for name, slot in file.slots.items()}
@@ -279,12 +268,12 @@ def _write(
         tensors = write_tensors(folder, files, jobs, source)
         _write_index(folder, files, encoding)
         contents.write_small_files(folder)
-        left_alone = _unquantised(contents.model, tensors) if encoding.packing in FOR_COMPRESSED_TENSORS else []
+        left_alone = _unquantised(contents.model, tensors) if storage.lists_unquantised else []
         compressed = any(len(output.bitmask_shape) == 1 for job in jobs for output in job.outputs)
         quantization = encoding.quantization_config(len(files), left_alone, compressed=compressed)
         architecture = _finish_config(folder, tensors, quantization)
         refilled = refilled_weights(contents.model, tensors, contents.recorded_zeros)
-        storage = storage_facts(tensors, [sum(nbytes[part.name] for part in tensor.parts) for tensor in tensors])
+        measured = storage_facts(tensors, [sum(nbytes[part.name] for part in tensor.parts) for tensor in tensors])
         facts: Facts = {
             "kind": encoding.packing,
             **encoding.facts(),
@@ -294,14 +283,14 @@ def _write(
             "dense_bf16_bytes": 2 * sum(tensor.numel for tensor in tensors),
             "weight_bytes": sum(nbytes.values()),
             "file_bytes": file_bytes,
-            **(storage if encoding.is_quantized else {}),
+            **(measured if encoding.is_quantized else {}),
             **({"left_alone": left_alone} if left_alone else {}),
             **({"refilled": refilled} if refilled else {}),
         }
         (folder / CARD_FILE).write_text(model_card(out.name, facts), encoding="utf-8")
         write_manifest(folder, tensors, {**facts, **file_sums(folder)})
     facts.pop("run", None)
-    return {**facts, "export_dir": str(out), **tensor_counts(tensors), **storage, "stay_dense": stay_dense}
+    return {**facts, "export_dir": str(out), **tensor_counts(tensors), **measured, "stay_dense": stay_dense}
 
 
 def tensor_counts(tensors: Sequence[ExportedTensor]) -> dict[str, int]:
@@ -309,7 +298,7 @@ def tensor_counts(tensors: Sequence[ExportedTensor]) -> dict[str, int]:
     return {
         "tensors": len(tensors),
         "pruned_tensors": sum(tensor.origin == "pruned" for tensor in tensors),
-        "packed_tensors": sum(tensor.packing != DENSE for tensor in tensors),
+        "packed_tensors": sum(tensor.spec.is_packed for tensor in tensors),
     }
 
 
@@ -358,7 +347,7 @@ def storage_facts(tensors: Sequence[ExportedTensor], sizes: Sequence[int]) -> di
         return round(8 * nbytes / max(weights, 1), 4)
 
     stored = list(zip(tensors, sizes, strict=True))
-    packed = [(tensor, size) for tensor, size in stored if tensor.packing != DENSE]
+    packed = [(tensor, size) for tensor, size in stored if tensor.spec.is_packed]
     errors = [tensor.rounding_error for tensor in tensors if tensor.values]
     facts = {"bits_per_weight": bits_per_weight(stored)}
     if packed:

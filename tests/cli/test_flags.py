@@ -15,8 +15,10 @@ from pst_ds.cli import bench, eval, export, predict, prepare, prune, users, veri
 from pst_ds.cli.flags import in_flags
 from pst_ds.cli.main import VERBS, build_parser, main
 from pst_ds.config.one_shot import PruneConfig
+from pst_ds.config.settings import ConfigError
 from pst_ds.config.targets import TARGETS
 from pst_ds.export.export_run import ExportSettings
+from pst_ds.storage_format import listed_formats
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = {"bits": "--bits", "keep_zeros": "--keep-zeros", "data.label_column": "--label-column", "names": "--names"}
@@ -50,8 +52,11 @@ def test_every_flag_of_the_table_is_an_option_of_the_verb(verb):
 
 
 def test_the_help_lists_every_format_and_method_and_targets_agree(capsys):
-    wanted = get_args(get_type_hints(ExportSettings)["format"])
-    assert list(export.FORMATS) == list(_actions("export")["--format"].choices) == list(wanted)
+    wanted = list(listed_formats())
+    assert wanted == ["dense", "bitmask", "2:4", "csr", "compressed-tensors", "gguf", "onnx"]
+    assert wanted == list(_actions("export")["--format"].choices)
+    with pytest.raises(ConfigError, match=", ".join(map(repr, wanted))):
+        ExportSettings(format="zip")
     assert list(prune.PRUNING_METHODS) == list(get_args(get_type_hints(PruneConfig)["method"]))
     assert _actions("export")["--for"].choices == _actions("init")["--target"].choices == tuple(TARGETS)
     for verb, names in (("export", wanted), ("prune", prune.PRUNING_METHODS)):

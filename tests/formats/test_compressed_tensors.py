@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from pst_ds.core.quantization import Grid, dequantize, quantize
-from pst_ds.formats import FormatError, packed_format
+from pst_ds.formats import FormatError
+from pst_ds.storage_format import packed_format
 
 GRIDS = [Grid(8), Grid(8, 32), Grid(4), Grid(4, 32)]
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core.quantization import Grid, dequantize, quantize, round_to_grid
-from pst_ds.formats import FormatError, QuantizedFormat, packed_format, row_bits, stored_bits
+from pst_ds.formats import FormatError, QuantizedFormat, row_bits, stored_bits
 from pst_ds.formats.rows import row_counts
+from pst_ds.storage_format import packed_format
 
 from .test_sparse import nbytes
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from pst_ds.core.quantization import Grid, dequantize, quantize
-from pst_ds.formats import FormatError, packed_format
+from pst_ds.formats import FormatError
+from pst_ds.storage_format import packed_format
 from tests.formats.test_sparse_check import CONTENTS, NAME, STRUCTURE, permute_bits, replaced, with_item
 
 SHAPE = (5, 36)

@@ -5,8 +5,8 @@ import torch
 
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.quantization import Grid, round_to_grid
-from pst_ds.formats import packed_format
 from pst_ds.runtime import experts
+from pst_ds.storage_format import packed_format
 from tools.packed_layers import packed_experts
 
 EXPERTS, OUTPUTS, INPUTS, TOKENS = 5, 6, 64, 9

@@ -8,8 +8,9 @@ import torch
 from torch.nn.functional import linear
 
 from pst_ds.core.quantization import Grid
-from pst_ds.formats import FormatError, packed_format
+from pst_ds.formats import FormatError
 from pst_ds.runtime import SparseLinear, ops
+from pst_ds.storage_format import packed_format
 from tools.packed_layers import packed_linear
 
 OUT, IN = 37, 64

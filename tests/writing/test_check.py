@@ -19,8 +19,9 @@ from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.data.vocabulary import trim
 from pst_ds.errors import InputError
 from pst_ds.file_names import MANIFEST_FILE
-from pst_ds.formats import FORMATS, packed_format
+from pst_ds.formats import FORMATS
 from pst_ds.formats.safetensors_file import TensorFile, TensorFileError, header_and_slots
+from pst_ds.storage_format import packed_format
 from pst_ds.writing.check import check_export
 from pst_ds.writing.encoding import ExportError
 from pst_ds.writing.manifest import sealed

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from pst_ds.cli.inspect.layers import Inspection, print_inspection
-from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError, shortened
+from pst_ds.storage_format import format_recognising
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +34,9 @@ def inspect(path: Path) -> Inspection:
         raise InputError(f"{str(path)!r} does not exist (looked in {path.absolute()})")
     if path.is_file():
         return runs.run_file(path)
-    if (path / ONNX_FILE).is_file():
-        raise InputError(f"{path} is an ONNX export. Show its graph with netron; check it with pst-ds verify {path}")
+    storage = format_recognising(path)
+    if storage is not None and (hint := storage.inspection_hint(path)):
+        raise InputError(hint)
     readers = {
         "run.toml": runs.run_folder,
         "SHA256SUMS": runs.checkpoint_folder,

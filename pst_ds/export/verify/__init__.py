@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING
 
 from pst_ds.config.run import RunConfig
 from pst_ds.config.toml import load_run_or_folder
-from pst_ds.core.packings import ONNX_FILE
-from pst_ds.errors import InputError
 from pst_ds.export.verify.against_run import Comparison, compare_with_run
+from pst_ds.storage_format import format_recognising
 from pst_ds.writing.check import check_export, check_model
-from pst_ds.writing.gguf.seal import check_gguf
 
 if TYPE_CHECKING:
     from pst_ds.export.verify.onnx import OnnxComparison
@@ -79,18 +77,17 @@ def verify(
     Raises InputError for a damaged export, and for the export of another model.
     """
     folder = Path(export)
-    if folder.suffix == ".gguf":
-        if against is not None:
-            run = against.output_dir if isinstance(against, RunConfig) else str(against)
-            raise InputError(f"against = {run!r}: llama.cpp computes {folder}, a GGUF file, and pst-ds cannot. Omit it")
-        return VerifyReport(str(export), check_gguf(folder))
+    storage = format_recognising(folder)
+    compare: Callable[..., Comparison | OnnxComparison] = compare_with_run
+    if storage is not None and against is not None:
+        # before the run is loaded, because some formats cannot be compared with one
+        run = against.output_dir if isinstance(against, RunConfig) else str(against)
+        compare = storage.comparison(folder, run)
     config = against if isinstance(against, RunConfig) or against is None else load_run_or_folder(Path(against))
     place = "" if config is None else f"{config.output_dir}, checkpoint {checkpoint}"
-    compare: Callable[..., Comparison | OnnxComparison] = compare_with_run
-    if (folder / ONNX_FILE).is_file() and not any(folder.glob("*.safetensors")):
-        from pst_ds.export.verify.onnx import compare_onnx_with_run, facts_of_file
-
-        file, compare = facts_of_file(folder), compare_onnx_with_run
+    file: Mapping[str, object]
+    if storage is not None:
+        file = storage.check(folder)
     else:
         file = check_export(folder)
         check_model(folder)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.config.run import RunConfig
-from pst_ds.core.packings import FOR_COMPRESSED_TENSORS, GGUF, ONNX_FILE
+from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError
 from pst_ds.export.reference import load_folder
 from pst_ds.export.verify.masked_run import Compared, FewerTokens, MaskedRun
@@ -20,6 +20,7 @@ from pst_ds.nn.router import pst_routers
 from pst_ds.nn.tables.embedding import updated_tables
 from pst_ds.runtime import sparse_layers
 from pst_ds.runtime.experts import SparseExperts
+from pst_ds.storage_format import storage_format
 from pst_ds.writing.encoding import Encoding
 from pst_ds.writing.manifest import Facts
 from pst_ds.writing.to_folder import ExportOptions
@@ -125,7 +126,7 @@ def quantisation_loss(out: Path, config: RunConfig, checkpoint: str, storage: Ex
     is_onnx, foreign = (out / ONNX_FILE).is_file(), None
     if is_onnx:
         config = replace(config, data=replace(config.data, document_mask=False))  # a graph has no position_ids
-    elif storage.packing in (GGUF, *FOR_COMPRESSED_TENSORS):
+    elif storage_format(storage.packing).engine:
         foreign = Encoding(storage.packing, storage.values, storage.embeddings)
     run = MaskedRun.of(out, config, checkpoint, "validation", None, foreign)
     run.limit = max(1, int(np.searchsorted(np.cumsum(run.examples.lengths), MEASURED_TOKENS, "right")))

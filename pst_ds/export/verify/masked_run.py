@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.config.run import RunConfig
-from pst_ds.core.packings import COMPRESSED_TENSORS, FOR_COMPRESSED_TENSORS
 from pst_ds.core.quantization import Grid, round_to_grid
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
@@ -87,9 +86,10 @@ class MaskedRun:
         """Rebuild the model, and load the examples; ``encoding``: of a file that is not read. Raises InputError."""
         tensors, facts = read_manifest(folder) if encoding is None else ([], {})
         encoding = encoding or encoding_of(facts["kind"], facts)
-        if facts and encoding.packing in FOR_COMPRESSED_TENSORS:
+        engine = encoding.storage.engine
+        if facts and engine:
             raise InputError(
-                f"{folder} is for {COMPRESSED_TENSORS}, which computes in its own way. Compare a dense "
+                f"{folder} is for {engine}, which computes in its own way. Compare a dense "
                 "export, which has the same quantised values"
             )
         opened = open_checkpoint(config, checkpoint)

@@ -124,7 +124,7 @@ class Decoder:
         """
         opened = open_model_folder(folder)
         opened.require_causal()
-        packed = opened.format != "dense"
+        packed = not opened.is_plain
         model = opened.load("sparse" if packed else "auto", "fp32")
         tables = stored_tables(opened.path, model) if packed else None
         if (users := options.get("users")) is not None:

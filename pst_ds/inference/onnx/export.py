@@ -116,12 +116,12 @@ class SparseLinearNode(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         form, parts = layer.format, layer.parts()
-        if isinstance(form, QuantizedFormat) and form.packing in ("bitmask", "2:4"):
+        if isinstance(form, QuantizedFormat) and not form.is_dense:
             self.bits = form.grid.bits
             values, scales = parts["codes"].reshape(-1), parts["scales"]
         else:
             self.bits, scales = 0, None
-            if form.name not in ("bitmask", "2:4"):
+            if not form.has_row_bits:
                 form = FORMATS["bitmask"]
                 parts = form.pack(layer.dense_weight())
             values = parts[form.values_name].reshape(-1)

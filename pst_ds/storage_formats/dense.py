@@ -1,0 +1,33 @@
+"""Format "dense": an ordinary model folder, or one whose matrices are quantised but not packed."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+from pst_ds.storage_format import EMBEDDINGS, VALUES, StorageFormat
+
+if TYPE_CHECKING:
+    from pst_ds.core.quantization import Grid
+    from pst_ds.formats import PackedFormat
+
+
+class Dense(StorageFormat):
+    """Pruned weights are stored as zeros. Without quantisation, transformers loads the folder without pst-ds."""
+
+    name = "dense"
+    purpose = "ordinary model folder, pruned weights stored as zeros"
+    quantises = (VALUES, EMBEDDINGS)
+
+    def is_plain(self, *, is_quantized: bool) -> bool:
+        return not is_quantized
+
+    def layout(self, grid: Grid | None) -> PackedFormat | None:
+        return None if grid is None else _quantised(grid)
+
+
+@cache
+def _quantised(grid: Grid) -> PackedFormat:
+    from pst_ds.formats import QuantizedFormat
+
+    return QuantizedFormat(Dense.name, grid)
