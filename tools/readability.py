@@ -59,7 +59,7 @@ class Counts:
 
 def docstring_lines(tree: ast.AST) -> set[int]:
     """Return the lines of docstrings, those of attributes included."""
-    lines = set()
+    lines = set[int]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))

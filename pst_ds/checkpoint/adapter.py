@@ -114,7 +114,7 @@ def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
     folder = Path(folder)
     saved = _read_config(folder)
     is_other_revision = _require_base(model, saved, folder)
-    if inject.pst_layers(model):
+    if inject.settled_layers(model):
         _require_same_computation(model, saved, folder)
     else:
         inject.inject_pst(

@@ -19,7 +19,7 @@ from pst_ds.errors import InputError
 from pst_ds.json_text import JsonObject
 from pst_ds.masks.schedule_driver import MaskUpdater
 from pst_ds.nn.adapter_checkpoints import adapter_checkpoints
-from pst_ds.nn.inject import injected_config, pst_layers
+from pst_ds.nn.inject import injected_config, settled_layers
 from pst_ds.nn.optimizer import pst_optimizer, pst_parameter_groups
 from pst_ds.parallel import sharding
 from pst_ds.parallel.ds_config import validate_deepspeed_config
@@ -162,7 +162,8 @@ class PSTCallback(_LogFigures, ExportableState):
         """Save the adapter under DeepSpeed and FSDP2, where ``save_pretrained`` is called on one rank, without all
         masters. Collective."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        is_split = any(sharding.mesh_of(layer.pst_mask) is not None for layer in pst_layers(given["model"]).values())
+        layers = settled_layers(given["model"]).values()
+        is_split = any(sharding.mesh_of(layer.pst_mask) is not None for layer in layers)
         if (is_split or _deepspeed_config() is not None) and all_gather_objects(folder.is_dir())[0]:
             save_pretrained(given["model"], folder, step=self._step, writes=args.should_save)
 

@@ -15,7 +15,7 @@ from pst_ds.core.layout import Rect, StoredMatrix
 from pst_ds.core.scores import updated_weight
 from pst_ds.masks.layer_scores import LayerScores, current_base, whole_factors, with_contiguous_columns
 from pst_ds.masks.updated_base import updated_base
-from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.inject import settled_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import group_sum
@@ -56,7 +56,7 @@ def measure(model: nn.Module, *, with_scores: bool) -> LayerStats:
     Without ``with_scores``, only norms of updates and weights. Collective: one all-gather for all factors, and one
     exchange for all sums.
     """
-    layers = pst_layers(model)
+    layers = settled_layers(model)
     parts = [_Part(*each) for each in zip(layers.items(), whole_factors(list(layers.values())), strict=True)]
     any_weight = parts[0].layer.pst_mask
     here = torch.stack([part.sums(with_scores and part.learns_scores) for part in parts])

@@ -32,7 +32,7 @@ from pst_ds.core.units import unit_tiles
 from pst_ds.errors import shortened
 from pst_ds.masks.layer_scores import current_base, whole_factors, with_contiguous_columns
 from pst_ds.masks.updated_base import updated_base
-from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.inject import settled_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import group_max, group_sum
@@ -73,7 +73,7 @@ def update_scales(model: nn.Module) -> RoundingStats:
     Collective, with about 16 exchanges per batch of layers. Raises FloatingPointError on every rank, naming the layers,
     for weights that are not finite.
     """
-    named = {name: layer for name, layer in pst_layers(model).items() if layer.stored_grid is not None}
+    named = {name: layer for name, layer in settled_layers(model).items() if layer.stored_grid is not None}
     factors = whole_factors(list(named.values()), with_scores=False)
     weights = [_ShardWeights(*each) for each in zip(named, named.values(), factors, strict=True)]
     errors: list[float] = []

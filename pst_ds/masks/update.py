@@ -17,7 +17,7 @@ from pst_ds.core.kernels.triton.launch import serves
 from pst_ds.masks.layer_scores import LayerScores, current_base, whole_factors
 from pst_ds.masks.sharded_select import Kept, Matrix, as_run, select_kept, weights_kept
 from pst_ds.masks.updated_base import updated_base
-from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.inject import pst_layers, settled_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import sharding
 from pst_ds.parallel.halo import Halo, fetch_halos
@@ -74,7 +74,7 @@ def update_masks(
     Collective, with a number of collectives that does not depend on the number of layers. Raises FloatingPointError on
     every rank, naming the layers, for scores that are not finite; the masks are then unchanged.
     """
-    layers = pst_layers(model)
+    layers = settled_layers(model)
     keyed = _layer_keys(layers, criterion, gradients or {})
     own_targets = [k.layer.rule.final_sparsity for k in keyed]
     targets = [sparsity if own is None else own * progress for own in own_targets]
@@ -93,7 +93,7 @@ def masks_of_zeros(model: nn.Module) -> MaskStats:
     A quantised base was masked before it was quantised, see :func:`pst_ds.nn.base_codes.encode_base`.
     """
     written = {}
-    for layer in pst_layers(model).values():
+    for layer in settled_layers(model).values():
         if layer.weight is not None:
             num_bytes = layer.own_bits().numel()
             written[layer] = pack_shard((sharding.shard_of(layer.weight).values != 0).byte(), num_bytes)
@@ -105,7 +105,7 @@ def mask_stats(model: nn.Module, written: Mapping[PSTLayer, Tensor] | None = Non
 
     Collective: one sum over ranks for all layers.
     """
-    layers = pst_layers(model)
+    layers = settled_layers(model) if written is None else pst_layers(model)
     any_mask = next(iter(layers.values())).pst_mask
     shards = []
     for name, layer in layers.items():

@@ -4,7 +4,7 @@ from torch import Tensor, nn, no_grad
 from torch.nn.modules.module import _IncompatibleKeys
 
 from pst_ds.core.bits import relayout, shard_bytes
-from pst_ds.nn.inject import adapter_parameters, pst_layers
+from pst_ds.nn.inject import adapter_parameters, pst_layers, settled_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import keep_frozen, omit_frozen
@@ -79,7 +79,7 @@ def _load(
     _unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
     setattr(model, _PREFIX, prefix)
-    for name, layer in pst_layers(model).items():
+    for name, layer in settled_layers(model).items():
         for part, keys in _PARTS.items():
             param = getattr(layer, part)
             if sharding.mesh_of(state.get(f"{prefix}{name}.{part}")) is not None:

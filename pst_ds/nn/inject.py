@@ -43,6 +43,8 @@ _OFF: tuple[tuple[type[nn.Module], str, object], ...] = (
 )
 """Switches of torch's fused encoder layer, which reads the weights of its layers instead of calling them."""
 _BEFORE = "pst_fast_path"
+_SPLIT_IS_SUPPORTED = "pst_split_is_supported"
+"""Attribute of a model that FSDP2 has split, once :func:`settled_layers` has checked how."""
 
 
 def inject_pst(
@@ -203,7 +205,7 @@ def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     These are the parameters that the config trains, even if they were frozen since, and all others with a gradient.
     """
     inner = unwrapped(model)
-    sharding.settle(inner)
+    settled_layers(inner)
     config = vars(inner).get("pst_config")
     configured = configured_parameters(inner, config) if isinstance(config, PSTConfig) else set()
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad or p in configured]
@@ -220,19 +222,33 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def pst_layers(model: nn.Module) -> dict[str, PSTLayer]:
-    """Return the PST layers of ``model`` by name, in model order; a shared layer once.
+    """Return the PST layers of ``model`` by name, in model order; a shared layer once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PSTLayer)}
 
-    Every function that reads or changes PST layers looks them up here. So this releases what FSDP2 keeps gathered, and
-    raises InputError for layers that are split in a way that PST does not support.
+
+def settled_layers(model: nn.Module) -> dict[str, PSTLayer]:
+    """Return :func:`pst_layers` after releasing what FSDP2 keeps gathered of ``model`` after a pass.
+
+    Functions call this first if they read or write the values of a model that ``fully_shard`` may have split: those
+    that make optimizer groups, update masks or scales, save, load and merge. What they wrote to a gathered parameter
+    would be lost. Not collective.
+
+    Raises InputError for layers that are split in a way that PST does not support.
     """
-    sharding.settle(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PSTLayer)}
-    _require_same_split(layers)
+    sharding.release(model)
+    layers = pst_layers(model)
+    if not vars(model).get(_SPLIT_IS_SUPPORTED, False):
+        sharding.require_supported(model.named_parameters())
+        # fully_shard can still be called on a model that is not split, and can never be undone on one that is
+        if _is_split_alike(layers):
+            setattr(model, _SPLIT_IS_SUPPORTED, True)
     return layers
 
 
-def _require_same_split(layers: dict[str, PSTLayer]) -> None:
-    """Raise InputError unless FSDP2 splits all parameters of all layers over the same ranks; or none."""
+def _is_split_alike(layers: dict[str, PSTLayer]) -> bool:
+    """Return whether FSDP2 splits the layers. Raises InputError unless it splits all parameters of all layers over the
+    same ranks, or none.
+    """
     meshes = {
         f"{name}.{part}": sharding.mesh_of(param)
         for name, layer in layers.items()
@@ -253,6 +269,7 @@ def _require_same_split(layers: dict[str, PSTLayer]) -> None:
             f"FSDP2 has split {flat[0]}, whose mask or quantised base is laid out for other shards. Call inject_pst "
             "without num_shards and base_grid, or train under DeepSpeed ZeRO-3"
         )
+    return bool(split)
 
 
 def plain_name(name: str, layer: PSTLayer) -> str:

@@ -40,7 +40,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         InputError: the model is under ZeRO-3 or FSDP2, where no rank holds full weights, or only a part was injected.
     """
     model = unwrapped(model)
-    if pst_layers(model):
+    if inject.settled_layers(model):
         inject.injected_config(model)
     if pst_routers(model):
         raise InputError('merge_and_unload: pattern "experts" removes experts at the export. Use pst-ds export')

@@ -11,6 +11,7 @@ from pst_ds.core.factors import SCORE_FACTORS
 from pst_ds.core.forms.form import ParamSpec
 from pst_ds.core.schedule import USUAL_STEPS, default_learning_rates
 from pst_ds.errors import InputError
+from pst_ds.nn.inject import settled_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.model_structure import model_width
 from pst_ds.nn.tables.embedding import pst_embeddings
@@ -47,7 +48,7 @@ def pst_parameter_groups(
     Each group has "name", "lr" and "peak_lr" (the rate at the end of the warm-up). Parameters of an update form that
     learn faster or slower are in a separate group, such as "updates x 3", at 3 times the rate of "updates".
     """
-    sharding.settle(model)
+    settled_layers(model)
     rates = _default_rates(model, num_steps, epochs)
     given = {
         "scores": score_learning_rate,

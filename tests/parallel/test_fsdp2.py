@@ -253,10 +253,10 @@ def _trained_by_the_trainer(folder: str, state_dict_type: str, resume_from: str 
 
     from pst_ds.hf import PSTCallback, trainer_optimizer
 
-    sharding = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "state_dict_type": state_dict_type}
+    options = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "state_dict_type": state_dict_type}
     fixed = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True}
     layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-    arguments = TrainingArguments(folder, **fixed, fsdp=True, fsdp_config={**sharding, **layers})
+    arguments = TrainingArguments(folder, **fixed, fsdp=True, fsdp_config={**options, **layers})
     assert PartialState().num_processes == 2
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # accelerate has no FSDP on CPUs
     model = inject_pst(_tiny_llama(), PSTConfig())

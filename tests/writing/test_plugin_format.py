@@ -99,5 +99,5 @@ def test_without_its_package_a_folder_is_refused_with_the_known_formats(coo, pru
         verify(out)
     with pytest.raises(InputError, match="format must be one of dense, bitmask, 2:4, csr, got 'coo'"):
         AutoModelForCausalLM.from_pretrained(out)
-    with pytest.raises(InputError, match="format = 'coo' must be one of 'dense', 'bitmask', '2:4', 'csr', .*'onnx'"):
+    with pytest.raises(InputError, match=r"format = 'coo' must be one of 'dense', 'bitmask', '2:4', 'csr', .*'onnx'"):
         ExportSettings(format="coo")

@@ -89,6 +89,7 @@ def round_tables(model: nn.Module) -> None:
     grid = table_grid(model)
     if grid is None:
         return
+    sharding.release(model)  # what is written to a table that FSDP2 keeps gathered would be lost
     model.pst_rounded_grid = grid  # type: ignore[assignment]
     updated = pst_embeddings(model).values()
     for embedding in updated:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pst_ds.parallel.sharding.base import Shard, Sharding, Split
 from pst_ds.parallel.sharding.masters import differs_from_master, kept_masters, let_differ
 from pst_ds.parallel.sharding.registry import SHARDINGS, sharding_of, shardings
+from pst_ds.parallel.sharding.whole import Whole  # now, since a later import would hide the function of that name
 from pst_ds.parallel.sharding.zero3 import ExpertShare, copying_frozen, expert_share, make_shard, unfilled
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Shard",
     "Sharding",
     "Split",
+    "Whole",
     "bytes_split_as",
     "copying_frozen",
     "differs_from_master",
@@ -54,7 +56,6 @@ __all__ = [
     "release",
     "require_supported",
     "require_weights_everywhere",
-    "settle",
     "shard_changed",
     "shard_index",
     "shard_of",
@@ -101,12 +102,6 @@ def release(model: nn.Module) -> None:
     """Release parameters of ``model`` that stayed gathered after a pass, as FSDP2 leaves them. Not collective."""
     for sharding in shardings():
         sharding.release(model)
-
-
-def settle(model: nn.Module) -> None:
-    """Release parameters of ``model`` that stayed gathered. Raises InputError as :func:`require_supported` does."""
-    release(model)
-    require_supported(model.named_parameters())
 
 
 # Where the values of a parameter are
