@@ -56,8 +56,8 @@ class Tile:
     @property
     def is_whole(self) -> bool:
         """True if the tile is the whole matrix."""
-        rows = self.outputs.stop - self.outputs.start
-        columns = self.inputs.stop - self.inputs.start
+        rows: int = self.outputs.stop - self.outputs.start
+        columns: int = self.inputs.stop - self.inputs.start
         return rows == self.num_outputs and columns == self.num_inputs
 
 
