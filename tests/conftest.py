@@ -55,21 +55,17 @@ HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, sign
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Cheap tests first, launchers last; GPU tests are skipped, with the reason, where there is no GPU.
 
-    Of a test over a product of parameters the cases run that have every pair of values. All but those that have every
-    value are ``thorough``; of a test marked ``few`` all but that number of cases. Clusters are ``thorough`` too.
+    Clusters are ``thorough``, and so are all but ``number`` cases, evenly spread, of a test marked ``few(number)``.
     """
     for item in items:
         if item.get_closest_marker("cluster"):
             item.add_marker(pytest.mark.thorough)
-    dropped = set[pytest.Item]()
     for cases in _cases_of_tests(items):
         few = cases[0].get_closest_marker("few")
-        kept = _spread(cases, few.args[0]) if few else _covering(cases, 1)
-        for case in set(cases) - set(kept):
-            case.add_marker(pytest.mark.thorough)
-        dropped |= set(cases) - set(kept) - set(_covering(cases, 2))
-    config.hook.pytest_deselected(items=[item for item in items if item in dropped])
-    items[:] = [item for item in items if item not in dropped]
+        if few:
+            (number,) = few.args
+            for case in set(cases) - set(_spread(cases, number)):
+                case.add_marker(pytest.mark.thorough)
     order = {"zero3": 1, "launcher": 2, "cluster": 3}
     items.sort(key=lambda item: max((order.get(mark.name, 0) for mark in item.iter_markers()), default=0))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
@@ -83,27 +79,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _cases_of_tests(items: list[pytest.Item]) -> Iterable[list[pytest.Function]]:
     """The cases of each test that has parameters."""
-    found: dict[str, list[pytest.Function]] = {}
+    cases: dict[str, list[pytest.Function]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
-            found.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    return found.values()
-
-
-def _covering(cases: list[pytest.Function], number: int) -> list[pytest.Function]:
-    """Choose cases of one test, the same ones in every run, that have the values of any ``number`` of its
-    parametrizations in every combination; all cases where it has no more parametrizations than that."""
-    ids = [list(enumerate(case.callspec._idlist)) for case in cases]  # type: ignore[attr-defined]
-    if len(ids[0]) <= number:
-        return cases
-    combinations = {
-        case: set(itertools.combinations(of_case, number)) for case, of_case in zip(cases, ids, strict=True)
-    }
-    missing, chosen = set[tuple[tuple[int, str], ...]]().union(*combinations.values()), []
-    while missing:
-        chosen.append(max(cases, key=lambda case: len(combinations[case] & missing)))
-        missing -= combinations[chosen[-1]]
-    return chosen
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return cases.values()
 
 
 def _spread(cases: list[pytest.Function], number: int) -> list[pytest.Function]:

@@ -31,6 +31,7 @@ from pst_ds.atomic_files import (
     write_text_atomic,
 )
 from pst_ds.errors import InputError
+from tests.pairs import every_pair
 
 
 def _full(*arguments, **keywords):
@@ -96,6 +97,7 @@ def test_a_disk_that_gives_back_other_bytes_is_noticed(tmp_path, monkeypatch):
     assert order == ["fsync", "read"]
 
 
+@every_pair
 @pytest.mark.parametrize("owner_and_name", [(os, "fsync"), (Path, "replace"), (Path, "open"), (Path, "symlink_to")])
 @pytest.mark.parametrize("number", [0, 1])
 def test_text_and_links_are_the_old_or_the_new_ones_after_an_error(tmp_path, owner_and_name, number):
@@ -204,6 +206,7 @@ def test_a_finished_folder_replaces_the_older_and_leaves_nothing_beside_it(tmp_p
     assert _tree(tmp_path) == {f"c/{name}": data for name, data in _made(b"new").items()}
 
 
+@every_pair
 @pytest.mark.parametrize("older", [True, False])
 @pytest.mark.parametrize("owner_and_name", [(os, "fsync"), (Path, "rename"), (Path, "open"), (Path, "mkdir")])
 def test_an_error_at_any_call_leaves_the_older_folder_and_nothing_else(tmp_path, owner_and_name, older):
@@ -313,6 +316,7 @@ def _killed_while_writing(folder, chunks):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@every_pair
 @pytest.mark.parametrize("older", [True, False])
 @pytest.mark.parametrize("chunks", [1, 37])
 def test_a_killed_process_leaves_no_folder_of_the_name_and_the_next_begins_anew(tmp_path, older, chunks):

@@ -15,6 +15,7 @@ from tqdm.utils import disp_len
 
 from pst_ds import progress
 from pst_ds.progress import Progress
+from tests.pairs import every_pair
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,6 +82,7 @@ def test_more_than_the_total_is_at_its_end(clock, capsys):
     assert capsys.readouterr().err.endswith(" | eta 0m00s\n")
 
 
+@every_pair
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("note", ["loss 0.4613 | sparsity 0.8722 | " * 3, "層" * 70], ids=["numbers", "wide"])
 def test_a_long_note_is_cut_and_leaves_bar_and_end(clock, capsys, monkeypatch, width, note):

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
 from pst_ds.third_party import ThirdPartyError, patch, patched, patched_entry, require, supported, while_computing
+from tests.pairs import every_pair
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pst_ds"
 USES = {
@@ -98,6 +99,7 @@ def test_a_scope_is_entered_once_for_a_model_and_for_a_part_by_itself():
             events.clear()
 
 
+@every_pair
 @pytest.mark.parametrize("owner", [nn.Linear, nn.Linear(1, 1)], ids=["class", "object"])
 @pytest.mark.parametrize("change", [require, lambda *target: patch(*target, lambda code: code)])
 def test_a_missing_target_is_an_error_that_names_the_versions(owner, change):

@@ -11,14 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NO_CODE = {
-    tokenize.COMMENT,
-    tokenize.NL,
-    tokenize.NEWLINE,
-    tokenize.INDENT,
-    tokenize.DEDENT,
-    tokenize.ENDMARKER,
-}
+NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 HEADER = f"{'code':>6} {'comments':>9} {'assigned':>9} {'if else':>9} {'for in':>9}  per 1,000 lines of code"
 
@@ -47,12 +40,7 @@ class Counts:
 
     def row(self, name: str) -> str:
         """Return a line of the table: lines of code, the four counts per 1,000 of them, and a name."""
-        counts = (
-            self.comment_lines,
-            self.unrelated_assignments,
-            self.conditional_expressions,
-            self.comprehensions,
-        )
+        counts = (self.comment_lines, self.unrelated_assignments, self.conditional_expressions, self.comprehensions)
         rates = " ".join(f"{1000 * count / max(1, self.code_lines):9.1f}" for count in counts)
         return f"{self.code_lines:6d} {rates}  {name}"
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from pst_ds.checkpoint.format import CheckpointError, CheckpointState, open_checkpoint, read_checkpoint
+from tests.pairs import every_pair
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -169,6 +170,7 @@ def test_a_folder_that_is_empty_or_a_file_or_not_there_says_where_it_looked(tmp_
         assert _refusal(tmp_path / name) == f"no whole checkpoint in {tmp_path / name}: manifest.json is missing"
 
 
+@every_pair
 @pytest.mark.parametrize(
     "name", ["extra", "shard-00003-of-00002.safetensors", "shard-00001-of-00001.safetensors", ".x"]
 )

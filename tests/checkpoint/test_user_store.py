@@ -14,6 +14,7 @@ import torch
 
 from pst_ds.checkpoint import user_store as store_module
 from pst_ds.checkpoint.user_store import INDEX, STATES, Common, UserNameError, UserStore, UserStoreError
+from tests.pairs import every_pair
 
 COMMON = Common(
     form="masked", task="classification", labels=["no", "yes"], base_path="base", base_fingerprint="ab",
@@ -96,6 +97,7 @@ def test_a_removed_user_is_gone_from_index_disk_and_memory(store):
         store.remove("Ann")
 
 
+@every_pair
 @pytest.mark.parametrize(("code", "size"), [("BF16", 2), ("I8", 1), ("F64", 8), ("F32", 4)])
 @pytest.mark.parametrize("spaces", [0, 1])
 def test_a_state_of_another_dtype_is_refused_and_of_another_alignment_read(store, code, size, spaces):
@@ -155,6 +157,7 @@ def _fails_at(monkeypatch, number):
     monkeypatch.setattr(os, "fsync", failing)
 
 
+@every_pair
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("name", ["Ann", "Cid"])
 def test_a_full_disk_is_one_message_and_loses_nobody(store, monkeypatch, name, number):

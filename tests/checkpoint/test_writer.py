@@ -28,9 +28,11 @@ from tests.checkpoint.small_engine import (
     trainables,
     trained_engine,
 )
+from tests.pairs import every_pair
 from tools.bench.timing import status_bytes
 
 
+@every_pair
 @pytest.mark.parametrize("copies", [True, False])
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -61,6 +63,7 @@ def test_what_is_written_is_the_masters_moments_and_masks_whatever_the_number_of
     assert (checked.returncode, checked.stdout.count(": OK\n")) == (0, world + 1), checked.stdout
 
 
+@every_pair
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("num_shards", [1, 2, 3])
 def test_what_is_saved_is_loaded_whatever_the_number_of_shards(tmp_path, world, num_shards):

@@ -7,6 +7,7 @@ import transformers
 
 from pst_ds.cli.main import main
 from tests.nn.expert_families import tiny_model
+from tests.pairs import every_pair
 
 LORA = ("--set", "method=lora", "--set", "schedule.final_sparsity=0.0")
 
@@ -62,6 +63,7 @@ def test_what_cannot_be_exported_is_refused_before_any_work(sources, tmp_path, c
     assert not [*tmp_path.iterdir()]
 
 
+@every_pair
 @pytest.mark.parametrize("options", [(), ("--vocabulary", "seen"), ("--format", "gguf"), ("--format", "onnx")])
 @pytest.mark.parametrize("source", ["run", "dense"])
 def test_a_place_with_other_files_is_refused_before_any_work(sources, tmp_path, capsys, no_work, source, options):

@@ -13,6 +13,7 @@ from pst_ds.cli.main import main
 from pst_ds.export.export_run import ExportSettings
 from pst_ds.inference.decoder import Decoder
 from tests.cli.test_export_quantized import said_by
+from tests.pairs import every_pair
 
 _LOADS = """
 import sys
@@ -28,6 +29,7 @@ CHOSEN = {
 }
 
 
+@every_pair
 @pytest.mark.parametrize("is_sparse", [True, False])
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("target", TARGETS)

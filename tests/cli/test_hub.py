@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from pst_ds.cli.main import main
 from pst_ds.formats import hub
 from tests.hub_server import files_of, serving, use_hub
+from tests.pairs import every_pair
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "tests/data/train.jsonl"
@@ -116,6 +117,7 @@ def _commands(tmp_path):
     }
 
 
+@every_pair
 @pytest.mark.parametrize("verb", ["train", "prune", "inspect"])
 @pytest.mark.parametrize("state", STATES)
 def test_commands_with_a_hub_download_what_the_cache_lacks(at, server, tmp_path, capsys, verb, state):
@@ -130,6 +132,7 @@ def test_commands_with_a_hub_download_what_the_cache_lacks(at, server, tmp_path,
         assert "tokenizer.json" in files_of(tmp_path / "pruned")
 
 
+@every_pair
 @pytest.mark.parametrize("verb", ["train", "prune", "inspect"])
 @pytest.mark.parametrize(("state", "missing"), zip(STATES, MISSING, strict=True))
 def test_commands_without_a_hub_need_a_full_cache_or_name_file_and_fix(at, tmp_path, capsys, verb, state, missing):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.cli.main import main
+from tests.pairs import every_pair
 
 RUN_FILE = "tests/data/world_size.toml"
 ONE_PROCESS = ("--set", "deepspeed_config=", "--set", "train.num_steps=6", "--set", "schedule.update_interval=1")
@@ -107,6 +108,7 @@ WRONG = {
 }
 
 
+@every_pair
 @pytest.mark.parametrize("verb", ["train", "plan"])
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_is_2_and_one_message_with_place_value_and_fix(tmp_path, capsys, verb, case):

@@ -20,6 +20,7 @@ from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune.model_files import ModelFiles
 from pst_ds.train.one_shot import pruning
 from tests.core.one_shot_references import keep_by_score
+from tests.pairs import every_pair
 
 CAUSAL, CLASSES = "tests/data/causal_lm.toml", "tests/data/world_size.toml"
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -133,6 +134,7 @@ def _sets(tmp_path, *settings):
     return [word for setting in settings for word in ("--set", setting)]
 
 
+@every_pair
 @pytest.mark.parametrize("family", ["gpt2", "opt", "roberta"])
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
 def test_other_families_and_files_of_any_number(capsys, tmp_path, tiny, family, method):

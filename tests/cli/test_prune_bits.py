@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from pst_ds.cli.main import main
 from pst_ds.core.quantization import dequantize, grid_of, quantize, unpack_nibbles
+from tests.pairs import every_pair
 
 CAUSAL = "tests/data/causal_lm.toml"
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -247,6 +248,7 @@ def on_grid(tmp_path_factory):
     return top / "out"
 
 
+@every_pair
 @pytest.mark.parametrize("name", DAMAGE)
 @pytest.mark.parametrize("packing", ["bitmask", "compressed-tensors"])
 def test_where_exactness_was_promised_and_cannot_be_had(capsys, tmp_path, on_grid, name, packing):

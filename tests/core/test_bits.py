@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.core import bits as b
+from tests.pairs import every_pair
 
 INT_OF = {
     torch.float16: torch.int16,
@@ -93,6 +94,7 @@ def test_masks_of_any_shape_dtype_and_stride_pack_in_storage_order():
     assert torch.equal(b.pack_mask(keep.t()), b.pack_mask(keep.t().contiguous()))
 
 
+@every_pair
 @pytest.mark.parametrize("dtype", INT_OF, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_apply_mask_leaves_plus_zero_and_touches_nothing_else(dtype, transposed):
@@ -118,6 +120,7 @@ def test_apply_mask_picks_entry_by_entry(dtype):
     assert torch.equal(weight.view(INT_OF[dtype]), expected.view(INT_OF[dtype]))
 
 
+@every_pair
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", INT_OF, ids=str)
 @pytest.mark.parametrize(("numel", "num_shards"), [(7, 1), (400, 1), (1000, 3), (1001, 4), (130, 2), (8, 16)])
@@ -196,6 +199,7 @@ def test_checksum_hashes_with_splitmix64(index, expected):
     assert checksum(torch.tensor([True]), start=8 * index + 3) == wrapped(8 * expected)
 
 
+@every_pair
 @pytest.mark.parametrize("num_shards", [1, 2, 3])
 @pytest.mark.parametrize("shape", [(12, 32), (13, 21), (3, 200)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64], ids=str)

@@ -16,6 +16,7 @@ from pst_ds.core.bits import unpack_shard
 from pst_ds.core.bracket import sample_positions, sample_size, select_bits
 from pst_ds.core.keys import order_keys
 from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, RankSums, Sampled
+from tests.pairs import every_pair
 
 
 class Ranks:
@@ -122,6 +123,7 @@ def small_samples(monkeypatch):
     monkeypatch.setattr(bracket, "MIN_SAMPLE", 64)
 
 
+@every_pair
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("distinct", [None, 1, 3, 500])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.9999])
@@ -230,6 +232,7 @@ def test_a_pool_with_a_matrix_at_its_most(small_samples):
     assert int((~masks[0]).sum()) == 1000
 
 
+@every_pair
 @pytest.mark.parametrize("pooled", [{}, {"pools": [90], "pool_of": [0] * 3, "home": [0, 2, None]}], ids=["", "pooled"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_not_finite_scores_are_refused_on_every_rank_by_matrix(bad, pooled):

@@ -13,6 +13,7 @@ from pst_ds.core.coded_weight import CodedWeight, CodeLayout, OwnWeights, coded_
 from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.layout import Rect, WeightLayout
 from pst_ds.core.quantization import Grid, StoredGrid, round_to_grid
+from tests.pairs import every_pair
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -80,6 +81,7 @@ def test_every_way_to_read_gives_the_rounded_weight(case, data):
         assert torch.equal(own.flat(start - 3, stop + 3), plain.flat(start - 3, stop + 3))
 
 
+@every_pair
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("transposed", [False, True])

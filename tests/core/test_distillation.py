@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from pst_ds.core.distillation import distilled_loss
+from tests.pairs import every_pair
 
 
 def reference(student, teacher, targets, weight, temperature):
@@ -18,6 +19,7 @@ def reference(student, teacher, targets, weight, temperature):
     return float(loss.detach()), student.grad
 
 
+@every_pair
 @pytest.mark.parametrize("temperature", [1.0, 2.5, 0.5])
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 @pytest.mark.parametrize(("rows", "classes"), [(1, 2), (40, 37), (5, 1 << 19), (3, (1 << 20) + 1)])
@@ -34,6 +36,7 @@ def test_loss_and_gradient(temperature, weight, rows, classes):
     assert float((student.grad.double() - 0.5 * grad).norm()) <= rounding * float(grad.norm())
 
 
+@every_pair
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("student_too", [False, True])
 def test_classes_that_the_teacher_rules_out_count_for_nothing(temperature, student_too):

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from pst_ds.core.distillation import distilled_loss
 from pst_ds.core.head_loss import ChunkSizes, Readout, Teacher, chunk_sizes, head_loss, token_losses
+from tests.pairs import every_pair
 
 SMALL = ChunkSizes(least_rows=4, numbers=1, numbers_in_fp32=3 * 37)
 """Of 37 classes, products of 4 rows, blocks of 3: neither divides the number of targets."""
@@ -40,6 +41,7 @@ def _assert_near(found, expected, tolerance):
         assert float((ours - theirs).norm() / theirs.norm()) < tolerance
 
 
+@every_pair
 @pytest.mark.parametrize("kind", READOUTS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_loss_and_gradients_are_those_of_whole_logits(kind, bias):

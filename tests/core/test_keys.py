@@ -26,6 +26,7 @@ from pst_ds.core.keys import (
     single_weights,
 )
 from pst_ds.core.scores import importance
+from tests.pairs import every_pair
 
 CPU = torch.device("cpu")
 
@@ -69,6 +70,7 @@ def tile(rows, cols, seed, score_rank=3, update_rank=2, structured=True, transpo
     return TileFactors(*pair(score_rank), *structured_terms, *pair(update_rank))
 
 
+@every_pair
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 64), (2, 63), (3, 65), (5, 200), (4, 128)])
 @pytest.mark.parametrize("options", [{}, {"score_rank": 0}, {"update_rank": 0}, {"structured": False},
@@ -82,6 +84,7 @@ def test_native_score_keys_are_those_of_importance_to_the_bit(dtype, shape, opti
     assert torch.equal(score_keys(weight, terms, constants, scale), expected)
 
 
+@every_pair
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 65), (5, 200)])
 @pytest.mark.parametrize("of_rows", [True, False])

@@ -11,6 +11,7 @@ from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.masked_linear import Gradients, LayerState, backward, forward
 from pst_ds.core.tiles import least_tile_bytes, plan_tiles
+from tests.pairs import every_pair
 
 NUM_TOKENS, OUTPUTS, INPUTS, SCORE_RANK, UPDATE_RANK = 29, 126, 105, 3, 2
 BY_OUTPUTS, BY_INPUTS = 1.0, 1.8
@@ -119,6 +120,7 @@ def assert_gradients(found: Gradients, expected: dict[str, torch.Tensor], names,
         assert relative_error(getattr(found, name), expected[name]) <= tolerance, name
 
 
+@every_pair
 @each_layout
 @pytest.mark.parametrize("num_shards", [1, 2, 3])
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -129,6 +131,7 @@ def test_gradients_are_those_of_the_formula(layout, num_shards, budget):
     assert found.weight is None
 
 
+@every_pair
 @each_layout
 @pytest.mark.parametrize("num_shards", [1, 3])
 def test_forward_is_the_formula(layout, num_shards):
@@ -157,6 +160,7 @@ def test_fixed_masks_leave_g_times_m_alone(layout):
     assert not any(getattr(found, n).any() for n in SCORE_NAMES)
 
 
+@every_pair
 @each_layout
 @pytest.mark.parametrize("scores_train", [True, False])
 def test_a_trained_weight_has_the_gradient_g_times_m(layout, scores_train):
@@ -170,6 +174,7 @@ def test_a_trained_weight_has_the_gradient_g_times_m(layout, scores_train):
     assert_gradients(found, reference(case)[1], names)
 
 
+@every_pair
 @each_layout
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_input_norms_weigh_the_magnitude(layout, budget):
@@ -184,6 +189,7 @@ def without(factors: Factors, names: str) -> Factors:
     return dataclasses.replace(factors, **dict.fromkeys(names))
 
 
+@every_pair
 @pytest.mark.parametrize("left_out", ["AB", "RC", "UV", "ABRC", "ABRCUV"])
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[3]], ids=[LAYOUT_IDS[0], LAYOUT_IDS[3]])
 def test_factors_that_are_left_out_have_no_gradient(layout, left_out):

@@ -11,6 +11,7 @@ from pst_ds.core.keys import order_keys
 from pst_ds.core.layout import Rect, WeightLayout
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.units import block_keys, expand_units, keep_in_rows, keep_n_of_m, loss_keys, unit_tiles
+from tests.pairs import every_pair
 
 
 @pytest.mark.parametrize("name", ["matrix", "global", "row", "2:4", "4:8", "1:16", "16x1", "32x32"])
@@ -43,6 +44,7 @@ def test_a_pattern_that_does_not_divide_is_named(name, layout, said):
     parse_pattern("row").require_fit(layout)
 
 
+@every_pair
 @pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (3, 4), (11, 16)])
@@ -60,6 +62,7 @@ def test_n_of_m_keeps_the_largest_of_every_group(monkeypatch, native, transposed
     assert np.array_equal(found.numpy(), expected)
 
 
+@every_pair
 @pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("prune", [0, 1, 7, 12])

@@ -25,6 +25,7 @@ from pst_ds.core.quantization import (
     unit_of,
     unpack_nibbles,
 )
+from tests.pairs import every_pair
 
 RANGES = {8: (-127, 127), 4: (-8, 7)}
 """Smallest and largest codes."""
@@ -55,6 +56,7 @@ def squared_error(weight: np.ndarray, scale: float, grid: Grid) -> Fraction:
     )
 
 
+@every_pair
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_error_is_never_above_plain_rounding_of_the_largest_magnitude(grid, dtype):
@@ -71,6 +73,7 @@ def test_error_is_never_above_plain_rounding_of_the_largest_magnitude(grid, dtyp
         assert ours <= plain * Fraction(10**6 + 1, 10**6)  # weights are compared in units of 2^-28 of the largest
 
 
+@every_pair
 @pytest.mark.parametrize("grid", [Grid(8), Grid(4)], ids=str)
 @pytest.mark.parametrize("seed", range(4))
 def test_scale_is_the_best_of_those_tried(grid, seed):
@@ -101,6 +104,7 @@ def test_codes_are_those_of_numpy_and_products_are_exact(grid):
     )
 
 
+@every_pair
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_again_with_the_same_scales_changes_nothing(grid, dtype):
@@ -253,6 +257,7 @@ def test_bad_scales_are_found(bad):
     assert first_bad_scale(scales, INT4) == 6
 
 
+@every_pair
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_weight_off_its_grid_is_found(grid, dtype):

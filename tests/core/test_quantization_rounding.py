@@ -25,6 +25,7 @@ from pst_ds.core.quantization import (
 )
 from pst_ds.core.scores import sliced_weight
 from pst_ds.core.tiles import least_tile_bytes
+from tests.pairs import every_pair
 
 GRIDS = [Grid(bits, group) for bits in (8, 4) for group in (None, 32, 64)]
 LAYOUTS = [WeightLayout(36, 128, transposed, parts) for transposed in (False, True) for parts in (1, 3)]
@@ -70,6 +71,7 @@ def codes_times_scales(weight: torch.Tensor, rounding: Rounding) -> torch.Tensor
     return outputs_first(dequantize(codes, held, weight.dtype), layout)
 
 
+@every_pair
 @each_layout
 @each_grid
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,6 +86,7 @@ def test_rounded_weight_is_what_codes_and_scales_give(layout, grid, dtype):
     assert torch.equal(rounding.round_(rounded.clone()), rounded), "rounding twice is not rounding once"
 
 
+@every_pair
 @each_grid
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("transposed", [False, True])
@@ -119,6 +122,7 @@ def test_both_loops_have_the_same_sums(grid, monkeypatch):
         assert torch.equal(by_code, code_again)
 
 
+@every_pair
 @each_layout
 @each_grid
 def test_groups_are_in_the_order_of_their_scales(layout, grid):
@@ -129,6 +133,7 @@ def test_groups_are_in_the_order_of_their_scales(layout, grid):
     assert of_layer.num_scales == expected.numel()
 
 
+@every_pair
 @each_layout
 @each_grid
 def test_a_period_holds_whole_groups(layout, grid):
@@ -158,6 +163,7 @@ def layer_state(layout: WeightLayout, grid: Grid, constants: Constants, num_shar
     )  # fmt: skip
 
 
+@every_pair
 @each_layout
 @each_grid
 @pytest.mark.parametrize("budget", [1.0, 1.5, 0.0])

@@ -11,6 +11,7 @@ from pst_ds.core.bits import pack_mask
 from pst_ds.core.factors import Constants, Factors, tile_factors
 from pst_ds.core.layout import Rect, WeightLayout, shard_tiles, view_in_shard
 from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent, importance, masked_weight
+from tests.pairs import every_pair
 
 SCORE_RANK, UPDATE_RANK = 3, 2
 CONSTANTS = Constants(alpha1=0.7, alpha2=1.9, beta=1.3)
@@ -73,6 +74,7 @@ def whole_scores(weight, factors, layout) -> torch.Tensor:
     return found
 
 
+@every_pair
 @each_layout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scores_follow_the_formula(layout, dtype):
@@ -112,6 +114,7 @@ def test_same_bits_in_any_rectangle(layout, data):
     assert torch.equal(scores_of(weight, factors, layout, block, rect), whole[rect.r0 : rect.r1, rect.c0 : rect.c1])
 
 
+@every_pair
 @each_layout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_on_any_number_of_ranks(layout, dtype):
@@ -132,6 +135,7 @@ def test_same_bits_on_any_number_of_ranks(layout, dtype):
         assert torch.equal(found.view(layout.shape), whole)
 
 
+@every_pair
 @each_layout
 @pytest.mark.parametrize("num_shards", [1, 2, 5])
 def test_masked_weight_follows_the_formula(layout, num_shards):

@@ -11,6 +11,7 @@ from pst_ds.core.bits import apply_mask_, pack_mask
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
 from pst_ds.core.layout import Rect, WeightLayout
 from pst_ds.core.scores import masked_weight, merged_weight, updated_weight
+from tests.pairs import every_pair
 
 CONSTANTS = Constants(beta=1.3)
 LAYOUTS = [WeightLayout(48, 72, transposed, parts) for transposed in (False, True) for parts in (1, 3)]
@@ -36,6 +37,7 @@ def shuffled_mask(layout: WeightLayout) -> Tensor:
     return torch.rand(layout.numel, generator=torch.Generator().manual_seed(0)) > 0.5
 
 
+@every_pair
 @needs_compiler
 @pytest.mark.parametrize("rank", [1, 2, 5, 8, 16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 31), (4, 32), (9, 100), (36, 61)])
@@ -63,6 +65,7 @@ def test_a_weight_has_the_same_bits_in_whatever_rectangle():
         assert torch.equal(part, whole[rows, cols])
 
 
+@every_pair
 @needs_compiler
 @each_layout
 @pytest.mark.parametrize("num_shards", [1, 2, 5])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pst_ds.core.keys import order_keys
 from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, RankSums, prune_count, select
+from tests.pairs import every_pair
 
 LARGEST = torch.finfo(torch.float32).max
 SMALLEST = 2.0**-149
@@ -114,6 +115,7 @@ def random_scores(numel: int, seed: int, distinct: int | None = None) -> torch.T
     return torch.randint(0, distinct, (numel,), generator=generator).float() - distinct // 2
 
 
+@every_pair
 @pytest.mark.parametrize("numel", [1, 2, 7, 100, 5000])
 @pytest.mark.parametrize("distinct", [None, 1, 3], ids=["distinct", "all-equal", "three-values"])
 def test_count_is_exact_with_ties(numel, distinct):

@@ -11,6 +11,7 @@ from pst_ds.core import stats
 from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.keys import order_keys
 from pst_ds.core.layout import WeightLayout
+from tests.pairs import every_pair
 
 CONSTANTS = Constants(alpha1=0.7, alpha2=1.9, beta=-1.3)
 LAYOUTS = [WeightLayout(36, 61, transposed, parts) for transposed in (False, True) for parts in (1, 3)]
@@ -74,6 +75,7 @@ def test_what_is_equal_has_correlation_one_and_what_does_not_vary_none():
         assert stats.correlation(stats.moment_sums(x, x), 1000) is None
 
 
+@every_pair
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 64), (40, 61)])
 def test_moments_of_keys_and_squares_are_those_of_the_numbers(native, shape, monkeypatch):

@@ -13,6 +13,7 @@ from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.layout import Rect, WeightLayout
 from pst_ds.core.masked_linear import LayerState, backward, forward
 from pst_ds.core.tiles import MIN_STRIP, TileBudgetError, Tiles, least_tile_bytes, plan_tiles, tile_bytes_of
+from tests.pairs import every_pair
 
 NUM_TOKENS, RANK = 16, 2
 LAYOUTS = {
@@ -92,6 +93,7 @@ def tile_products(x: torch.Tensor, grad_y: torch.Tensor, layout: WeightLayout, t
     yield x.new_ones(band.shape[0], RANK + 1).t(), band
 
 
+@every_pair
 @pytest.mark.few(2)
 @each_layout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -119,6 +121,7 @@ def test_the_backward_pass_keeps_to_its_budget(layout, dtype, share, peak_bytes,
         assert len(tiles.rects) > 1
 
 
+@every_pair
 @each_layout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_forward_pass_keeps_one_merged_weight(layout, dtype, monkeypatch, peak_bytes, scratch_bytes):

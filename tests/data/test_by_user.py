@@ -16,6 +16,7 @@ from pst_ds.data.by_user import read_by_user
 from pst_ds.data.tasks.causal_lm import CausalLM
 from pst_ds.data.tasks.chat import Chat
 from pst_ds.data.tasks.classification import Classification
+from tests.pairs import every_pair
 
 USERS = ("ann", "7", "ann", "ben")
 
@@ -50,6 +51,7 @@ def _tokenizer(template=False):
     return tokenizer
 
 
+@every_pair
 @pytest.mark.parametrize(
     ("task", "more"),
     [(Classification, {}), (CausalLM, {"max_length": 16}), (Chat, {"text_columns": ("messages",), "max_length": 64})],

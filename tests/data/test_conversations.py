@@ -15,6 +15,7 @@ from pst_ds.config.data import DataConfig, EvalConfig
 from pst_ds.config.run import ConfigError
 from pst_ds.data.conversations import Conversation, messages_of, render, tools_of
 from pst_ds.data.tasks.chat import Chat
+from tests.pairs import every_pair
 
 ROLES = "{% for m in messages %}"
 CHATML = ROLES + (
@@ -233,6 +234,7 @@ def test_what_is_no_conversation_is_refused(value, problem):
         messages_of(value, "row 0")
 
 
+@every_pair
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.data.dataset import file_and_slice, read_rows
 from pst_ds.data.tokens.loading import load_sequences
+from tests.pairs import every_pair
 
 TOKENIZER = AutoTokenizer.from_pretrained("tests/data/tiny-llama")
 FORMATS = (".jsonl", ".csv", ".tsv", ".parquet", ".txt")
@@ -37,6 +38,7 @@ def _numbers(where, **settings):
     return [int(text.split()[1]) for text in rows["text"]]
 
 
+@every_pair
 @pytest.mark.parametrize("ending", FORMATS)
 @pytest.mark.parametrize(
     ("piece", "rows"),
@@ -54,6 +56,7 @@ def test_a_slice_is_of_rows(tmp_path, ending, piece, rows):
     assert _numbers(f"{_file(tmp_path, ending)}{piece}") == list(rows)
 
 
+@every_pair
 @pytest.mark.parametrize("count", [7, 10])
 @pytest.mark.parametrize("percent", [24, 50, 78])
 def test_two_slices_are_the_whole(tmp_path, count, percent):

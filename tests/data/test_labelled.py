@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.data import labelled
 from pst_ds.data.labelled import Examples, collate, label_names, load_examples, read_labelled
+from tests.pairs import every_pair
 
 ROWS = [
     ("a warm and moving film", "good"),
@@ -195,6 +196,7 @@ def _long(seed, count):
     return " ".join(draw.choice(WORDS) for _ in range(count))
 
 
+@every_pair
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("folder", ["tests/data/tiny-bert", "tests/data/tiny-llama"])
 def test_a_long_pair_is_cut_as_if_tokenised_whole(tmp_path, folder, side):

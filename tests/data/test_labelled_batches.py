@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.data.labelled import GlobalBatches
+from tests.pairs import every_pair
 
 
 @given(
@@ -33,6 +34,7 @@ def test_epochs_and_seeds_differ():
     assert batches.epoch(0)[0] != sorted(batches.epoch(0)[0])
 
 
+@every_pair
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6])
 def test_micro_batches_of_all_ranks_make_the_global_batch(world_size, accumulation):

@@ -9,6 +9,7 @@ import pytest
 
 from pst_ds.data import plain_text
 from pst_ds.data.plain_text import lines_belong_together, proposed_sample_by, sampled_lines
+from tests.pairs import every_pair
 
 SENTENCES = """
 It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife.
@@ -92,6 +93,7 @@ def _shuffled(rows, count=200):
     return "\n".join(random.Random(0).choices(rows, k=count))
 
 
+@every_pair
 @pytest.mark.parametrize(
     ("text", "together"),
     [

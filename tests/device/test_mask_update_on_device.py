@@ -9,6 +9,7 @@ from transformers import BertConfig, BertModel
 from pst_ds.config.pst import PSTConfig
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
+from tests.pairs import every_pair
 
 from .pretended import PretendedTensor, WrongDeviceError, module_to_device, pretended, to_device, to_host
 
@@ -37,6 +38,7 @@ def _mid_ramp(pattern, dtype=torch.float32, magnitude="weight", num_layers=2):
     return model
 
 
+@every_pair
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_masks_are_those_of_the_cpu(pattern, dtype):
@@ -64,6 +66,7 @@ def test_the_host_waits_as_often_for_many_layers_as_for_few(pattern):
     assert waits[0] == waits[1] <= 8
 
 
+@every_pair
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("magnitude", ["weight", "activation"])
 def test_weights_on_the_host_are_scored_there(pattern, magnitude):

@@ -21,6 +21,7 @@ from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.nn.folder_facts import data_of_run, origin_of, read_facts, sparsity_of
 from pst_ds.writing.manifest import sealed
 from tests.inference.encoder.conftest import encoders, sentences
+from tests.pairs import every_pair
 
 __all__ = ["encoders"]
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -175,6 +176,7 @@ def test_serve_starts_or_has_one_message(top, monkeypatch, folder, name):
     assert any(refused)
 
 
+@every_pair
 @pytest.mark.parametrize("place", [*_places(FACTS)])
 @pytest.mark.parametrize("value", STRANGE, ids=ascii)
 def test_facts_have_their_types_or_the_file_is_named(tmp_path, place, value):

@@ -7,6 +7,7 @@ import torch
 from pst_ds.core.quantization import Grid, dequantize, quantize
 from pst_ds.formats import FormatError
 from pst_ds.storage_format import packed_format
+from tests.pairs import every_pair
 
 GRIDS = [Grid(8), Grid(8, 32), Grid(4), Grid(4, 32)]
 
@@ -27,6 +28,7 @@ def by_numpy(parts, bits):
     return raw[:, :columns].astype(np.int64) - 2 ** (bits - 1)
 
 
+@every_pair
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("columns", [32, 64, 96, 37])
 def test_words_are_those_of_the_description(grid, columns):

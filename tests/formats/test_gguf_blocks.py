@@ -6,6 +6,7 @@ import torch
 
 from pst_ds.core.quantization import Grid, dequantize, quantize, round_to_grid
 from pst_ds.formats.gguf_blocks import BLOCK, gguf_blocks
+from tests.pairs import every_pair
 
 GRIDS = [Grid(8, 32), Grid(4, 32)]
 
@@ -76,6 +77,7 @@ def test_pruned_weights_are_zero_and_not_looked_at(grid):
     assert not weights_of_blocks(blocks, grid)[~keep].any()
 
 
+@every_pair
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("size", [1e-7, 3e-6, 1e-3])
 def test_scales_that_fp16_lacks_are_rounded_to_it_and_codes_follow(grid, size):

@@ -15,6 +15,7 @@ from pst_ds.errors import InputError
 from pst_ds.formats import hub
 from pst_ds.formats.base_weights import BaseWeights
 from tests.hub_server import files_of, serving, use_hub
+from tests.pairs import every_pair
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -116,6 +117,7 @@ def test_only_missing_files_are_downloaded(server, state, tmp_path, monkeypatch)
     assert not hub.missing_weights(folder)
 
 
+@every_pair
 @pytest.mark.parametrize("without", ["the setting", "the network"])
 @pytest.mark.parametrize("state", ["nothing", "a shard", "the weights", "everything"])
 def test_a_machine_without_the_hub_names_the_first_missing_file_and_the_command(

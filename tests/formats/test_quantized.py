@@ -12,6 +12,7 @@ from pst_ds.core.quantization import Grid, dequantize, quantize, round_to_grid
 from pst_ds.formats import FormatError, QuantizedFormat, row_bits, stored_bits
 from pst_ds.formats.rows import row_counts
 from pst_ds.storage_format import packed_format
+from tests.pairs import every_pair
 
 from .test_sparse import nbytes
 
@@ -113,6 +114,7 @@ def test_non_zeros_are_kept_where_nothing_says_what_is():
     assert torch.equal(form.unpack(parts), round_to_grid(weight, None, Grid(8)))
 
 
+@every_pair
 @pytest.mark.parametrize(("packing", "grid"), CASES, ids=str)
 @pytest.mark.parametrize("shape", [(0, 32), (3, 0), (0, 0)])
 def test_empty_matrices(packing, grid, shape):
@@ -122,6 +124,7 @@ def test_empty_matrices(packing, grid, shape):
     assert form.unpack(parts).shape == shape
 
 
+@every_pair
 @pytest.mark.parametrize("columns", [1536, 4096])
 @pytest.mark.parametrize(
     ("grid", "most"),

@@ -21,6 +21,7 @@ from pst_ds.core.kernels import load
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.formats import FORMATS, FormatError, mask_row_bits, row_bits, rows
+from tests.pairs import every_pair
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 BACKENDS = ["native", "portable", "numpy"]
@@ -159,6 +160,7 @@ def test_two_four_fills_groups_up_with_zeros_at_the_lowest_positions(backend):
         holds()
 
 
+@every_pair
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_round_trips_are_exact_and_pass_the_check(name, backend):
@@ -182,6 +184,7 @@ def test_round_trips_are_exact_and_pass_the_check(name, backend):
         holds()
 
 
+@every_pair
 @pytest.mark.parametrize("other", ["native", "portable"])
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -199,6 +202,7 @@ def test_loops_and_twins_give_the_same_bits(name, dtype, other, monkeypatch):
     same_parts(made[other], made["numpy"])
 
 
+@every_pair
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0)])
 def test_matrices_with_nothing_in_them(name, shape, backend):
@@ -292,6 +296,7 @@ def test_accepts_looks_at_the_shape():
     assert not FORMATS["bitmask"].accepts(bits, (2, 9))
 
 
+@every_pair
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("outputs", "inputs"), [(3, 16), (5, 12), (8, 3)])
 def test_masks_become_row_bits(outputs, inputs, transposed):
@@ -302,6 +307,7 @@ def test_masks_become_row_bits(outputs, inputs, transposed):
     assert np.array_equal(found.numpy(), np.packbits(by_output.numpy(), axis=1, bitorder="little"))
 
 
+@every_pair
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "layout", [WeightLayout(12, 40), WeightLayout(12, 20, num_matrices=3), WeightLayout(12, 20, True, 3)]

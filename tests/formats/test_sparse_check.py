@@ -6,6 +6,7 @@ import torch
 
 from pst_ds.core.bits import INT_OF_SIZE
 from pst_ds.formats import FORMATS, FormatError
+from tests.pairs import every_pair
 
 NAME = "model.layers.0.q_proj"
 SHAPE = (5, 20)  # two whole bytes and half of one
@@ -169,6 +170,7 @@ def test_falling_columns_are_found_behind_an_empty_first_row():
         FORMATS["csr"].check(NAME, parts)
 
 
+@every_pair
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_check_does_not_judge_values(name, value):

@@ -19,6 +19,7 @@ from pst_ds.hf import PackedWeightsConfig
 from pst_ds.hf.layers import LoadingProjection
 from pst_ds.hf.weight_files import PackedFolderError
 from pst_ds.runtime import SparseLinear, sparse_layers
+from tests.pairs import every_pair
 
 FORMATS = ("bitmask", "2:4", "csr")
 CASES = [
@@ -51,6 +52,7 @@ def assert_equal_models(loaded, reference):
     assert [type(m) for m in loaded.modules()] == [type(m) for m in reference.modules()]
 
 
+@every_pair
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize(("name", "auto_class", "layers"), CASES, ids=[f"{n}-{c.__name__}" for n, c, _ in CASES])
 def test_dense_is_the_dense_export_to_the_bit(packed, name, auto_class, layers, form):
@@ -64,6 +66,7 @@ def test_dense_is_the_dense_export_to_the_bit(packed, name, auto_class, layers, 
         torch.testing.assert_close(loaded(IDS)[0], reference(IDS)[0], rtol=1e-5, atol=1e-5)
 
 
+@every_pair
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize(("name", "auto_class", "layers"), CASES, ids=[f"{n}-{c.__name__}" for n, c, _ in CASES])
 def test_sparse_keeps_every_packed_layer(packed, name, auto_class, layers, form):
@@ -91,6 +94,7 @@ def test_bitmask_alone_is_kept_sparse_without_being_asked(packed, form, sparse):
     assert bool(sparse_layers(loaded)) is sparse
 
 
+@every_pair
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("load_as", ["dense", "sparse"])
 def test_a_model_that_reads_the_weight_of_a_projection(packed, load_as, dtype):
@@ -129,6 +133,7 @@ def test_a_tied_output_layer_shares_the_embedding(packed, load_as):
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
 
+@every_pair
 @pytest.mark.parametrize("load_as", ["dense", "sparse"])
 @pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModel])
 @pytest.mark.parametrize(
@@ -170,6 +175,7 @@ def test_generate_gives_the_tokens_of_the_dense_model(packed, name):
     assert wanted.shape[1] > IDS.shape[1]
 
 
+@every_pair
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"])
 @pytest.mark.parametrize("load_as", ["dense", "sparse"])
 def test_device_map(packed, device_map, load_as):

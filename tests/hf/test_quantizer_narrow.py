@@ -21,6 +21,7 @@ from pst_ds.hf import PackedFolderError, PackedWeightsConfig
 from pst_ds.hf.tables import LoadingTable
 from pst_ds.runtime import sparse_layers
 from tests.hf.test_quantizer import IDS, assert_equal_models, load, same_bits
+from tests.pairs import every_pair
 
 CASES = [
     ("llama", AutoModelForCausalLM),
@@ -37,6 +38,7 @@ HOW = [("bitmask", 8, 8, None), ("bitmask", 4, 4, None), ("2:4", 4, 8, None), ("
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 
 
+@every_pair
 @pytest.mark.parametrize("how", HOW, ids=str)
 @pytest.mark.parametrize(("name", "auto_class"), CASES, ids=[f"{n}-{c.__name__}" for n, c in CASES])
 def test_dense_is_the_model_of_the_rounded_weights_to_the_bit(quantized, name, auto_class, how):
@@ -47,6 +49,7 @@ def test_dense_is_the_model_of_the_rounded_weights_to_the_bit(quantized, name, a
         torch.testing.assert_close(loaded(IDS)[0], reference(IDS)[0], rtol=1e-5, atol=1e-5)
 
 
+@every_pair
 @pytest.mark.parametrize("how", HOW, ids=str)
 @pytest.mark.parametrize(("name", "auto_class"), CASES, ids=[f"{n}-{c.__name__}" for n, c in CASES])
 def test_sparse_keeps_codes_of_linear_layers(quantized, name, auto_class, how):
@@ -89,6 +92,7 @@ def test_groups_of_inputs(quantized, group):
     assert_equal_models(load(AutoModelForCausalLM, folder, "dense"), AutoModelForCausalLM.from_pretrained(dense))
 
 
+@every_pair
 @pytest.mark.parametrize("load_as", ["dense", "sparse"])
 @pytest.mark.parametrize("asked", [torch.bfloat16, torch.float16, torch.float32])
 def test_any_dtype_is_rounded_once(quantized, load_as, asked):
@@ -115,6 +119,7 @@ def test_a_tied_output_layer_shares_the_table(quantized, load_as):
     assert not model.model.embed_tokens.weight.is_meta
 
 
+@every_pair
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("load_as", ["dense", "sparse"])
 def test_a_model_that_reads_the_weight_of_a_projection(quantized, load_as, dtype):
@@ -149,6 +154,7 @@ def _edited(quantized, tmp_path, change, *how):
     return folder
 
 
+@every_pair
 @pytest.mark.parametrize("load_as", ["dense", "sparse"])
 @pytest.mark.parametrize(
     ("name", "part", "change", "message"),

@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from pst_ds.formats import FormatError
 from pst_ds.hf import PackedFolderError, PackedWeightsConfig
+from tests.pairs import every_pair
 
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 
@@ -95,6 +96,7 @@ def test_a_head_that_the_folder_has_not(packed):
         load(packed("llama", "bitmask")[0], AutoModelForSequenceClassification)
 
 
+@every_pair
 @pytest.mark.parametrize("ignore", [False, True])
 @pytest.mark.parametrize("key", ["model.norm.weight", "model.embed_tokens.weight"])
 def test_a_dense_tensor_of_another_shape(edited, key, ignore):
@@ -103,6 +105,7 @@ def test_a_dense_tensor_of_another_shape(edited, key, ignore):
         load(folder, ignore_mismatched_sizes=ignore)
 
 
+@every_pair
 @pytest.mark.parametrize(
     ("part", "tensor", "message"),
     [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.pairs import every_pair
+
 pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the extra of that name")
 
 from pst_ds.core.kernels.triton import merge_kernels as kernels
@@ -28,6 +30,7 @@ def of_matrices(types, constants, *, is_stack):
     return (types | dict.fromkeys(STEPS, "i32"), constants) if is_stack else (types, constants | dict.fromkeys(STEPS))
 
 
+@every_pair
 @each_form
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_merge_is_one_pass(capability, aligned, is_stack):
@@ -43,6 +46,7 @@ def test_the_merge_is_one_pass(capability, aligned, is_stack):
     assert found.count("HMMA", "HGMMA", "UTCHMMA") > 0
 
 
+@every_pair
 @each_form
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_what_is_made_of_a_gradient_is_one_pass(capability, aligned, is_stack):

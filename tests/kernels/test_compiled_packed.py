@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.pairs import every_pair
+
 pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the extra of that name")
 
 from pst_ds.core.kernels.triton import vector_kernels
@@ -43,6 +45,7 @@ def walk(capability, values, unroll, stacked=False):
     )  # fmt: skip
 
 
+@every_pair
 @pytest.mark.few(1)
 @STACKED
 @pytest.mark.parametrize("values", ["bf16", *CODES])

@@ -7,6 +7,8 @@ import dataclasses
 import pytest
 import torch
 
+from tests.pairs import every_pair
+
 pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the extra of that name")
 
 from pst_ds.config.pst import PSTConfig
@@ -51,6 +53,7 @@ def as_on_blackwell(left, right, routing, _real=grouped.product):
     return found
 
 
+@every_pair
 @pytest.mark.parametrize("by_token", [True, False], ids=["tokens", "pairs"])
 @pytest.mark.parametrize("kind", ["plain", "fixed masks", "frozen magnitude", "rounded", "two at a time", "too large"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

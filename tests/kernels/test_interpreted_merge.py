@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.pairs import every_pair
+
 pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the extra of that name")
 
 from pst_ds.core import masked_linear, scores
@@ -65,6 +67,7 @@ def both_ways(monkeypatch):
     return run
 
 
+@every_pair
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("rank", [1, 17])
 def test_the_merged_weight(layout, rank, both_ways):
@@ -135,6 +138,7 @@ def test_every_number_of_ranks_is_served(ranks):
     assert all(merge.supports(torch.bfloat16, rows * cols, ranks) for rows, cols in shapes)
 
 
+@every_pair
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_are_those_of_the_other_path(layout, dtype, both_ways):

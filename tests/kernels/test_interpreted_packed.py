@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.pairs import every_pair
+
 pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the extra of that name")
 
 from pst_ds.core.experts.routing import Routing
@@ -50,6 +52,7 @@ def require_dense(layer, bias, x, found):
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@every_pair
 @pytest.mark.parametrize(
     ("rows", "columns", "kept", "dtype"),
     [
@@ -65,6 +68,7 @@ def test_products_of_kept_values(rows, columns, kept, dtype, vectors, launched):
     assert launched == ["packed_vector"]
 
 
+@every_pair
 @pytest.mark.parametrize(
     ("packing", "bits", "group", "columns"),
     [
@@ -84,6 +88,7 @@ def test_products_of_codes(packing, bits, group, columns, vectors, launched):
     assert launched == ["packed_vector"]
 
 
+@every_pair
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("rows", "vectors", "dtype"), [(2, 3, torch.bfloat16), (2, 2, torch.float16)])
 def test_products_of_codes_in_16_bits(bits, rows, vectors, dtype, launched):
@@ -94,6 +99,7 @@ def test_products_of_codes_in_16_bits(bits, rows, vectors, dtype, launched):
     assert len(launched) == 1
 
 
+@every_pair
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("kept", [0.03, 1.0])
 def test_rows_of_any_number_of_codes(bits, kept, launched):

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.pairs import every_pair
+
 pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the extra of that name")
 
 from pst_ds.core.bits import pack_shard, unpack_shard
@@ -60,6 +62,7 @@ def in_place(matrix, bits):
     return keep
 
 
+@every_pair
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("pattern", "layout"), [
     ("2:4", LINEAR), ("3:8", CONV1D), ("4x4", LINEAR), ("16x1", LINEAR), ("1x8", LINEAR), ("2x4", CONV1D),

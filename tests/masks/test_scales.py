@@ -18,6 +18,7 @@ from pst_ds.nn.inject import InjectionError, inject_pst, pst_layers, round_weigh
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine
+from tests.pairs import every_pair
 
 SPARSITY = 0.6
 GRIDS = {"int4-32": grid_of("int4", 32), "int8-row": grid_of("int8"), "int4-row": grid_of("int4", "row")}
@@ -79,6 +80,7 @@ def _exact_weight(layer: PSTLinear) -> torch.Tensor:
     return _outputs_first(torch.where(kept, whole, 0.0), layer)
 
 
+@every_pair
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("grid", GRIDS)

@@ -23,6 +23,7 @@ from pst_ds.nn.inject import inject_pst, layers_never_called, pst_layers
 from pst_ds.nn.optimizer import pst_optimizer, pst_parameter_groups
 from pst_ds.parallel.engine import LocalEngine
 from pst_ds.parallel.ranks import rank
+from tests.pairs import every_pair
 
 SCHEDULE = CubicSchedule(
     final_sparsity=0.75, initial_sparsity=0.25, num_steps=10, warmup_fraction=0.1, cooldown_fraction=0.3,
@@ -217,6 +218,7 @@ def test_a_schedule_that_begins_below_the_masks_sparsity_is_warned_of():
         MaskUpdater(model, CubicSchedule(final_sparsity=0.75, num_steps=10))
 
 
+@every_pair
 @pytest.mark.parametrize("at", [3, 8])
 @pytest.mark.parametrize("way", ["step", "state_dict"])
 def test_a_loop_that_is_continued_goes_on_as_one_that_was_not(at, way):

@@ -19,6 +19,7 @@ from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.ranks import rank, world_size
 from tests.core.one_shot_references import keep_by_score
+from tests.pairs import every_pair
 
 SPARSITY, TOKENS, BATCHES = 0.6, 48, 3
 
@@ -109,6 +110,7 @@ def _error(weight, other, tokens):
     return float((((x @ (weight - other).double().t()).square() @ rows) * (size / size.mean() + 0.1)).sum())
 
 
+@every_pair
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("pattern", ["matrix", "row", "2:4", "1x2"])
 def test_a_solve_changes_outputs_less_than_magnitude_and_leaves_the_update(kind, pattern):

@@ -7,6 +7,7 @@ from torch import nn
 from pst_ds.config.pst import PSTConfig
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
+from tests.pairs import every_pair
 
 pytestmark = pytest.mark.gpu
 PATTERNS = ["matrix", "global", "row", "2:4", "16x1"]
@@ -24,6 +25,7 @@ def _model(dtype, pattern):
     return model
 
 
+@every_pair
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_masks_are_the_bits_of_the_cpu(dtype, pattern):

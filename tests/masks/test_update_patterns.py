@@ -18,6 +18,7 @@ from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine
+from tests.pairs import every_pair
 
 RANK = 8
 
@@ -210,6 +211,7 @@ def _prune_pool(pooled, masks, sparsity):
             total -= 1
 
 
+@every_pair
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("case", CASES)
 def test_masks_are_those_of_loops_over_whole_matrices(kind, case):
@@ -219,6 +221,7 @@ def test_masks_are_those_of_loops_over_whole_matrices(kind, case):
         assert np.array_equal(ours.numpy(), expected)
 
 
+@every_pair
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("case", CASES)
 def test_matrices_whose_keys_are_not_held_at_once_have_the_same_masks(kind, case, monkeypatch):

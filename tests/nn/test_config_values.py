@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pst_ds.cli.main import main
+from tests.pairs import every_pair
 
 ROOT = Path(__file__).resolve().parents[2]
 WRONG = {
@@ -35,6 +36,7 @@ COMMANDS = {
 }
 
 
+@every_pair
 @pytest.mark.parametrize("key", WRONG)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_wrong_value_is_named_with_its_file_and_key(tmp_path, capsys, monkeypatch, command, key):

@@ -20,6 +20,7 @@ from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.merge import merge_and_unload
 from pst_ds.nn.model_structure import router_names
 from pst_ds.nn.targets import InjectionError, resolve_targets
+from tests.pairs import every_pair
 
 from .expert_families import FAMILIES, tiny_model
 
@@ -119,6 +120,7 @@ PATTERNS = {
 }
 
 
+@every_pair
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "aria"])
 def test_every_matrix_of_every_expert_has_its_share_of_zeros(family, pattern):
@@ -136,6 +138,7 @@ def test_every_matrix_of_every_expert_has_its_share_of_zeros(family, pattern):
                 assert PATTERNS[pattern](matrix.contiguous())
 
 
+@every_pair
 @pytest.mark.parametrize("settings", [{}, {"target_modules": ("down_proj",)}, {"exclude_modules": ("down_proj",)}])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_what_is_not_pruned_or_bypassed_computes_as_the_dense_model(family, settings):

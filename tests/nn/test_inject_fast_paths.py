@@ -14,6 +14,7 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.merge import merge_and_unload
+from tests.pairs import every_pair
 
 EXCLUDED = ("self_attn", "self_attn.out_proj")
 
@@ -37,6 +38,7 @@ def _pickled(model):
     return torch.load(file, weights_only=False)
 
 
+@every_pair
 @pytest.mark.parametrize("context", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("again", [lambda model: model, copy.deepcopy, _pickled])

@@ -14,6 +14,7 @@ from pst_ds.core.bits import pack_mask
 from pst_ds.nn.inject import freeze_scores, inject_pst, pst_layers
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import sharding
+from tests.pairs import every_pair
 
 INPUTS = 24
 KINDS = ["linear", "conv1d", "fused"]
@@ -89,6 +90,7 @@ def assert_close(found: dict, expected: dict, names) -> None:
         assert error <= 1e-6, name
 
 
+@every_pair
 @each_kind
 @pytest.mark.parametrize("num_shards", [None, 3])
 @pytest.mark.parametrize("preset", [PSTConfig, PSTConfig.paper], ids=["default", "paper"])
@@ -170,6 +172,7 @@ def test_injection_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@every_pair
 @each_kind
 @pytest.mark.parametrize("settings", [{}, {"frozen_magnitude": True}, {"relative_magnitude": False}], ids=repr)
 def test_gradients_are_those_of_the_formula(kind, settings):
@@ -243,6 +246,7 @@ def test_checkpointing_changes_no_bit(kind):
     assert all(torch.equal(found[n], expected[n]) for n in expected)
 
 
+@every_pair
 @each_kind
 @pytest.mark.parametrize("train_weights", [False, True])
 def test_x_alone_is_saved_for_the_backward_pass(kind, train_weights):
@@ -284,6 +288,7 @@ CALLS = {
 }
 
 
+@every_pair
 @pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 @pytest.mark.parametrize("shape", [(INPUTS,), (5, INPUTS), (2, 5, INPUTS), (2, 3, 5, INPUTS)], ids=str)
 @pytest.mark.parametrize("with_bias", [True, False])

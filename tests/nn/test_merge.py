@@ -20,6 +20,7 @@ from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.merge import merge_and_unload, print_trainable_parameters
 from pst_ds.nn.tables.embedding import PSTEmbedding
+from tests.pairs import every_pair
 
 BERT = AutoConfig.from_pretrained("tests/data/tiny-bert")
 GPT2 = GPT2Config(vocab_size=60, n_embd=24, n_layer=2, n_head=2, n_positions=48, initializer_range=0.2)
@@ -36,6 +37,7 @@ def _trained(model_class, config, dtype, **settings):
     return model
 
 
+@every_pair
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("model_class", "config", "settings"),

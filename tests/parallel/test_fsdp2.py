@@ -35,6 +35,7 @@ from pst_ds.masks.update import mask_stats, update_masks
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine
+from tests.pairs import every_pair
 
 WIDTHS = (20, 13, 2, 40)
 """Rows that no world size divides, rows of incomplete bytes, and fewer rows than ranks."""
@@ -157,6 +158,7 @@ def _trained_by_fsdp2(reshards: bool, checkpointing: bool):
     return _state(_trained(partial(_sharded, reshard_after_forward=reshards), checkpointing=checkpointing)[0])
 
 
+@every_pair
 @pytest.mark.zero3
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("reshards", [False, True])

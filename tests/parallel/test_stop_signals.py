@@ -5,8 +5,10 @@ import signal
 import pytest
 
 from pst_ds.parallel import stop_signals
+from tests.pairs import every_pair
 
 
+@every_pair
 @pytest.mark.parametrize("time", ["first", "second"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_signal_is_noted_until_the_test_ends(number, time):

@@ -19,6 +19,7 @@ from pst_ds.planning.machines import MACHINES
 from pst_ds.planning.memory import ZeroSettings, layer_work_bytes, mask_update_bytes, memory_plan
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import Batch, step_flops, step_traffic, time_plan, update_traffic
+from tests.pairs import every_pair
 
 WIDTH, INNER, EXPERTS, PER_TOKEN, BLOCKS = 64, 24, 16, 4, 2
 SHAPE = {
@@ -93,6 +94,7 @@ def test_on_a_gpu_a_stack_of_bf16_is_merged_as_a_whole_and_launches_do_not_grow_
     assert EXPERTS * fast.step_launching > slow.step_launching > 2 * fast.step_launching
 
 
+@every_pair
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_temporaries_of_a_stack_are_planned_within_a_tenth(transposed, dtype, tensor_bytes):
@@ -115,6 +117,7 @@ def test_temporaries_of_a_stack_are_planned_within_a_tenth(transposed, dtype, te
     assert min(peaks) >= layout.expert.numel * dtype.itemsize
 
 
+@every_pair
 @pytest.mark.parametrize("build", [_qwen3, _gpt_oss])
 @pytest.mark.parametrize("settings", [{}, {"target_modules": ("down_proj",)}])
 def test_activations_are_those_that_are_kept_with_evenly_routed_tokens(build, settings):

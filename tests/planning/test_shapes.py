@@ -21,6 +21,7 @@ from pst_ds.planning.activations import trace_micro_batch
 from pst_ds.planning.memory import ZeroSettings, memory_plan, zero_settings
 from pst_ds.planning.shapes import _attention_width, model_numbers
 from pst_ds.planning.time import Batch, step_traffic
+from tests.pairs import every_pair
 
 SHAPE = {
     "hidden_size": 56, "intermediate_size": 101, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -78,6 +79,7 @@ def test_the_bands_of_a_backward_pass_follow_from_its_budget():
     assert sum(m.bands * m.count for m in model_numbers(model).modules) > sum(bands.values())
 
 
+@every_pair
 @pytest.mark.parametrize("num_shards", [1, 3])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_count_as_the_weights_that_they_are_and_take_fewer_bytes(num_shards, bits):

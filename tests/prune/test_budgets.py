@@ -20,6 +20,7 @@ from pst_ds.prune.model import prune_layers
 from pst_ds.prune.output_gradients import layer_norms
 from pst_ds.prune.rules import layer_rules, settings_for
 from tests.nn.expert_families import tiny_model
+from tests.pairs import every_pair
 
 RUN_FILE = "tests/data/causal_lm.toml"
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -144,6 +145,7 @@ def test_zeros_go_where_the_loss_loses_least(tiny, batches, family, method, patt
     assert max(idle) <= 0.95
 
 
+@every_pair
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_rows_count_by_what_the_loss_makes_of_them(tiny, batches, family, method):

@@ -18,6 +18,7 @@ from pst_ds.prune.blocks import Calibration
 from pst_ds.prune.layer import LayerPruning, inputs_of, prune_together
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.rules import layer_rules, settings_for
+from tests.pairs import every_pair
 
 FAMILIES = [
     "llama", "qwen2", "gemma3", "gpt2", "opt", "gpt_neox", "bert", "roberta", "distilbert", "deberta_v2"
@@ -107,6 +108,7 @@ def _prune_both(monkeypatch, one, two, method, batches, other_batches):
         assert torch.equal(left, right), name
 
 
+@every_pair
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_a_pass_block_by_block_is_a_whole_pass_for_each(tiny, batches, monkeypatch, family, method):
@@ -162,6 +164,7 @@ def test_padding_changes_nothing(tiny, batches, monkeypatch):
     _prune_both(monkeypatch, padded, alone, "sparsegpt", texts, single)
 
 
+@every_pair
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_model_is_as_it_was_but_for_the_pruned_weights(tiny, batches, method, dtype):
@@ -217,6 +220,7 @@ def test_the_result_does_not_depend_on_how_texts_are_batched(tiny, batches, monk
     _prune_both(monkeypatch, whole, pieces, "wanda", [{"input_ids": texts}], split)
 
 
+@every_pair
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("family", ["gpt2", "bert"])

@@ -17,6 +17,7 @@ from pst_ds.prune.blocks import Calibration
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.rules import layer_rules, settings_for
 from tests.nn.expert_families import tiny_model
+from tests.pairs import every_pair
 
 RUN_FILE = "tests/data/causal_lm.toml"
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -45,6 +46,7 @@ def _first_block_outputs(model, stack, batches):
     return torch.cat(seen)
 
 
+@every_pair
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
 @pytest.mark.parametrize(
     ("family", "stack"), [("llama", "model.layers"), ("gpt2", "transformer.h"), ("bert", "encoder.layer")]

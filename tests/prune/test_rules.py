@@ -6,6 +6,7 @@ from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import resolve_targets
 from pst_ds.prune.rules import layer_rules, requested_sparsity, settings_for, usual_pattern
+from tests.pairs import every_pair
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,7 @@ def test_the_pattern_is_asked_for_or_the_runs_or_the_methods(tiny, method, asked
     assert settings_for(tiny("llama"), PSTConfig(pattern=of_run), method, asked).pattern == expected
 
 
+@every_pair
 @pytest.mark.parametrize("method", ["magnitude", "alps"])
 @pytest.mark.parametrize(("share", "expected"), [(0.3, "matrix"), (0.6, "matrix"), (0.61, "row"), (0.9, "row")])
 def test_rows_are_ranked_together_by_what_the_loss_loses_up_to_a_share(tiny, method, share, expected):

@@ -7,6 +7,7 @@ from pst_ds.core.experts.routing import Routing
 from pst_ds.core.quantization import Grid, round_to_grid
 from pst_ds.runtime import experts
 from pst_ds.storage_format import packed_format
+from tests.pairs import every_pair
 from tools.packed_layers import packed_experts
 
 EXPERTS, OUTPUTS, INPUTS, TOKENS = 5, 6, 64, 9
@@ -46,6 +47,7 @@ FORMS = {
 }  # fmt: skip
 
 
+@every_pair
 @pytest.mark.parametrize("by_token", [True, False])
 @pytest.mark.parametrize("kind", FORMS)
 def test_a_product_is_with_the_expert_of_each_token(kind, by_token):
@@ -70,6 +72,7 @@ def test_a_product_is_with_the_expert_of_each_token(kind, by_token):
     torch.testing.assert_close(x.grad, wanted)
 
 
+@every_pair
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["bitmask", "2:4"])
 def test_one_call_for_all_experts_gives_what_a_call_for_each_does(kind, dtype, monkeypatch):

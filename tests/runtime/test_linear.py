@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 
 from pst_ds.formats import FORMATS, FormatError, rows
 from pst_ds.runtime import SparseLinear, native, sparse_layers
+from tests.pairs import every_pair
 from tools.packed_layers import packed_linear
 
 OUT, IN = 37, 64
@@ -49,6 +50,7 @@ def near(y, expected):
     assert ((y.double() - expected.double()).abs() <= room).all()
 
 
+@every_pair
 @pytest.mark.parametrize(("name", "dtype"), ALL, ids=str)
 @pytest.mark.parametrize("shape", [(IN,), (1, IN), (3, IN), (0, IN), (2, 0, IN), (2, 3, 4, IN), (50, IN), (129, IN)])
 def test_it_gives_what_the_dense_layer_gives(shape, name, dtype):
@@ -67,6 +69,7 @@ def test_without_a_bias(name):
     near(layer(numbers(5, IN)), linear(numbers(5, IN), weight))
 
 
+@every_pair
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_vectors_that_lie_apart_in_memory(name, backend, monkeypatch):
@@ -78,6 +81,7 @@ def test_vectors_that_lie_apart_in_memory(name, backend, monkeypatch):
         near(layer(x), linear(x.contiguous(), weight, bias))
 
 
+@every_pair
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_without_native_code_it_gives_the_same(name, dtype, monkeypatch):
@@ -100,6 +104,7 @@ def test_state_dict_has_the_parts_of_a_file_and_no_more(name):
         assert torch.equal(model.state_dict()[f"q_proj.{part}"].view(torch.uint8), packed[part].view(torch.uint8))
 
 
+@every_pair
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("assign", [True, False])
 def test_a_layer_made_without_memory_is_loaded(name, assign):
@@ -205,6 +210,7 @@ def test_autocast_takes_what_the_layers_before_it_give(name):
             near(y, linear(x.float(), weight, bias))
 
 
+@every_pair
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_a_copy_computes_the_same_with_memory_of_its_own(name, way):
@@ -223,6 +229,7 @@ def test_a_copy_computes_the_same_with_memory_of_its_own(name, way):
         assert getattr(twin, part).data_ptr() != getattr(layer, part).data_ptr()
 
 
+@every_pair
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("to", FLOATS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -247,6 +254,7 @@ def test_a_value_that_a_cast_makes_zero_has_no_sign(name):
     assert layer.float()(torch.ones(1, IN))[0, 0] == pytest.approx(weight[0].half().sum().item(), rel=1e-3)
 
 
+@every_pair
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("outputs", "inputs"), [(0, 8), (3, 0)])
 def test_layers_with_nothing_in_them(name, outputs, inputs):

@@ -11,6 +11,7 @@ from pst_ds.core.quantization import Grid
 from pst_ds.formats import FormatError
 from pst_ds.runtime import SparseLinear, ops
 from pst_ds.storage_format import packed_format
+from tests.pairs import every_pair
 from tools.packed_layers import packed_linear
 
 OUT, IN = 37, 64
@@ -38,6 +39,7 @@ def id_of(form):
     return f"{form.name}-{form.grid.group or 'row'}"
 
 
+@every_pair
 @pytest.mark.parametrize("form", FORMS, ids=id_of)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("panel", [1024, 8])

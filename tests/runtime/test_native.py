@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pst_ds.formats import FORMATS
 from pst_ds.runtime import native
+from tests.pairs import every_pair
 
 DTYPES = [torch.bfloat16, torch.float32]
 VECTORS = [1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 33, 64, 127, 128, 129, 200, 512, 513, 1025]
@@ -88,6 +89,7 @@ def test_a_vector_that_was_multiplied_before_leaves_nothing_behind(n, levels, pr
         assert torch.equal(small.product(level), small.sums().bfloat16())
 
 
+@every_pair
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 2, 9, 33, 130])
 def test_no_vectors_have_no_products_and_a_weight_of_no_rows_none_either(n, dtype, levels, problem):
@@ -104,6 +106,7 @@ def kinds(y):
     return torch.stack([y.isnan(), y == float("inf"), y == -float("inf")])
 
 
+@every_pair
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 3, 8, 32, 33, 130])
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.runtime.native_loop import LEVELS, Matrix, best_level, require_library
+from tests.pairs import every_pair
 
 BITS_AND_GROUPS = [(8, 0), (8, 128), (4, 32), (4, 64), (4, 0)]
 
@@ -38,6 +39,7 @@ def _rounded(x, columns_of_a_chunk, largest):
     return torch.cat(whole, 1)
 
 
+@every_pair
 @pytest.mark.parametrize("level", AVAILABLE, ids=lambda level: LEVELS[level])
 @pytest.mark.parametrize(("bits", "group"), BITS_AND_GROUPS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.4, 0.8, 0.95, 1.0])
@@ -53,6 +55,7 @@ def test_a_product_is_that_of_the_rounded_activations(level, bits, group, sparsi
     torch.testing.assert_close(matrix.multiply(x).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@every_pair
 @pytest.mark.parametrize("level", AVAILABLE, ids=lambda level: LEVELS[level])
 @pytest.mark.parametrize(("bits", "group"), BITS_AND_GROUPS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.8])
@@ -67,6 +70,7 @@ def test_threads_and_the_number_of_vectors_change_no_bit(level, bits, group, spa
     assert torch.equal(together, matrix.multiply(x, threads=3))
 
 
+@every_pair
 @pytest.mark.skipif(best_level() == 0, reason="this processor has plain C++ alone")
 @pytest.mark.parametrize(("bits", "group"), BITS_AND_GROUPS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
@@ -99,6 +103,7 @@ def test_the_largest_sums_are_exact():
                 torch.testing.assert_close(got, torch.full((1, 8), 3.0 * 127 * columns * sign), rtol=1e-6, atol=0)
 
 
+@every_pair
 @pytest.mark.parametrize("level", AVAILABLE, ids=lambda level: LEVELS[level])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_no_number_stays_none(level, value):
@@ -122,6 +127,7 @@ needs_bytes = pytest.mark.skipif(
 )
 
 
+@every_pair
 @needs_bytes
 @pytest.mark.parametrize(("bits", "group"), [*BITS_AND_GROUPS, (8, 96)])
 @pytest.mark.parametrize("sparsity", [0.0, 0.4, 0.95, 1.0])
@@ -159,6 +165,7 @@ def test_other_instructions_refuse_vectors_of_8_bits():
         Matrix.of_codes(*_codes(8, 64, 8, 0, 0.5), 8, 0, 0).multiply(torch.ones(1, 64), in_bytes=True)
 
 
+@every_pair
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("level", AVAILABLE, ids=lambda level: LEVELS[level])
 def test_floats(level, dtype):

@@ -16,6 +16,7 @@ from pst_ds.inference.onnx import operators as onnx
 from pst_ds.runtime import native_loop as decoder
 from pst_ds.runtime.native_loop import LEVELS, VARIABLE, Matrix
 from tests.guard_pages import Region, in_child
+from tests.pairs import every_pair
 from tests.runtime.test_native_loop import _codes, supported_levels
 
 AVX512, AMX = LEVELS.index("avx512"), LEVELS.index("amx")
@@ -40,6 +41,7 @@ def with_tiles(pretended, monkeypatch):
     assert AMX in supported_levels()
 
 
+@every_pair
 @pytest.mark.usefixtures("with_tiles")
 @pytest.mark.parametrize("in_bytes", [False, True])
 @pytest.mark.parametrize(("bits", "group"), [(8, 0), (8, 96), (8, 128), (4, 0), (4, 32), (4, 64)])
@@ -66,6 +68,7 @@ def test_the_largest_sums_of_tiles_are_exact(sign):
     torch.testing.assert_close(got, torch.full((20, 8), 3.0 * 127 * 5000 * sign), rtol=1e-6, atol=0)
 
 
+@every_pair
 @pytest.mark.usefixtures("with_tiles")
 @pytest.mark.parametrize("in_bytes", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

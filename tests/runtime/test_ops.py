@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.pairs import every_pair
 from tools.packed_layers import packed_linear
 
 IN, HIDDEN, OUT = 48, 40, 24
@@ -37,6 +38,7 @@ def _no_graphs_of_others():
     torch.compiler.reset()
 
 
+@every_pair
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -46,6 +48,7 @@ def test_the_operators_are_what_their_schemas_say(name, dtype, with_bias):
         torch.library.opcheck(operator, arguments)
 
 
+@every_pair
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("shape", [(IN,), (3, IN), (40, IN), (2, 3, IN)])
 def test_the_operator_gives_what_the_layer_gives_eagerly(name, shape):

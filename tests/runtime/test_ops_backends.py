@@ -5,6 +5,7 @@ import torch
 
 from pst_ds.runtime import native, ops
 from pst_ds.runtime.ops import backend_for
+from tests.pairs import every_pair
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -33,6 +34,7 @@ def test_without_native_code_the_weight_is_expanded(monkeypatch):
     assert backend_for(BF16, "cpu", 1) == "expand"
 
 
+@every_pair
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("n", [1, 4, 40])
 def test_every_way_gives_the_same(n, dtype, levels, problem):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pst_ds.planning.machines import MACHINES
+from tests.pairs import every_pair
 from tools.gpu import __main__ as gpu
 from tools.gpu import bench, cards
 from tools.gpu.__main__ import SECTIONS, main, rows_of, table
@@ -42,6 +43,7 @@ def _measured(out, *only):
     return {name: [row["measured"] for row in rows] for name, rows in sections.items()}, code
 
 
+@every_pair
 @pytest.mark.parametrize("failing", [list(SECTIONS)[::2], list(SECTIONS)[1::2]], ids=["even", "odd"])
 @pytest.mark.parametrize("kind", FAILURES)
 def test_a_section_that_fails_is_one_row_with_the_reason(programs, monkeypatch, tmp_path, kind, failing):

@@ -22,6 +22,7 @@ from pst_ds.parallel.engine import LocalEngine
 from pst_ds.parallel.sequence import SequenceParallel
 from pst_ds.train.sequences import flatten_packed_rows, keep_documents_apart, reads_on
 from tests.nn.expert_families import tiny_model
+from tests.pairs import every_pair
 
 _SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -72,6 +73,7 @@ def _packed(*lengths):
     ]
 
 
+@every_pair
 @pytest.mark.parametrize("is_long", [False, True], ids=["short", "long"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()

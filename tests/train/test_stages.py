@@ -6,6 +6,7 @@ import pytest
 
 from pst_ds.cli.main import main
 from pst_ds.config.toml import run_from_table
+from tests.pairs import every_pair
 
 CAUSAL = "tests/data/causal_lm.toml"
 STARTED = ("start.method=alps", "schedule.initial_sparsity=0.3", "start.samples=8")
@@ -16,6 +17,7 @@ def _words(verb, out, *settings):
     return [verb, CAUSAL, *(word for setting in chosen for word in ("--set", setting))]
 
 
+@every_pair
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -29,6 +29,7 @@ from pst_ds.writing.encoding import ExportError
 from pst_ds.writing.gguf.model import _llama3_factors
 from pst_ds.writing.gguf.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, gguf_tokenizer
 from tests.exporting import export_folder
+from tests.pairs import every_pair
 
 LINES = ["the quick brown fox jumps over the lazy dog 12345", "a film that is good, and one that is not", "théâtre"]
 INT8, INT4 = Grid(8, 32), Grid(4, 32)
@@ -122,6 +123,7 @@ def test_transformers_reads_the_model_on_the_grid(folder, tmp_path, how):
         torch.testing.assert_close(found.eval()(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@every_pair
 @pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
 @pytest.mark.parametrize("values", [INT8, INT4], ids=str)
 def test_llama_cpp_reads_words_and_weights(tmp_path, kind, values):

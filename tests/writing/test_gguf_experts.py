@@ -21,6 +21,7 @@ from pst_ds.writing.encoding import Encoding, ExportError
 from pst_ds.writing.from_folder import open_folder, plan_folder
 from pst_ds.writing.from_run import plan_run
 from tests.exporting import export_folder
+from tests.pairs import every_pair
 
 from .test_gguf import LINES, byte_level
 
@@ -90,6 +91,7 @@ def expected_stacks(model, grid):
     return found
 
 
+@every_pair
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("values", [None, INT8, INT4], ids=str)
 def test_llama_cpp_computes_the_model(family, values, tmp_path):

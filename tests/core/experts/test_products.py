@@ -18,6 +18,7 @@ from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.masked_linear import LayerState
 from pst_ds.core.quantization import Grid, Rounding, StoredGrid
+from tests.pairs import every_pair
 
 EXPERTS, OUTPUTS, INPUTS, RANK = 5, 6, 9, 2
 GATES = torch.rand(7, 2, generator=torch.Generator().manual_seed(9))
@@ -88,6 +89,7 @@ def reference(state: LayerState, x: torch.Tensor, index: torch.Tensor, grad_y: t
     return y.detach(), {name: leaf.grad for name, leaf in leaves.items()}
 
 
+@every_pair
 @each_layout
 @pytest.mark.parametrize("num_shards", [1, 3])
 @pytest.mark.parametrize("by_token", [True, False])
@@ -140,6 +142,7 @@ def test_a_dense_stack_has_no_mask_and_no_update(layout):
     torch.testing.assert_close(of_x, x.grad, rtol=1e-5, atol=1e-6)
 
 
+@every_pair
 @each_layout
 @pytest.mark.parametrize("num_shards", [1, 3])
 def test_an_expert_multiplies_with_its_part_of_the_stack(layout, num_shards):

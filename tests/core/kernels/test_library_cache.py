@@ -19,6 +19,7 @@ from pst_ds.core import kernels as native
 from pst_ds.core.kernels import INT, NativeSource, load
 from pst_ds.core.kernels.library_cache import cache_folder, store_library
 from pst_ds.data.tokens import loading as tokens
+from tests.pairs import every_pair
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
@@ -122,6 +123,7 @@ def test_what_only_this_user_can_change_is_loaded(source, cached, tmp_path):
     assert said_by(source) == PLANTED
 
 
+@every_pair
 @pytest.mark.parametrize("place", ["file", "folder", "parent", "parent of a link"])
 @pytest.mark.parametrize("change", ["owner", "for all", "for a group"])
 def test_what_others_could_have_put_there_is_not_loaded(source, cached, tmp_path, monkeypatch, place, change):

@@ -15,6 +15,7 @@ from pst_ds.core.one_shot.gram import DAMPING, regularised_inverse, unit_gram
 from pst_ds.core.one_shot.sparsegpt import inverse_factor
 from pst_ds.core.patterns import parse_pattern
 from tests.core.one_shot_references import correlated_inputs, keep_by_score, normal_weight, output_error, sparsegpt
+from tests.pairs import every_pair
 
 PATTERNS = ["matrix", "row", "2:4", "4:8"]
 
@@ -48,6 +49,7 @@ def test_it_prunes_exactly_so_many(name, outputs, groups, sparsity, seed):
     assert bool((made.weight[made.keep == 0].view(torch.int32) == 0).all())  # +0.0
 
 
+@every_pair
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("sparsity", [0.5, 0.7])
 def test_outputs_change_less_than_with_sparsegpt(name, sparsity):

@@ -21,10 +21,12 @@ from tests.core.one_shot_references import (
     ranked_together,
     without_smallest,
 )
+from tests.pairs import every_pair
 
 PATTERNS = ["matrix", "row", "2:4", "4:8"]
 
 
+@every_pair
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_wanda_keeps_what_a_loop_keeps(name, transposed):

@@ -26,6 +26,7 @@ from tests.core.one_shot_references import (
     sparsegpt,
     without_smallest,
 )
+from tests.pairs import every_pair
 
 
 def _rounded(weight, keep, factor, grid, columns_at_a_time=128, dtype=torch.float32):
@@ -96,6 +97,7 @@ def test_sparsegpt_prunes_exactly_so_many(name, outputs, groups, sparsity, colum
         assert (pruned.view(-1, m).sum(1) == m - n).all()
 
 
+@every_pair
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("seed", range(3))
 def test_sparsegpt_changes_the_outputs_least(name, seed):
@@ -174,6 +176,7 @@ def _assert_on_grid(made, grid, dtype=torch.float32):
     assert bool((made.weight[made.keep == 0].view(torch.int32) == 0).all())
 
 
+@every_pair
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("name", [*PATTERNS, "given"])
 def test_inputs_that_have_nothing_in_common_make_it_plain_rounding(grid, name):
@@ -252,6 +255,7 @@ def test_every_weight_is_on_its_grid_in_the_dtype_that_stores_it(
     _assert_on_grid(made, grid, dtype)
 
 
+@every_pair
 @pytest.mark.parametrize("grid", [Grid(8), Grid(4, 32), Grid(4, 64), Grid(4)], ids=str)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_what_rounding_takes_is_given_back(grid, name):

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from pst_ds.core.updates import rows as low_rank_rows
 from pst_ds.core.updates.rows import row_gradients, updated_rows
+from tests.pairs import every_pair
 
 ROWS, WIDTH, RANK = 23, 37, 3
 BETA, PADDING = 1.3, 4
@@ -31,6 +32,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
+@every_pair
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2**-8)], ids=str
 )
@@ -82,6 +84,7 @@ def reference(left, right, ids, grad_y, padding_idx):
     return own[0].grad, own[1].grad
 
 
+@every_pair
 @pytest.mark.parametrize("padding_idx", [None, PADDING, 0])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)], ids=str

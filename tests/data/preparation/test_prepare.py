@@ -29,6 +29,7 @@ from pst_ds.data.tokens.arrays import between
 from pst_ds.data.tokens.store import open_store
 from pst_ds.data.tokens.tokenize import tokenize
 from pst_ds.errors import InputError
+from tests.pairs import every_pair
 
 TINY = Path(__file__).resolve().parents[1] / "tiny-llama"
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)
@@ -109,6 +110,7 @@ def test_quotes_of_a_tsv_are_characters(tmp_path):
     assert _texts(_write(tmp_path / "a.tsv", texts)) == texts
 
 
+@every_pair
 @pytest.mark.parametrize("sample_by", ["line", "paragraph", "document"])
 @pytest.mark.parametrize("breaks", ["\n", "\r\n", "\r"])
 def test_plain_text_is_read_as_datasets_reads_it(tmp_path, sample_by, breaks):
@@ -310,6 +312,7 @@ def _file(name, content):
     return lambda folder: [(folder / name).write_bytes(content), [folder / name]][1]
 
 
+@every_pair
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -15,6 +15,7 @@ from pst_ds.cli.main import main
 from pst_ds.export.verify import verify
 from pst_ds.writing.manifest import file_sums, read_manifest, write_manifest
 from tests.inference.onnx.conftest import _compiler  # noqa: F401  # a fixture
+from tests.pairs import every_pair
 
 onnx = pytest.importorskip("onnx", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
@@ -131,6 +132,7 @@ def _damage(folder: Path, layer: int, change) -> None:
     write_manifest(folder, tensors, {**facts, **file_sums(folder)})
 
 
+@every_pair
 @pytest.mark.parametrize("values", ["bf16", "int8"])
 @pytest.mark.parametrize("layer", [0, -1])
 @pytest.mark.parametrize("change", [_negate, _clear_a_row, _quantise_badly], ids=lambda change: change.__name__)

@@ -11,6 +11,7 @@ from pst_ds.nn.personal_updates import LEFT, RIGHT
 from pst_ds.runtime import native_loop
 from pst_ds.runtime.native_loop import LEVELS
 from tests.inference.decoder.test_decoder_families import _model
+from tests.pairs import every_pair
 from tests.runtime.test_native_loop import AVAILABLE
 
 BETA = 0.7
@@ -42,6 +43,7 @@ def _decoder(model, sequences=1, **options):
     return decoder
 
 
+@every_pair
 @pytest.mark.parametrize("level", AVAILABLE, ids=lambda level: LEVELS[level])
 @pytest.mark.parametrize(("family", "sizes"), [("Llama", ODD), ("Phi3", {})], ids=["odd", "fused"])
 def test_each_token_of_a_mixed_batch_is_as_alone_and_as_in_transformers(level, family, sizes, monkeypatch):

@@ -15,6 +15,7 @@ import pst_ds
 from pst_ds.cli.main import main
 from pst_ds.errors import InputError
 from pst_ds.inference.decoder import Decoder
+from tests.pairs import every_pair
 
 from .conftest import DATA, LABELS, sentences, set_pooling
 
@@ -41,6 +42,7 @@ def expected(folder, texts, pool=lambda hidden: hidden.mean(1)):
     return (outputs.softmax(-1) if outputs.shape[1] > 1 else outputs).numpy()
 
 
+@every_pair
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["classifier", "regressor", "embedder"])
 def test_outputs_are_those_of_transformers_in_any_batch(name, form, encoders, tmp_path):

@@ -12,6 +12,7 @@ from torch.nn import functional
 from pst_ds.core.quantization import Grid
 from pst_ds.formats import FORMATS, QuantizedFormat
 from pst_ds.runtime.native_loop import LEVELS, best_level
+from tests.pairs import every_pair
 
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="comes with onnx")
@@ -68,6 +69,7 @@ def product(run_node, x, form, weight, bias=None, activation=0, threads=1, **att
     return torch.from_numpy(y), form.unpack(parts)
 
 
+@every_pair
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("density", [0.2, 0.6])
 @pytest.mark.parametrize("shape", [(1, 32, 1), (7, 64, 5), (24, 96, 48), (70, 128, 100), (33, 1056, 17)])
@@ -105,6 +107,7 @@ def test_columns_need_not_fill_bytes_or_chunks(run_node, columns):
     torch.testing.assert_close(y, x @ dense.t(), rtol=1e-5, atol=1e-4)
 
 
+@every_pair
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_dense_codes_get_bias_and_activation(run_node, activation, tokens):
@@ -117,6 +120,7 @@ def test_dense_codes_get_bias_and_activation(run_node, activation, tokens):
     torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=3e-3)
 
 
+@every_pair
 @pytest.mark.parametrize("grid", [Grid(8, None), Grid(4, None), Grid(8, 32), Grid(4, 64)], ids=str)
 @pytest.mark.parametrize("density", [0.25, 0.6, 1.0])
 @pytest.mark.parametrize("shape", [(7, 64, 5), (77, 192, 300)])
@@ -168,6 +172,7 @@ def test_tokens_of_any_size_keep_their_own_scale(run_node, tokens):
     torch.testing.assert_close(y.double() / sizes, wanted / sizes, rtol=0, atol=2e-3)
 
 
+@every_pair
 @pytest.mark.parametrize("column", [0, 60])
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_stays_none_and_with_its_token(run_node, column, odd):
@@ -251,6 +256,7 @@ VALID = {
 WHOLE = [(name, key) for name, (*_, given) in VALID.items() for key in given if key not in ("epsilon", "scale")]
 
 
+@every_pair
 @pytest.mark.parametrize("value", [-1, 3, 17, 2**31, 2**62, 2**63 - 32, -(2**63)])
 @pytest.mark.parametrize(("operator", "attribute"), WHOLE)
 def test_a_whole_number_out_of_bounds_is_refused_by_name(run_node, operator, attribute, value):
@@ -262,6 +268,7 @@ def test_a_whole_number_out_of_bounds_is_refused_by_name(run_node, operator, att
         run_node(operator, inputs, constants, attributes | {attribute: value})
 
 
+@every_pair
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("operator", "attribute"), [("SkipLayerNorm", "epsilon"), ("Attention", "scale")])
 def test_what_is_no_finite_number_is_refused_by_name(run_node, operator, attribute, value):
@@ -276,6 +283,7 @@ def test_keys_without_tokens_are_refused(run_node):
         run_node("Attention", inputs, {}, VALID["Attention"][2])
 
 
+@every_pair
 @pytest.mark.parametrize("width", [1, 7, 8, 30, 384])
 @pytest.mark.parametrize("has_skip", [True, False])
 def test_layer_norm_of_a_sum(run_node, width, has_skip):
@@ -293,6 +301,7 @@ def heads(x, count):
     return x.unflatten(-1, (count, -1)).transpose(1, 2).double()
 
 
+@every_pair
 @pytest.mark.parametrize("size", [1, 5, 8, 32, 80])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (6, 6), (3, 21), (33, 70)])
 @pytest.mark.parametrize("mask", [None, (2, 1, 1), (1, 4, -1), (2, 4, -1)])

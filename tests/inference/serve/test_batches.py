@@ -14,6 +14,7 @@ from pst_ds.inference.decoder.sampling import Sampling
 from pst_ds.inference.serve.batches import Batches
 from pst_ds.inference.serve.jobs import DONE_LENGTH, DONE_STOP, Job, Token
 from pst_ds.inference.serve.protocol import ProtocolError
+from tests.pairs import every_pair
 
 VOCABULARY, END, PAD = 40, 39, 0
 NAN, INFINITE, NOTHING, LARGE = 33, 34, 35, 36
@@ -85,6 +86,7 @@ RIGHT = [_job(1), _job(5, 6, temperature=0.5), _job(2, 6, max_tokens=6), _job(37
 WRITTEN = [([2, 3, 4, 5], DONE_LENGTH), ([7, 8, 9, 10], DONE_LENGTH), ([*range(7, 13)], DONE_LENGTH), ([38], DONE_STOP)]
 
 
+@every_pair
 @pytest.mark.parametrize("token", [NAN, INFINITE, NOTHING])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_fail_only_their_request(token, temperature):

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.pairs import every_pair
+
 for _name in ("fastapi", "uvicorn", "openai"):
     pytest.importorskip(_name)
 
@@ -56,6 +58,7 @@ def _status(client, headers, path="/v1/x"):
     return client.post(path, content=b"{}", headers=headers).status_code
 
 
+@every_pair
 @pytest.mark.parametrize("scheme", [b"Bearer ", b"bearer ", b"BEARER  "])
 @pytest.mark.parametrize(
     "key", [b"ascii", "schlüssel".encode(), "schlüssel".encode("latin-1"), "鍵".encode()], ids=range(4)

@@ -25,6 +25,7 @@ from pst_ds.inference.serve.protocol import (
 )
 from pst_ds.inference.serve.text_stream import TextStream
 from pst_ds.inference.serve.tools import ToolCalls
+from tests.pairs import every_pair
 
 WHAT_CLIENTS_SEND = {
     "user": "a", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True,
@@ -198,6 +199,7 @@ def _with_surrogates():
     )
 
 
+@every_pair
 @pytest.mark.parametrize("table", list(_with_surrogates()), ids=range(14))
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8", "utf-16", "utf-32"])
 def test_unpaired_surrogates_are_refused_in_every_string(table, encoding):

@@ -19,6 +19,7 @@ from pst_ds.nn.language_head import language_head
 from pst_ds.nn.tables.coded import CodedEmbedding, CodedOutput, coded_tables
 from pst_ds.nn.targets import InjectionError
 from pst_ds.parallel import sharding
+from tests.pairs import every_pair
 
 GRID = Grid(4, 32)
 
@@ -40,6 +41,7 @@ def llama(*, tied=False, rounded=None):
 IDS = torch.tensor([[5, 0, 89, 41, 41, 7]])
 
 
+@every_pair
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("grid", [GRID, Grid(4), Grid(8)], ids=str)
 def test_codes_compute_as_the_weights_that_they_are_would(grid, tied, capsys):

@@ -18,6 +18,7 @@ from pst_ds.nn.tables.embedding import PSTEmbedding, pst_embeddings
 from pst_ds.nn.targets import InjectionError, find_embeddings
 from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine
+from tests.pairs import every_pair
 
 BOUND = 1e-6
 ROWS, WIDTH, RANK, PADDING = 19, 24, 3, 2
@@ -172,6 +173,7 @@ def test_row_numbers_alone_are_saved_for_the_backward_pass():
     assert [(t.data_ptr(), t.shape) for t in saved] == [(ids.data_ptr(), ids.shape)]
 
 
+@every_pair
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 5), (2, 3, 4)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 def test_any_shape_of_row_numbers(shape, dtype):
@@ -189,6 +191,7 @@ def _by_operator(embedding, ids):
     return torch.ops.pst_ds.updated_rows(ids, *own, embedding.beta, embedding.padding_idx)
 
 
+@every_pair
 @pytest.mark.parametrize("look_up", [lambda embedding, ids: embedding(ids), _by_operator], ids=["plain", "operator"])
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 4)], ids=str)
 def test_the_output_can_be_changed_in_place(look_up, shape):
