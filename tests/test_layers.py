@@ -1,4 +1,4 @@
-"""Layers of the package: imports run downward only, and ZeRO-3 and DeepSpeed are known in one place.
+"""Layers of the package: imports run downward only, ZeRO-3 is known in one place, and tests are where their module is.
 
 Packages in one layer do not import each other, and modules form no cycle. Every import counts, wherever it stands: in
 a function, under TYPE_CHECKING, or by ``importlib.import_module``.
@@ -223,3 +223,55 @@ def test_the_checks_can_fail(path, source, problem):
 )
 def test_what_is_allowed_passes(path, source):
     assert problems(source, Path(path)) == []
+
+
+TESTS = PACKAGE.parent / "tests"
+ROOMS_WITHOUT_MODULES = {
+    "cluster": "a real Slurm and hosts in network namespaces",
+    "device": "an emulated accelerator, in a process with nothing else",
+    "docs": "the pages of docs/, and what they show",
+    "errors": "wrong input of every kind, for every verb",
+    "golden": "numbers of whole runs, which stay",
+    "kernels": "compiled and interpreted kernels, in a process with nothing else",
+    "launch": "the scripts of launch/",
+    "tools": "the programs of tools/",
+}
+"""Folders of tests that mirror no package, with what they test."""
+JOURNEYS = {
+    "cli/test_hub.py": "every verb that names a model of the hub",
+    "hf/test_start.py": "prune_pretrained in a script, followed by a Trainer",
+    "test_docs.py": "generated pages and tracked paths",
+    "test_gates.py": "the Makefile, CI and the release",
+    "test_layers.py": "imports of the whole package, and where its tests are",
+    "test_pairs.py": "a helper of the tests",
+    "test_public_names.py": "names of pst_ds/__init__.py",
+    "test_public_settings.py": "every public class of settings",
+    "test_types.py": "types that the package ships",
+}
+"""Test files that are not of one module, with what they follow."""
+
+
+def names_that_tests_may_have(room: Path) -> set[str]:
+    """Return the names of modules and packages right below ``room``; a room that is itself a module has any."""
+    return {path.stem for path in room.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("test_*.py")), ids=lambda path: str(path.relative_to(TESTS)))
+def test_tests_are_where_their_module_is(path):
+    """pst_ds/a/b.py is tested in tests/a/test_b.py, tests/a/test_b_SUBJECT.py or files of any name in tests/a/b."""
+    relative = path.relative_to(TESTS)
+    if relative.parts[0] in ROOMS_WITHOUT_MODULES or relative.as_posix() in JOURNEYS:
+        return
+    room = PACKAGE / relative.parent
+    if room.with_suffix(".py").exists():
+        return
+    assert room.is_dir(), f"{relative}: pst_ds has no {relative.parent}. Move it to the room of its module."
+    tested = path.stem.removeprefix("test_")
+    assert any(tested == name or tested.startswith(f"{name}_") for name in names_that_tests_may_have(room)), (
+        f"{relative}: pst_ds/{relative.parent} has no module of that name. "
+        f"Call it test_MODULE.py or test_MODULE_SUBJECT.py, or list it in JOURNEYS."
+    )
+
+
+def test_every_journey_is_there():
+    assert [name for name in JOURNEYS if not (TESTS / name).exists()] == []
