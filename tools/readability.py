@@ -47,7 +47,7 @@ class Counts:
 
 def docstring_lines(tree: ast.AST) -> set[int]:
     """Return the lines of docstrings, those of attributes included."""
-    lines = set[int]()
+    lines: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
@@ -57,17 +57,21 @@ def docstring_lines(tree: ast.AST) -> set[int]:
 def is_unrelated(node: ast.AST) -> bool:
     """Return whether a statement assigns several values of a written tuple to as many names.
 
-    Unpacking one call or iterable is not counted. Neither is a swap or a step of a recurrence (``a, b = b, a + b``),
-    in which a value is read after another statement would have overwritten it.
+    Unpacking one call or iterable is not counted. Neither is a swap or a step of a recurrence (``a, b = b, a + b``), in
+    which a value reads a name that is assigned before it: these cannot be written one after another.
     """
     if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
         return False
     target = node.targets[0]
     if not isinstance(target, ast.Tuple):
         return False
-    written = {ast.unparse(element) for element in target.elts}
-    read = {ast.unparse(part) for part in ast.walk(node.value) if isinstance(part, ast.expr)}
-    return not written & read
+    assigned: set[str] = set()
+    for name, value in zip(target.elts, node.value.elts, strict=False):
+        read = {ast.unparse(part) for part in ast.walk(value) if isinstance(part, ast.expr)}
+        if assigned & read:
+            return False
+        assigned.add(ast.unparse(name))
+    return True
 
 
 def count(source: str) -> Counts:

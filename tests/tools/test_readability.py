@@ -17,6 +17,7 @@ def test_comments_docstrings_and_code_are_counted_apart():
         ("a, b = 1, 2", 1),
         ("a, b = f(x), g(y)", 1),
         ("a, b = f(x)", 0),
+        ("a, b = a or 1, b or 2", 1),
         ("a, b = b, a", 0),
         ("a, b = b, a + b", 0),
         ("pair = 1, 2", 0),
