@@ -23,16 +23,23 @@ from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, SingleWe
 from pst_ds.core.select import DIGIT_BITS, MatrixKeys, NonFiniteScoreError, RankSums, Search, select
 
 _CPU = torch.device("cpu")
-SAMPLE_SHARE, MIN_SAMPLE, MAX_SAMPLE = 1 / 64, 4096, 32768
-"""Fraction of a matrix's keys that is sampled, and its bounds. Matrices below the minimum are read in full."""
+# Fraction of a matrix's keys that is sampled, and its bounds. Matrices below the minimum are read in full.
+SAMPLE_SHARE = 1 / 64
+MIN_SAMPLE = 4096
+MAX_SAMPLE = 32768
 MAX_POOLED_SAMPLE = 1 << 21
 """Sampled keys of all pooled matrices together, at least one per matrix."""
 _SCORED_AT_ONCE = {"cpu": 1 << 15}
 """Sampled weights, of one or several matrices, that are scored in one call; 2**20 on other devices."""
-MAX_COUNTS, LEAST_DIGIT_BITS = 1 << 21, 4
-"""Counts per exchange, and the minimum number of bits by which each exchange narrows the intervals."""
-BELOW, NOT_FINITE, OVERFLOWED, INSIDE, NUM_COUNTS = 0, 1, 2, 3, 4
-"""Columns of the counts of one pass."""
+# Counts per exchange, and the minimum number of bits by which each exchange narrows the intervals.
+MAX_COUNTS = 1 << 21
+LEAST_DIGIT_BITS = 4
+# Columns of the counts of one pass.
+BELOW = 0
+NOT_FINITE = 1
+OVERFLOWED = 2
+INSIDE = 3
+NUM_COUNTS = 4
 BRACKET_DEVIATIONS = 5.0
 """Half width of a bracket in standard deviations of the cut's position in the sample: missed with probability 6e-7."""
 
@@ -49,29 +56,37 @@ def select_bits(
     with pools, while at most 1,024 rows are counted (:class:`pst_ds.core.select.Search`), plus ``select``'s if a
     matrix needs it. Raises NonFiniteScoreError on every rank.
     """
-    ranks, device = ranks or RankSums(), device or torch.device("cpu")
+    ranks = ranks or RankSums()
+    device = device or torch.device("cpu")
     brackets = _brackets(matrices, pools, _sample(matrices, ranks, device))
     search = Search(matrices, pools, [b.low for b in brackets], ranks)
-    # narrower if many rows of counts are exchanged
-    digit_bits = max(LEAST_DIGIT_BITS, min(DIGIT_BITS, (MAX_COUNTS // max(1, len(search.low))).bit_length() - 1))
+    # Digits have fewer bits if many rows of counts are exchanged, so that an exchange has at most MAX_COUNTS of them.
+    # The brackets come from summed samples: every rank computes the same shift, and so makes the same exchanges.
+    most_bits = (MAX_COUNTS // max(1, len(search.low))).bit_length() - 1
+    digit_bits = max(LEAST_DIGIT_BITS, min(DIGIT_BITS, most_bits))
     shift = max(0, max((b.high - b.low).bit_length() for b in brackets) - digit_bits)
     scans = _scans([matrices[i] for i in search.present], [brackets[i] for i in search.present], device)
     missed = _first_counts(search, scans, shift, 1 << digit_bits)
     while shift:
-        width, shift = shift, max(0, shift - digit_bits)
+        width = shift
+        shift = max(0, shift - digit_bits)
         there = scans.histograms(search.thresholds_here, shift, 1 << (width - shift))
         search.narrow(*search.exchange(there, search.offered), shift)
     cuts = search.cuts()
     present = [cuts[i] for i in search.present]
     decided = scans.decide([cut.threshold for cut in present], [int(cut.ties) for cut in present])
     bits = [torch.empty(0, dtype=torch.uint8, device=device)] * len(matrices)
-    for i, of_matrix in zip(search.present, decided, strict=True):
-        bits[i] = of_matrix
+    for i, kept in zip(search.present, decided, strict=True):
+        bits[i] = kept
     at_most, at_most_here = search.at_most()
-    if again := sorted({*missed, *at_most}):
+    # ``missed`` and ``at_most`` are equal on every rank, so all ranks enter select together, or none does.
+    again = sorted({*missed, *at_most})
+    if again:
         _decide_by_select(again, missed, matrices, pools, bits, ranks, device)
-    if alone := [i for i in at_most_here if i not in missed]:
-        _decide_by_select(alone, (), matrices, pools, bits, RankSums(), device)
+    # These matrices are whole on this rank: other ranks take no part in their selection.
+    only_here = [i for i in at_most_here if i not in missed]
+    if only_here:
+        _decide_by_select(only_here, (), matrices, pools, bits, RankSums(), device)
     return bits
 
 
@@ -83,15 +98,20 @@ def _first_counts(search: Search, scans: "_TorchScans | KernelScans", shift: int
     there = torch.cat([scans.counts(), scans.histograms(search.thresholds_here, shift, bins)], 1)
 
     def offered(here: Tensor) -> Tensor:
-        below, flags = search.offered(here[:, :NOT_FINITE]), search.added(here[:, NOT_FINITE:INSIDE])
+        # In this order: offered() counts on from ``below_here``, which is zero for the keys below the bracket, and
+        # their number for those inside.
+        below = search.offered(here[:, :NOT_FINITE])
+        flags = search.added(here[:, NOT_FINITE:INSIDE])
         search.below_here = here[:, BELOW]
-        rest = search.offered(here[:, INSIDE:NUM_COUNTS]), search.offered(here[:, NUM_COUNTS:])
-        return torch.cat([below, flags, *rest], 1)
+        inside = search.offered(here[:, INSIDE:NUM_COUNTS])
+        digits = search.offered(here[:, NUM_COUNTS:])
+        return torch.cat([below, flags, inside, digits], 1)
 
+    # counts and the first histograms share one exchange, whose latency is most of its cost
     here, counts = search.exchange(there, offered)
     search.below_here = here[:, BELOW]
     search.below, not_finite, overflowed, inside = counts[:, :NUM_COUNTS].unbind(1)
-    if not_finite.any():
+    if not_finite.any():  # a sum over ranks: all raise, after one more exchange that names the matrices
         raise NonFiniteScoreError(search.everywhere(here[:, NOT_FINITE]))
     missed = search.missed(inside, overflowed)
     search.narrow(here[:, NUM_COUNTS:], counts[:, NUM_COUNTS:], shift)
@@ -115,24 +135,26 @@ class _TorchScans:
     """One pass over this rank's keys of all matrices, classified by their brackets; on CPUs with native loops."""
 
     def __init__(self, matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device: torch.device):
-        self._found = [_Scan(m, bracket, device) for m, bracket in zip(matrices, brackets, strict=True)]
+        self._scans = [_Scan(m, bracket, device) for m, bracket in zip(matrices, brackets, strict=True)]
         self._none = torch.zeros(0, dtype=torch.int64, device=device)
 
     def counts(self) -> Tensor:
         """Return (matrices, NUM_COUNTS) int64: keys BELOW, NOT_FINITE and INSIDE, and whether it OVERFLOWED."""
-        counts = [scan.counts for scan in self._found]
-        return torch.stack(counts) if counts else self._none.view(0, NUM_COUNTS)
+        if not self._scans:
+            return self._none.view(0, NUM_COUNTS)
+        return torch.stack([scan.counts for scan in self._scans])
 
     def histograms(self, lows: Sequence[int], shift: int, bins: int) -> Tensor:
         """Return the counts of (key - low) >> shift of the keys inside of each matrix: (matrices, bins) int64."""
-        found = [scan.keys for scan in self._found]
-        return histograms(found, lows, shift, bins) if found else self._none.view(0, bins)
+        if not self._scans:
+            return self._none.view(0, bins)
+        return histograms([scan.keys for scan in self._scans], lows, shift, bins)
 
     def decide(self, thresholds: Sequence[int], ties: Sequence[int]) -> list[Tensor]:
         """Return the kept bits of each matrix: keys above its threshold, and equal keys except the first ``ties``."""
-        for scan, threshold, count in zip(self._found, thresholds, ties, strict=True):
+        for scan, threshold, count in zip(self._scans, thresholds, ties, strict=True):
             scan.decide(threshold, count)
-        return [scan.bits for scan in self._found]
+        return [scan.bits for scan in self._scans]
 
 
 class _Scan:
@@ -140,19 +162,21 @@ class _Scan:
 
     def __init__(self, matrix: MatrixKeys, bracket: _Bracket, device: torch.device):
         room = bracket.room_for(matrix)
-        found = Classifier(matrix.num_keys, bracket.low, bracket.high, room=room, device=device)
+        classifier = Classifier(matrix.num_keys, bracket.low, bracket.high, room=room, device=device)
         for keys in matrix.tiles():
-            found.take(keys.flatten())
-        self.keys, index = found.inside()
+            classifier.take(keys.flatten())
+        self.keys, index = classifier.inside()
         self._index = _RisingNumbers(index)
-        self.bits = pack_shard(found.above(), -(-matrix.num_keys // 8))
-        self.counts = found.counts()
+        self.bits = pack_shard(classifier.above(), -(-matrix.num_keys // 8))
+        self.counts = classifier.counts()
 
     def decide(self, threshold: int, ties: int) -> None:
         """Set the kept bits among the keys inside: keys above ``threshold``, and equal keys except the first
         ``ties``."""
         equal = self.keys == threshold
-        set_bits_(self.bits, self._index.all(), (self.keys > threshold) | (equal & (equal.cumsum(0) > ties)))
+        # a running count of equal keys, so that the host need not know how many there are
+        equal_and_kept = equal & (equal.cumsum(0) > ties)
+        set_bits_(self.bits, self._index.all(), (self.keys > threshold) | equal_and_kept)
 
 
 class _RisingNumbers:
@@ -165,7 +189,8 @@ class _RisingNumbers:
         self._numbers = numbers if numbers.device.type != "cpu" else None
         if self._numbers is None:
             steps = numbers.diff(prepend=numbers.new_zeros(1))
-            self._steps, self._large = steps.clamp(max=255).to(torch.uint8), steps[steps >= 255]
+            self._steps = steps.clamp(max=255).to(torch.uint8)
+            self._large = steps[steps >= 255]
 
     def all(self) -> Tensor:
         if self._numbers is not None:
@@ -178,17 +203,19 @@ class _RisingNumbers:
 def _scans(
     matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device: torch.device
 ) -> _TorchScans | KernelScans:
-    own = _own_keys(matrices)
-    if not own:
+    by_kernels = _own_keys(matrices)
+    if not by_kernels:
         return _TorchScans(matrices, brackets, device)
     rooms = [bracket.room_for(m) for m, bracket in zip(matrices, brackets, strict=True)]
-    return KernelScans(own, [(b.low, b.high) for b in brackets], rooms)
+    return KernelScans(by_kernels, [(b.low, b.high) for b in brackets], rooms)
 
 
 def _own_keys(matrices: Sequence[MatrixKeys]) -> list[OwnKeys]:
     """Return the inputs of the kernels; none unless every matrix has them."""
-    own = [m.own_keys for m in matrices if m.own_keys is not None]
-    return own if len(own) == len(matrices) else []
+    own_keys = [m.own_keys for m in matrices if m.own_keys is not None]
+    if len(own_keys) < len(matrices):
+        return []
+    return own_keys
 
 
 def _sample(matrices: Sequence[MatrixKeys], ranks: RankSums, device: torch.device) -> list[Tensor]:
@@ -196,21 +223,23 @@ def _sample(matrices: Sequence[MatrixKeys], ranks: RankSums, device: torch.devic
     sizes = _sample_sizes(matrices)
     if by_kernels := _own_keys(matrices):
         return list(ranks.all_sum(sample_keys(by_kernels, sizes)).cpu().split(sizes))
-    own = torch.zeros(sum(sizes), dtype=torch.int32, device=device)  # zero where another rank has the key
+    # Zero where another rank has the key: a sum over ranks puts the sample together in one exchange.
+    sampled = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
     waiting: list[tuple[Tensor, slice | Tensor, SingleWeights]] = []
-    for matrix, size, out in zip(matrices, sizes, own.split(sizes), strict=True):
+    for matrix, size, out in zip(matrices, sizes, sampled.split(sizes), strict=True):
         there = sample_positions(matrix.num_in_all, size, device)
         assert matrix.sample is not None, "a matrix without a sample"
         places, keys = matrix.sample(sample_positions(matrix.num_in_all, size), there)
         if isinstance(keys, Tensor):
             out[places] = keys
             continue
+        # Weights of several matrices are scored together: on a GPU, a launch costs more than a small sample.
         waiting.append((out, places, keys))
         if sum(single.weight.numel() for *_, single in waiting) >= _SCORED_AT_ONCE.get(device.type, 1 << 20):
             _write_keys(waiting)
             waiting = []
     _write_keys(waiting)
-    return list(ranks.all_sum(own).cpu().split(sizes))
+    return list(ranks.all_sum(sampled).cpu().split(sizes))
 
 
 def _write_keys(waiting: Sequence[tuple[Tensor, slice | Tensor, SingleWeights]]) -> None:
@@ -243,8 +272,13 @@ def _half_width(matrix: MatrixKeys, size: int) -> int:
     numel = matrix.num_in_all
     if numel == 0:
         return 0
-    q = 0.5 if matrix.pool is not None else matrix.prune_count / numel
-    deviation = math.sqrt(q * (1.0 - q) / size * (1.0 - size / numel))
+    # A pool's cut may lie anywhere in one of its matrices, and a share of one half deviates the most.
+    share_below = 0.5
+    if matrix.pool is None:
+        share_below = matrix.prune_count / numel
+    # The last factor is that of a sample without replacement: zero if all keys are sampled.
+    deviation = math.sqrt(share_below * (1.0 - share_below) / size * (1.0 - size / numel))
+    # plus two strata, since a sampled position represents a whole stratum
     return math.ceil(BRACKET_DEVIATIONS * deviation * numel + 2 * numel / size)
 
 
@@ -260,18 +294,30 @@ def _brackets(matrices: Sequence[MatrixKeys], pools: Sequence[int], samples: lis
 
 
 def _matrix_bracket(matrix: MatrixKeys, sample: Tensor) -> _Bracket:
-    half, scale = _half_width(matrix, sample.numel()), sample.numel() / max(1, matrix.num_in_all)
+    half = _half_width(matrix, sample.numel())
+    scale = sample.numel() / max(1, matrix.num_in_all)
     first = math.floor((matrix.prune_count - half) * scale)
     last = math.ceil((matrix.prune_count + half) * scale)
     wanted = [at for at in (first, last) if 0 <= at < sample.numel()]
-    ordered = np.partition(sample.numpy(), wanted) if wanted else sample.numpy()
-    low = int(ordered[first]) if 1 <= first < sample.numel() else LOWEST_FINITE
-    high = int(ordered[last]) if 0 <= last < sample.numel() else HIGHEST_FINITE
+    ordered = sample.numpy()
+    if wanted:  # two order statistics need no sorted sample
+        ordered = np.partition(ordered, wanted)
+    # Beyond the ends of the sample nothing is known: the bracket is open there.
+    low = LOWEST_FINITE
+    high = HIGHEST_FINITE
+    if 1 <= first < sample.numel():
+        low = int(ordered[first])
+    if 0 <= last < sample.numel():
+        high = int(ordered[last])
     return _Bracket(low, max(low, high), 4 * half + MIN_SAMPLE)
 
 
 def _pool_bracket(members: Sequence[MatrixKeys], samples: Sequence[Tensor], wanted: int) -> _Bracket:
-    half = math.ceil(math.sqrt(sum(_half_width(m, s.numel()) ** 2 for m, s in zip(members, samples, strict=True))))
+    # The errors of the matrices' samples are independent, so their variances add up.
+    variance = 0
+    for matrix, sample in zip(members, samples, strict=True):
+        variance += _half_width(matrix, sample.numel()) ** 2
+    half = math.ceil(math.sqrt(variance))
     samples = [sample.sort().values for sample in samples]
 
     def pruned_below(key: int) -> float:
@@ -288,10 +334,14 @@ def _pool_bracket(members: Sequence[MatrixKeys], samples: Sequence[Tensor], want
 
 def _last_key_where(holds: Callable[[int], bool]) -> int:
     """Return the last finite key for which ``holds``, which is true up to some key; or the lowest."""
-    low, high = LOWEST_FINITE, HIGHEST_FINITE + 1
+    low = LOWEST_FINITE
+    high = HIGHEST_FINITE + 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
+        if holds(middle):
+            low = middle
+        else:
+            high = middle
     return low
 
 

@@ -92,7 +92,7 @@ class Cut:
         """Return the bool mask of the kept among the next ``keys``, and the cut for the keys after them."""
         kept = keys > self.threshold
         equal = keys == self.threshold
-        if keys.device.type != "cpu":
+        if keys.device.type != "cpu":  # a running count of equal keys: the host need not wait for their number
             number = equal.flatten().cumsum(0).view(keys.shape)
             return kept | (equal & (number > self.ties)), Cut(self.threshold, (self.ties - equal.sum()).clamp(min=0))
         num_equal = int(equal.sum())
@@ -104,11 +104,12 @@ class Cut:
 
     def keep_all(self, keys: Iterable[Tensor]) -> list[Tensor]:
         """Return the uint8 masks of consecutive ``keys``."""
-        cut, found = self, []
-        for some in keys:
-            kept, cut = cut.keep(some)
-            found.append(kept.to(torch.uint8))
-        return found
+        cut = self
+        masks = []
+        for part in keys:
+            kept, cut = cut.keep(part)
+            masks.append(kept.to(torch.uint8))
+        return masks
 
 
 def prune_count(sparsity: float, numel: int) -> int:
@@ -132,24 +133,38 @@ class Search:
         row_of = {i: row for row, i in enumerate(alone)}
         joint = dict.fromkeys(m.pool for m, joined in zip(matrices, is_joined, strict=True) if joined)
         row_of_pool = {pool: len(alone) + number for number, pool in enumerate(joint)}
-        next_pool = iter(range(len(pools), len(pools) + len(matrices)))
-        self._ranks, self._matrices = ranks, matrices
-        self._pools = [next(next_pool) if m.pool is None else m.pool for m in matrices]
-        self._rows = [row_of[i] if i in row_of else row_of_pool[m.pool] for i, m in enumerate(matrices)]
+        self._ranks = ranks
+        self._matrices = matrices
+        self._pools = []
+        self._rows = []
+        next_pool = len(pools)
+        for i, m in enumerate(matrices):
+            if m.pool is None:  # the only member of another pool, numbered after those of the caller
+                self._pools.append(next_pool)
+                next_pool += 1
+            else:
+                self._pools.append(m.pool)
+            self._rows.append(row_of[i] if i in row_of else row_of_pool[m.pool])
         self._joined = [i for i, joined in enumerate(is_joined) if joined]
         self.present = [i for i, m in enumerate(matrices) if m.num_keys or not is_joined[i]]
         """Indices of the matrices whose keys this rank counts."""
         wanted = [*pools, *(m.prune_count for m in matrices if m.pool is None)]
         self.wanted = torch.tensor(wanted, dtype=torch.int64)
-        self.low, self.pool_of = (torch.zeros(len(alone) + len(joint), dtype=torch.int64) for _ in range(2))
-        self.low[self._rows], self.pool_of[self._rows] = torch.tensor(low), torch.tensor(self._pools)
+        self.low = torch.zeros(len(alone) + len(joint), dtype=torch.int64)
+        self.pool_of = torch.zeros_like(self.low)
+        self.low[self._rows] = torch.tensor(low)
+        self.pool_of[self._rows] = torch.tensor(self._pools)
         most = torch.tensor([m.prune_count for m in matrices], dtype=torch.int64)
         self.most = torch.zeros_like(self.low).index_add_(0, torch.tensor(self._rows), most)
-        self.below, self.equal = torch.zeros_like(self.low), torch.zeros_like(self.low)
-        self._row_here, self._most_here = torch.tensor(self._rows)[self.present], most[self.present]
+        self.below = torch.zeros_like(self.low)
+        self.equal = torch.zeros_like(self.low)
+        self._row_here = torch.tensor(self._rows)[self.present]
+        self._most_here = most[self.present]
         joined_here = torch.tensor([is_joined[i] for i in self.present], dtype=torch.bool)
-        self._alone_here, self._joined_here = (~joined_here).nonzero().flatten(), joined_here.nonzero().flatten()
-        self.below_here, self.equal_here = torch.zeros_like(self._row_here), torch.zeros_like(self._row_here)
+        self._alone_here = (~joined_here).nonzero().flatten()
+        self._joined_here = joined_here.nonzero().flatten()
+        self.below_here = torch.zeros_like(self._row_here)
+        self.equal_here = torch.zeros_like(self._row_here)
 
     @property
     def thresholds(self) -> list[int]:
@@ -172,10 +187,12 @@ class Search:
         """
         rows = here.new_zeros(len(self.low), here.shape[1])
         rows[: len(self._alone_here)] = here[self._alone_here]
-        for some in self._joined_here.split(_JOINED_AT_ONCE):
-            before = self.below_here[some].unsqueeze(1)
-            reached = torch.cat([before, here[some].cumsum(1) + before], 1).minimum(self._most_here[some].unsqueeze(1))
-            rows.index_add_(0, self._row_here[some], reached.diff(dim=1))
+        for part in self._joined_here.split(_JOINED_AT_ONCE):  # a part at a time, to limit the memory of these tensors
+            before = self.below_here[part].unsqueeze(1)
+            most = self._most_here[part].unsqueeze(1)
+            # differences of limited cumulative counts: a count beyond the limit adds nothing
+            reached = torch.cat([before, here[part].cumsum(1) + before], 1).minimum(most)
+            rows.index_add_(0, self._row_here[part], reached.diff(dim=1))
         return rows
 
     def exchange(self, there: Tensor, offered: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -185,14 +202,15 @@ class Search:
         if self._joined or there.device.type == "cpu":
             here = there.cpu()
             return here, self._ranks.all_sum(offered(here))
+        # both in one copy from the device, so that the host waits once
         here, summed = torch.stack([there, self._ranks.all_sum(there.clone())]).cpu()
         return here, summed
 
     def everywhere(self, here: Tensor) -> list[int]:
         """Return the indices of the matrices for which some rank has a positive ``here``, (present,). Collective."""
-        found = torch.zeros(len(self._matrices), dtype=torch.int64)
-        found[self.present] = here
-        return self._ranks.all_sum(found).nonzero().flatten().tolist()
+        of_matrix = torch.zeros(len(self._matrices), dtype=torch.int64)
+        of_matrix[self.present] = here
+        return self._ranks.all_sum(of_matrix).nonzero().flatten().tolist()
 
     def pruned_up_to(self, counts: Tensor) -> Tensor:
         """Return how many keys each pool prunes if its rows offer (rows, ...) ``counts``."""
@@ -207,14 +225,16 @@ class Search:
         """
         cumulative = counts.cumsum(1) + self.below.unsqueeze(1)
         reached = self.pruned_up_to(cumulative) >= self.wanted.unsqueeze(1)
+        # argmax finds the first bin that reaches the wanted number. A pool that wants more keys than it has ends in its
+        # last bin.
         bins = torch.where(reached.any(1), reached.int().argmax(1), counts.shape[1] - 1)
-        own = bins[self.pool_of].unsqueeze(1)
-        self.equal = counts.gather(1, own).squeeze(1)
-        self.below = cumulative.gather(1, own).squeeze(1) - self.equal
-        self.low = self.low + (own.squeeze(1) << shift)
-        there = own[self._row_here]
-        self.equal_here = here.gather(1, there).squeeze(1)
-        self.below_here = self.below_here + here.cumsum(1).gather(1, there).squeeze(1) - self.equal_here
+        bin_of_row = bins[self.pool_of].unsqueeze(1)
+        self.equal = counts.gather(1, bin_of_row).squeeze(1)
+        self.below = cumulative.gather(1, bin_of_row).squeeze(1) - self.equal
+        self.low = self.low + (bin_of_row.squeeze(1) << shift)
+        bin_here = bin_of_row[self._row_here]
+        self.equal_here = here.gather(1, bin_here).squeeze(1)
+        self.below_here = self.below_here + here.cumsum(1).gather(1, bin_here).squeeze(1) - self.equal_here
 
     def cuts(self) -> list[Cut]:
         """Return the cut of each matrix for this rank's keys, once every interval has a single key. Collective.
@@ -222,18 +242,20 @@ class Search:
         Equal keys of a pool are pruned in the order of its matrices, and within a matrix from the first.
         """
         rooms = torch.minimum(self.equal, self.most - self.below)[self._rows]
-        if self._joined:
-            own = torch.zeros_like(rooms)
-            own[self.present] = torch.minimum(self.equal_here, self._most_here - self.below_here).clamp(min=0)
-            rooms[self._joined] = self._ranks.all_sum(own[self._joined])
+        if self._joined:  # equal on every rank, as a collective requires
+            rooms_here = torch.zeros_like(rooms)
+            rooms_here[self.present] = torch.minimum(self.equal_here, self._most_here - self.below_here).clamp(min=0)
+            rooms[self._joined] = self._ranks.all_sum(rooms_here[self._joined])
         before = self._ranks.sum_of_lower_ranks(self.equal_here[self._alone_here]).tolist()
         left = (self.wanted - self.pruned_up_to(self.below)).tolist()
-        found = []
+        cuts = []
         for row, pool, room, key in zip(self._rows, self._pools, rooms.tolist(), self.thresholds, strict=True):
             ties = max(0, min(room, left[pool]))
             left[pool] -= ties
-            found.append(Cut(key, ties - (before[row] if row < len(before) else 0)))
-        return found
+            # Lower ranks prune the first ties. Rows after ``before`` are of matrices that are whole on one rank.
+            ties_before = before[row] if row < len(before) else 0
+            cuts.append(Cut(key, ties - ties_before))
+        return cuts
 
     def missed(self, inside: Tensor, overflowed: Tensor) -> set[int]:
         """Return the matrices, in whole pools, that overflowed or whose cut is not among the ``inside`` (rows,)."""
@@ -274,13 +296,17 @@ def select(
         there = torch.zeros(len(search.present), 1 << digit_bits, dtype=torch.int64, device=device)
         for i, first, out in zip(search.present, search.thresholds_here, there, strict=True):
             out.copy_(_counts(matrices[i], first, shift, 1 << digit_bits, device))
-        here = there.cpu()
-        not_finite = _not_finite(here) if shift == _KEY_BITS - DIGIT_BITS else here[:, :0]
+        here = there.cpu()  # the host waits for the device once per digit
+        # NaN and infinity are recognised by the first digit.
+        not_finite = here[:, :0]
+        if shift == _KEY_BITS - DIGIT_BITS:
+            not_finite = _not_finite(here)
         counts = ranks.all_sum(torch.cat([search.added(not_finite), search.offered(here)], 1))
         if counts[:, : not_finite.shape[1]].any():
             raise NonFiniteScoreError(search.everywhere(not_finite.squeeze(1)))
         search.narrow(here, counts[:, not_finite.shape[1] :], shift)
     cuts = [_from_the_first(cut, m) for cut, m in zip(search.cuts(), matrices, strict=True)]
+    # First the matrices that all ranks share, in one collective call, then those that only this rank has.
     for at_most, sums in zip(search.at_most(), (ranks, RankSums()), strict=True):
         alone = [replace(matrices[i], pool=None) for i in at_most]
         for i, cut in zip(at_most, select(alone, sums, device) if alone else [], strict=True):
@@ -320,5 +346,6 @@ def _not_finite(counts: Tensor) -> Tensor:
     The first digit is the sign, the exponent and two more bits, so these are the bins at either end.
     """
     width = _KEY_BITS - DIGIT_BITS
-    first, last = (LOWEST_FINITE - _LOWEST_KEY) >> width, (HIGHEST_FINITE - _LOWEST_KEY) >> width
+    first = (LOWEST_FINITE - _LOWEST_KEY) >> width
+    last = (HIGHEST_FINITE - _LOWEST_KEY) >> width
     return counts[:, :first].sum(1, keepdim=True) + counts[:, last + 1 :].sum(1, keepdim=True)
