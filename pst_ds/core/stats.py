@@ -33,7 +33,9 @@ def score_moments(keys: Tensor, weights: Tensor, weight_scale: float) -> Tensor:
     if native is None:
         sums = moment_sums(scores_of_keys(keys), weights.abs())
     else:
-        keys, weights, sums = keys.contiguous(), weights.contiguous(), torch.empty(5, dtype=torch.float64)
+        keys = keys.contiguous()
+        weights = weights.contiguous()
+        sums = torch.empty(5, dtype=torch.float64)
         native.pst_moments(keys, weights, keys.numel(), sums)
     by = 1.0 / weight_scale
     # Python numbers: a tensor made of them would make the host wait
@@ -48,13 +50,14 @@ def square_sum(values: Tensor) -> Tensor:
     if native is None or values.dtype not in NATIVE_DTYPES or values.stride(1) != 1:
         flat = values.float().flatten().double()
         return flat @ flat
-    found = native.pst_squares(values, NATIVE_DTYPES[values.dtype], values.stride(0), *values.shape)
-    return torch.tensor(found, dtype=torch.float64)
+    squares = native.pst_squares(values, NATIVE_DTYPES[values.dtype], values.stride(0), *values.shape)
+    return torch.tensor(squares, dtype=torch.float64)
 
 
 def moment_sums(x: Tensor, y: Tensor) -> Tensor:
     """Return the sums of x, y, x**2, y**2 and x y over two tensors of one shape: (5,) float64."""
-    x, y = x.flatten().double(), y.flatten().double()
+    x = x.flatten().double()
+    y = y.flatten().double()
     return torch.stack([x.sum(), y.sum(), x @ x, y @ y, x @ y])
 
 
@@ -64,11 +67,15 @@ def correlation(sums: Tensor, count: int) -> float | None:
     None if one of them does not vary or is not finite.
     """
     x, y, xx, yy, xy = (sums.double() / count).tolist()
-    variances = xx - x * x, yy - y * y
-    if not (variances[0] > _LEAST_VARIANCE * xx and variances[1] > _LEAST_VARIANCE * yy):
+    variance_x = xx - x * x
+    variance_y = yy - y * y
+    # also false for NaN, which every comparison with a number is
+    if not (variance_x > _LEAST_VARIANCE * xx and variance_y > _LEAST_VARIANCE * yy):
         return None
-    found = (xy - x * y) / math.sqrt(variances[0] * variances[1])
-    return max(-1.0, min(1.0, found)) if math.isfinite(found) else None
+    pearson: float = (xy - x * y) / math.sqrt(variance_x * variance_y)
+    if not math.isfinite(pearson):
+        return None
+    return max(-1.0, min(1.0, pearson))  # rounding may exceed 1
 
 
 def product_norm(left: Tensor, right: Tensor) -> Tensor:
@@ -76,8 +83,10 @@ def product_norm(left: Tensor, right: Tensor) -> Tensor:
 
     |L R|^2 = trace(R' L' L R) = sum of (L' L) . (R R')
     """
-    left, right = left.double(), right.double()
+    left = left.double()
+    right = right.double()
     squared = ((left.t() @ left) * (right @ right.t())).sum()
+    # terms of both signs cancel, so the sum of a zero product may be slightly negative
     return squared.clamp(min=0.0).sqrt()
 
 
@@ -97,12 +106,14 @@ def learned_score_norm(layout: WeightLayout, factors: Factors, constants: Consta
     """
     norms = []
     for tile in _matrices(layout, factors):
-        left, right = [], []
+        left = []
+        right = []
         if tile.score_left is not None and tile.score_right is not None:
             left.append(constants.alpha1 * tile.score_left.double())
             right.append(tile.score_right.double())
         if tile.score_rows is not None and tile.score_cols is not None:
-            rows, cols = tile.score_rows.double(), tile.score_cols.double()
+            rows = tile.score_rows.double()
+            cols = tile.score_cols.double()
             left.append(constants.alpha2 * torch.stack([rows, torch.ones_like(rows)], 1))
             right.append(torch.stack([torch.ones_like(cols), cols]))
         if left:

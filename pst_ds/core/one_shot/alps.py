@@ -18,10 +18,12 @@ from pst_ds.core.one_shot.scored import Compensated, joined
 from pst_ds.core.one_shot.shares import ALONE, Ranks, Share, keep_in_panel, keep_together
 from pst_ds.core.patterns import Pattern
 
-FIRST_PENALTY, LAST_PENALTY = 0.1, 1.0
-"""Fractions of H's diagonal. The penalty grows by equal factors, every few rounds as in the authors' schedule."""
-PENALTIES, ROUNDS_PER_PENALTY = 6, 4
-"""With 10 penalties of 3 rounds the errors of the layers of a 135M Llama are 0.5 % lower, and its loss by 0.003."""
+# Fractions of H's diagonal. The penalty grows by equal factors, every few rounds as in the authors' schedule.
+FIRST_PENALTY = 0.1
+LAST_PENALTY = 1.0
+# With 10 penalties of 3 rounds the errors of the layers of a 135M Llama are 0.5 % lower, and its loss by 0.003.
+PENALTIES = 6
+ROUNDS_PER_PENALTY = 4
 GRADIENT_STEPS = 8
 """Steps from the last round's weights to the best under the mask."""
 
@@ -49,15 +51,25 @@ def alps_of_shares(shares: Sequence[Share], inputs: UnitGram, ranks: Ranks = ALO
     penalties = [FIRST_PENALTY * growth**i for i in range(PENALTIES)]
     for penalty, inverse in _inverses(inputs.gram, penalties, ranks):
         turns = range(ROUNDS_PER_PENALTY)
-        for panel, share in ((panel, share) for own, share in alone for panel in own):
-            for _ in turns:  # all rounds of a panel while it is in the cache
-                panel.keep = keep_in_panel(panel.scores(penalty, inverse), share)
-        for _ in turns if pooled else ():
-            scores = [[panel.scores(penalty, inverse) for panel in own] for own, _ in pooled]
-            for (own, _), masks in zip(pooled, keep_together(scores, [s for _, s in pooled], ranks), strict=True):
-                for panel, keep in zip(own, masks, strict=True):
+        for panels, share in alone:
+            for panel in panels:
+                for _ in turns:  # all rounds of a panel while it is in the cache
+                    panel.keep = keep_in_panel(panel.scores(penalty, inverse), share)
+        if not pooled:
+            continue
+        for _ in turns:
+            scores = []
+            for panels, _ in pooled:
+                scores.append([panel.scores(penalty, inverse) for panel in panels])
+            # Collective, once per round: rows of different ranks compete, so a round needs the scores of all panels.
+            kept = keep_together(scores, [share for _, share in pooled], ranks)
+            for (panels, _), masks in zip(pooled, kept, strict=True):
+                for panel, keep in zip(panels, masks, strict=True):
                     panel.keep = keep
-    return [joined([panel.solution() for panel in own], share) for own, share in zip(states, shares, strict=True)]
+    pruned = []
+    for panels, share in zip(states, shares, strict=True):
+        pruned.append(joined([panel.solution() for panel in panels], share))
+    return pruned
 
 
 class _Panel:
@@ -83,14 +95,17 @@ class _Panel:
     def solution(self) -> Compensated:
         """Return the mask and the best weights under it."""
         start = self._shifted.masked_fill_(self.keep == 0, 0.0)
-        found = least_squares(start, self.keep, self._pulled, self._inputs.gram, GRADIENT_STEPS) / self._inputs.norms
-        return Compensated(found.masked_fill_(self.keep == 0, 0.0), self.keep)
+        solved = least_squares(start, self.keep, self._pulled, gram=self._inputs.gram, steps=GRADIENT_STEPS)
+        # W acted on inputs of norm 1 so far. The mask is applied once more, so that pruned weights are exactly +0.0.
+        weight = (solved / self._inputs.norms).masked_fill_(self.keep == 0, 0.0)
+        return Compensated(weight, self.keep)
 
 
 def _inverses(gram: Tensor, penalties: Sequence[float], ranks: Ranks) -> Iterator[tuple[float, Tensor]]:
     """Yield each penalty and (gram + penalty * identity)^-1. Collective: each rank inverts the next of its turn."""
     for first in range(0, len(penalties), ranks.number):
         together = penalties[first : first + ranks.number]
-        own = regularised_inverse(gram, together[min(ranks.own, len(together) - 1)])
+        # A rank without a penalty in the last turn repeats the last one: a broadcast needs a tensor on every rank.
+        inverse_here = regularised_inverse(gram, together[min(ranks.own, len(together) - 1)])
         for source, penalty in enumerate(together):
-            yield penalty, ranks.broadcast(own, source)
+            yield penalty, ranks.broadcast(inverse_here, source)

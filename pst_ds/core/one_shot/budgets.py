@@ -43,6 +43,7 @@ def score_histogram(scores: Tensor) -> Tensor:
     keys = order_keys(scores)
     if bool((keys > HIGHEST_FINITE).any()) or bool((keys < 0).any()):
         raise FloatingPointError("scores are not finite")
+    # keys of numbers from 0 on are their fp32 bits, so the high bits are the exponent and the first of the fraction
     return torch.bincount((keys >> _DROPPED_BITS).flatten(), minlength=BINS)
 
 
@@ -67,14 +68,21 @@ def zeros_by_saliency(
     upto = torch.minimum(torch.stack(list(histograms)).cumsum(1), caps.unsqueeze(1))  # (layers, BINS)
     cut = min(int(torch.searchsorted(upto.sum(0), wanted)), BINS - 1)
     below = upto[:, cut - 1] if cut else torch.zeros_like(caps)
-    inside, left = upto[:, cut] - below, wanted - int(below.sum())
+    inside = upto[:, cut] - below
+    # The cut's bin is shared out: every layer loses the same fraction of its scores in this bin.
+    left = wanted - int(below.sum())
     share = left / max(1, int(inside.sum()))
-    exact = [(b + share * i) / each for b, i, each in zip(below.tolist(), inside.tolist(), weights_each, strict=True)]
-    found = [min(math.floor(one), n) for one, n in zip(exact, most, strict=True)]
-    left = wanted - sum(n * each for n, each in zip(found, weights_each, strict=True))
-    order = sorted(range(len(found)), key=lambda i: (found[i] - exact[i], i))
+    exact = []
+    lost = []
+    for i, each in enumerate(weights_each):
+        units = (below[i].item() + share * inside[i].item()) / each
+        exact.append(units)
+        lost.append(min(math.floor(units), most[i]))
+    left = wanted - sum(n * each for n, each in zip(lost, weights_each, strict=True))
+    order = sorted(range(len(lost)), key=lambda i: (lost[i] - exact[i], i))  # equal remainders: the first layer
     for at_once in (1, max(sizes)):  # largest remainders first, then any layer with a unit that still fits
         for i in order:
-            more = min(left // weights_each[i], most[i] - found[i], at_once)
-            found[i], left = found[i] + more, left - more * weights_each[i]
-    return found
+            more = min(left // weights_each[i], most[i] - lost[i], at_once)
+            lost[i] = lost[i] + more
+            left = left - more * weights_each[i]
+    return lost

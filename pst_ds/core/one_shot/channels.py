@@ -45,9 +45,11 @@ def by_second_order(weight: Tensor, gram: Tensor, number: int) -> tuple[Tensor, 
     Returns those inputs, ascending; the others, the least important first; and the error of each removal, fp64.
     """
     damped, _ = damped_gram(gram)
-    inverse, weight = torch.cholesky_inverse(torch.linalg.cholesky(damped)), weight.to(torch.float64, copy=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    weight = weight.to(torch.float64, copy=True)
     left = torch.arange(weight.shape[1], device=weight.device)
-    gone, scores = [left[:0]], [weight[0, :0]]
+    gone = [left[:0]]
+    scores = [weight[0, :0]]
     while len(left) > number:
         most = min(len(left) - number, COLUMNS_AT_ONCE)
         errors = weight[:, left].square().sum(0) / inverse.diagonal()[left]

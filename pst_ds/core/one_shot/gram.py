@@ -36,7 +36,10 @@ def damped_gram(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]
         raise FloatingPointError("inputs are not finite")
     diagonal = gram.diagonal().to(torch.float64)
     dead = diagonal == 0
-    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    mean = 1.0
+    if not bool(dead.all()):
+        mean = float(diagonal[~dead].mean())
+    # in double precision: damping adds small numbers to a diagonal that may span many orders of magnitude
     damped = gram.to(torch.float64, copy=True)
     damped.diagonal().add_(torch.where(dead, mean, damping * mean))
     return damped, dead
@@ -64,18 +67,23 @@ def least_squares(start: Tensor, keep: Tensor, pulled: Tensor, gram: Tensor, ste
     ``start``: (O, I) fp32, 0 where pruned. ``keep``: (O, I), 0/1. ``pulled``: (O, I). ``gram``: H, (I, I), of inputs
     with norm 1.
     """
-    found, mask = start.clone(), keep.to(start.dtype)
-    residual = (pulled - found @ gram).mul_(mask)
-    direction, size = residual.clone(), residual.square().sum(1, keepdim=True)
+    # Each row is a separate system, whose steps are masked, so that pruned weights stay zero.
+    solution = start.clone()
+    mask = keep.to(start.dtype)
+    residual = (pulled - solution @ gram).mul_(mask)
+    direction = residual.clone()
+    size = residual.square().sum(1, keepdim=True)
     for _ in range(steps):
         moved = (direction @ gram).mul_(mask)
         step = _ratio(size, (direction * moved).sum(1, keepdim=True))
-        found.addcmul_(step, direction)
+        solution.addcmul_(step, direction)
         residual.addcmul_(-step, moved)
-        size, before = residual.square().sum(1, keepdim=True), size
+        before = size
+        size = residual.square().sum(1, keepdim=True)
         direction.mul_(_ratio(size, before)).add_(residual)
-    return found
+    return solution
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    # a row that is solved already has 0 / 0
     return torch.where(below > 0, above / below, 0.0)

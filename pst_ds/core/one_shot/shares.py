@@ -121,7 +121,8 @@ def keep_together(scores: Sequence[Sequence[Tensor]], shares: Sequence[Share], r
     for cut, own, share in zip(select(matrices, ranks.sums, device), keys, shares, strict=True):
         masks = cut.keep_all(own)
         if share.pattern.kind == "block":
-            unit, of_panel = (share.pattern.outputs, share.pattern.inputs), share.panels
+            unit = (share.pattern.outputs, share.pattern.inputs)
+            of_panel = share.panels
             rects = [Rect(0, p.stop - p.start, 0, share.weight.shape[1]) for p in of_panel]
             masks = [expand_units(kept, rect, unit) for kept, rect in zip(masks, rects, strict=True)]
         found.append(masks)

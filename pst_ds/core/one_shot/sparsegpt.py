@@ -154,7 +154,9 @@ class _Rounder:
     def __init__(self, grid: Grid, left: Tensor, dtype: torch.dtype):
         outputs, inputs = left.shape
         groups = grid.num_groups(inputs)
-        self._grid, self._dtype, self.size = grid, dtype, inputs // groups
+        self._grid = grid
+        self._dtype = dtype
+        self.size = inputs // groups
         self.scales = torch.full((outputs, groups), UNUSED_SCALE, dtype=SCALE_DTYPE, device=left.device)
         numbers = torch.finfo(dtype)
         self._least = max(LEAST_SCALE, 2 * numbers.smallest_normal * numbers.eps)
@@ -199,8 +201,11 @@ def _pass_columns(rows: _Rows, upper: Tensor, choose: Choice, unit: int, start: 
 
     Returns the errors, (rows, stop - start), that correct later inputs.
     """
-    left, keep, rounder = rows.left, rows.keep, rows.rounder
-    errors, chosen = left.new_zeros(len(left), stop - start), start if unit else stop
+    left = rows.left
+    keep = rows.keep
+    rounder = rows.rounder
+    errors = left.new_zeros(len(left), stop - start)
+    chosen = start if unit else stop
     for j in range(start, stop):
         if j == chosen:
             chosen = min(j + unit, stop)
