@@ -62,7 +62,7 @@ class Supervisor:
         lock = self.folder / LAUNCH / f"{socket.gethostname()}{LOCK}"
         with only_writer(lock, f"pst-ds launch of {self.folder}", patience=0.0), self._signals():
             while (code := self._once()) is None:
-                self._asked.wait(self.wait_seconds)
+                self._asked.wait(self.wait_seconds)  # a signal ends the wait
                 if self._asked_by:
                     return EXIT_STOPPED
         return code
@@ -87,16 +87,21 @@ class Supervisor:
 
     def _outcome(self, attempt: Attempt) -> tuple[str, bool]:
         """Return what follows an attempt, for the message, and whether that is a restart."""
-        code, moved = attempt.exit_code, attempt.to_step > attempt.from_step
+        code = attempt.exit_code
+        moved = attempt.to_step > attempt.from_step
         if code in (0, BAD_INPUT) or self._asked_by:
             return "", False
         if code == EXIT_STOPPED and (job := _slurm_job()):
+            # Preempted: Slurm starts the job again when it has the hosts, so a restart here would be killed.
             requeued = subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
-            return f"; {'requeued' if requeued else 'could not requeue'} job {job}", False
+            if requeued:
+                return f"; requeued job {job}", False
+            return f"; could not requeue job {job}", False
         if code == EXIT_STOPPED and moved and self.retries:
             return "; it goes on", True
         blamed = [host for stalls in self._stalls for host in blamed_hosts(stalls)]
         changed = bool(blamed) and self._leave_out(blamed, "a stalled run names them")
+        # A failure that recurs before the first checkpoint, on the same hosts, has a cause that retries do not remove.
         if not moved and not changed:
             return ", and no checkpoint was written: another start would end like it", False
         self._failures += 1
@@ -118,10 +123,13 @@ class Supervisor:
         codes = (self.folder / LAUNCH / f"codes-{socket.gethostname()}").absolute()
         shutil.rmtree(codes, ignore_errors=True)
         codes.mkdir()
+        # Verdicts and exit codes of an earlier start must not be read as this one's.
         for stalls in self._stalls:
             (stalls / VERDICT_FILE).unlink(missing_ok=True)
         words = self.hosts.filled_in(self.launcher, (self.folder / LAUNCH / "hosts.txt").absolute())
-        before, began, without = newest_step(self.folder), time.monotonic(), list(self.hosts.left_out)
+        before = newest_step(self.folder)
+        began = time.monotonic()
+        without = list(self.hosts.left_out)
         environment = {**os.environ, EXIT_CODES_VARIABLE: str(codes)}
         # a separate process group: Ctrl-C in a terminal must reach the ranks once, through this process
         self._process = subprocess.Popen([*words, *self.arguments], env=environment, process_group=0)
@@ -174,6 +182,7 @@ def _rank_codes(folder: Path) -> list[int]:
 
 def exit_code_of(launcher: int, ranks: Sequence[int]) -> int:
     """Return the exit code of a run by its ranks, because some launchers lose their codes, else by its launcher."""
+    # One rank's bad input or stop decides: the others then fail because they miss it.
     for code in (BAD_INPUT, EXIT_STOPPED):
         if code in ranks:
             return code
@@ -184,5 +193,6 @@ def exit_code_of(launcher: int, ranks: Sequence[int]) -> int:
 
 def _slurm_job() -> str:
     """Return the Slurm job of this process as scontrol names it: array tasks by their index."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
