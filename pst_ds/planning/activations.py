@@ -94,7 +94,9 @@ def trace_micro_batch(
 
     model.register_forward_pre_hook(start)
     seen = _run(model, batch=batch, sequence=sequence, checkpointing=checkpointing, distilled=distilled, device=device)
-    trace.activations, trace.moved, trace.launches = seen.peak, seen.moved, seen.launches
+    trace.activations = seen.peak
+    trace.moved = seen.moved
+    trace.launches = seen.launches
     return trace
 
 
@@ -174,7 +176,8 @@ def _loss_in_chunks(
     All chunks are alike: one and two of them are run, and the operators of the others are added to ``seen``.
     """
     targets = inputs["input_ids"].flatten()
-    width, rows = head.module.in_features, sizes.rows(head.module.out_features)
+    width = head.module.in_features
+    rows = sizes.rows(head.module.out_features)
     taught = torch.empty(len(targets), width, dtype=head.readout.weight.dtype) if distilled else None
 
     def read(hidden: Tensor) -> Tensor:
@@ -193,7 +196,8 @@ def _loss_in_chunks(
         loss = loss_of(2 * rows)
         totals = []
         for before, between, after in zip(start, one, (seen.launches, seen.moved), strict=True):
-            of_two, of_one = after - between, between - before
+            of_two = after - between
+            of_one = between - before
             totals.append(before + of_two + round(more * (of_two - of_one)))
         seen.launches, seen.moved = totals
         return loss
@@ -231,7 +235,8 @@ def _pretend_on_cpu(model: nn.Module, mode: Any) -> None:
 @contextmanager
 def layers_save_their_input(model: nn.Module) -> Iterator[None]:
     """Make PST layers save only their input; their temporaries of the weight's size are counted elsewhere."""
-    layers, tables = pst_layers(model).values(), coded_tables(model).values()
+    layers = pst_layers(model).values()
+    tables = coded_tables(model).values()
     for table in tables:
         if isinstance(table, CodedEmbedding):
             table.forward = partial(_embed, table)  # type: ignore[method-assign]
@@ -274,7 +279,8 @@ class _Product(torch.autograd.Function):
         ctx: Any, anchor: Tensor, outputs: int, x: Tensor, routing: Routing | None = None, by_token: bool = False
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.routing, ctx.by_token = routing, by_token
+        ctx.routing = routing
+        ctx.by_token = by_token
         if routing is not None:
             return x.new_empty(len(routing.order), outputs)
         return x.new_empty(*x.shape[:-1], outputs)

@@ -51,24 +51,30 @@ def cut_plan(run: RunConfig, data: StartData, machine: Machine) -> Cost:
 
     Raises InputError for what the config of the model cannot express.
     """
-    config, (stored, size) = data.config, data.itemsizes
+    config = data.config
+    stored, size = data.itemsizes
     model = bare_model(run, None)
     layers = resolve_targets(model, PSTConfig())
     stack, blocks = find_blocks(model, [layer.name for layer in layers])
     smaller = {layer.name: layer.layout for layer in resolve_targets(bare_model(run, config.ffn), PSTConfig())}
     first = [layer for layer in layers if block_of(layer.name, stack) == 0]
     every = [_Fitted.of(layer.layout, smaller.get(layer.name, layer.layout)) for layer in first]
-    fitted, number = [one for one in every if one.kept < one.inputs], len(blocks)
+    fitted = [one for one in every if one.kept < one.inputs]
+    number = len(blocks)
     whole, inside = (stored * sum(p.numel() for p in part.parameters()) for part in (model, blocks))
-    tokens, token = data.pieces(config.samples) * data.piece_tokens, 2 * met_weights(model, layers) / machine.flops
-    sums, width = sum(one.sums for one in fitted), model_width(model)
+    tokens = data.pieces(config.samples) * data.piece_tokens
+    token = 2 * met_weights(model, layers) / machine.flops
+    sums = sum(one.sums for one in fitted)
+    width = model_width(model)
     memory = {
         "outside_of_blocks": whole - inside, "block": inside // number, "libraries": RUNTIME_BYTES[machine.device],
         "hidden_states": tokens * width * size, "statistics": sums * 3 // 2,
         "removal": max((48 * one.inputs**2 + 24 * one.inputs * one.outputs for one in fitted), default=0),
     }  # fmt: skip
-    fp32, seconds = machine.flops * FP32[machine.device], dict[str, float]()
-    passes, attention = 2 - 1 / number, number * 4 * data.length * width / fp32
+    fp32 = machine.flops * FP32[machine.device]
+    seconds = dict[str, float]()
+    passes = 2 - 1 / number
+    attention = number * 4 * data.length * width / fp32
     products = number * sum(i.inputs**2 for i in fitted) / fp32
     seconds["statistics"] = tokens * (passes * (token + attention) + products)
     seconds["removal"] = number * sum(-(-i.experts // data.ranks) * i.seconds(machine) for i in fitted)

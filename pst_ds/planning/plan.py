@@ -181,7 +181,8 @@ class Plan:
         fields = asdict(self)
         del fields["memory"], fields["run"]
         fields["finetuning"] = self.finetuning.as_json() if self.finetuning else None
-        run, memory = self.run, self.memory
+        run = self.run
+        memory = self.memory
         return fields | {
             "precision": run.train.precision,
             "sequence_parallel": run.train.sequence_parallel,
@@ -225,7 +226,8 @@ def _plan(run: RunConfig, options: PlanOptions, tokenizer: "PreTrainedTokenizerB
     trained_in_full = head_names(model, run)
     remarks = [remark] if remark else []
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, run)]
-    start, finetuning = start_cost(run, model, numbers, ranks, machine), run.finetuning()
+    start = start_cost(run, model, numbers, ranks, machine)
+    finetuning = run.finetuning()
     before = None if finetuning is None else _plan(finetuning, replace(options, trace=None), resolved.tokenizer)
     # the trace comes last: it uses the model up
     trace = options.trace or _trace(model, run, ranks, zero.persistence_threshold, machine.device)
@@ -268,9 +270,11 @@ def _zero(
     run: RunConfig, raw: JsonObject | None, model: nn.Module, ranks: int, machine: Machine, memory: int
 ) -> ZeroSettings:
     """Return the settings of DeepSpeed on ``machine``, with the place of frozen weights. Raises InputError."""
-    resolved, copies = resolved_deepspeed_config(run, raw, model, ranks=ranks), 0
+    resolved = resolved_deepspeed_config(run, raw, model, ranks=ranks)
+    copies = 0
     if resolved is not None:
-        wanted, names = run.model.base_placement, (run.deepspeed_config, "the run file")
+        wanted = run.model.base_placement
+        names = (run.deepspeed_config, "the run file")
         sizes = frozen_bytes(model, run, ranks), ranks, machine.node_size, memory or machine.capacity
         copies = place_frozen(resolved, wanted, *sizes, names=names)
     zero = zero_settings(resolved, ranks, machine.backend)
@@ -292,8 +296,10 @@ def _cost(
 ) -> tuple[MemoryPlan, TimePlan, Verdict]:
     """Predict memory and time. ``groups``: trained parameters of each optimizer group; ``before``: the fine-tuning."""
     teacher_bytes, teacher_weights = _teacher(run, numbers, options.no_data)
-    model_bytes, numbers = numbers.whole_bytes, numbers.divided(run.train.experts_divided_by(zero.world_size))
-    ranks, accumulation = zero.world_size, run.train.gradient_accumulation_steps
+    model_bytes = numbers.whole_bytes
+    numbers = numbers.divided(run.train.experts_divided_by(zero.world_size))
+    ranks = zero.world_size
+    accumulation = run.train.gradient_accumulation_steps
     memory = memory_plan(
         numbers,
         zero,
@@ -304,7 +310,8 @@ def _cost(
         teacher=teacher_bytes,
         solves=run.schedule.solves > 0,
     )
-    batch, schedule = _batch(run, ranks, teacher_weights, trace or Trace()), run.make_schedules(num_steps).masks
+    batch = _batch(run, ranks, teacher_weights, trace or Trace())
+    schedule = run.make_schedules(num_steps).masks
     times = time_plan(numbers, zero, batch, machine)
     peak = max(memory.peak, int(start["memory"]["peak"]) if start else 0)
     kept = 0 if run.model.gradient_checkpointing else memory.activations
@@ -384,7 +391,8 @@ def start_cost(run: RunConfig, model: nn.Module, numbers: ModelNumbers, ranks: i
     """Predict the one-shot pruning before the run; None without any, or if it needs no data. Raises InputError."""
     if run.start.method == "none" or not (config := one_shot_config(run, run.start.samples)).needs_data:
         return None
-    size, place = DTYPES[run.train.precision].itemsize, Pretrained(run.model.path, "model.path")
+    size = DTYPES[run.train.precision].itemsize
+    place = Pretrained(run.model.path, "model.path")
     dtype = getattr(place.config(), "dtype", None)
     itemsizes = dtype.itemsize if isinstance(dtype, torch.dtype) else size, size
     data = StartData(config, ranks, run.data.max_length, run.eval_batch_size, itemsizes)

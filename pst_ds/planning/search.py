@@ -130,7 +130,8 @@ def ways(run: RunConfig, found: Plan, node_size: int) -> Iterator[tuple[int, int
 
     They are (ranks of a node that share a sequence, accumulation steps, gradient checkpointing).
     """
-    ranks, at_stage_3 = found.ranks, found.zero_stage == 3
+    ranks = found.ranks
+    at_stage_3 = found.zero_stage == 3
     powers = _powers(run.train.batch_size)
     shared = [n for n in powers if ranks % n == 0 and n <= node_size]
     shared = shared if at_stage_3 and run.task_facts.predicts_tokens else [1]
@@ -178,7 +179,8 @@ def cure(run: RunConfig, options: PlanOptions, found: Plan) -> Choice | None:
 
 
 def _accumulating(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
-    steps, most = run.train.gradient_accumulation_steps, run.train.batch_size // run.train.groups_of_ranks(ranks)
+    steps = run.train.gradient_accumulation_steps
+    most = run.train.batch_size // run.train.groups_of_ranks(ranks)
     return [_with(run, "train", gradient_accumulation_steps=n) for n in _powers(most) if n > steps]
 
 
@@ -192,7 +194,8 @@ def _placed(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
 
 def _sharing(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
     """A group of n ranks has n times the examples, in as many more steps."""
-    steps, degree = run.train.gradient_accumulation_steps, run.train.sequence_parallel
+    steps = run.train.gradient_accumulation_steps
+    degree = run.train.sequence_parallel
     shared = [n for n in _powers(node_size) if ranks % n == 0 and n > degree and run.task_facts.predicts_tokens]
     more = [(n, steps * n // degree) for n in shared]
     return [_with(run, "train", sequence_parallel=n, gradient_accumulation_steps=k) for n, k in more]

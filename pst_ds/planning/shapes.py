@@ -28,7 +28,8 @@ Group = TypeVar("Group", TensorGroup, ModuleNumbers, MatrixGroup)
 
 def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
     """Count an injected model, gathered or partitioned, with or without values, for training on "cpu" or "cuda"."""
-    layers, tables = pst_layers(model), coded_tables(model).values()
+    layers = pst_layers(model)
+    tables = coded_tables(model).values()
     sliced = sum(math.prod(table.shape) for table in tables if isinstance(table, CodedOutput))
     return ModelNumbers(
         tensors=_tensors(model),
@@ -56,7 +57,8 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
 
 def block_sizes(model: nn.Module, numbers: ModelNumbers) -> BlockSizes:
     """Count the largest block of an injected model with ``numbers``. Raises InputError for layers outside of blocks."""
-    layers, outputs = pst_layers(model), Counter[tuple[str, int, int]]()
+    layers = pst_layers(model)
+    outputs = Counter[tuple[str, int, int]]()
     stack, blocks = find_blocks(model, list(layers))
     sizes: Counter[int] = Counter()
     for name, layer in layers.items():
@@ -64,7 +66,8 @@ def block_sizes(model: nn.Module, numbers: ModelNumbers) -> BlockSizes:
     index, numel = sizes.most_common(1)[0]
     own = {name: layer for name, layer in layers.items() if block_of(name, stack) == index}
     for name, layer in own.items():  # the inputs of q, k and v are the same, and those of gate and up
-        one, number = layer.layout.expert, layer.layout.num_experts
+        one = layer.layout.expert
+        number = layer.layout.num_experts
         outputs[name if number > 1 else name.rpartition(".")[0], one.in_features, number] += one.out_features
     others = (module for module in blocks[index].modules() if not isinstance(module, PSTLayer))
     numel += sum(sharding.full_numel(param) for module in others for param in module.parameters(recurse=False))
@@ -81,7 +84,8 @@ def block_sizes(model: nn.Module, numbers: ModelNumbers) -> BlockSizes:
 
 
 def _tensors(model: nn.Module) -> tuple[TensorGroup, ...]:
-    layers, tables = pst_layers(model).values(), coded_tables(model).values()
+    layers = pst_layers(model).values()
+    tables = coded_tables(model).values()
     factors = {id(param) for layer in layers for _, param in layer.factor_parameters()}
     masks, scales = ({id(getattr(layer, part)) for layer in layers} for part in ("pst_mask", "pst_scales"))
     coded = [(layer.layout.numel, layer.base_codes) for layer in layers if layer.base_codes is not None]
@@ -90,7 +94,8 @@ def _tensors(model: nn.Module) -> tuple[TensorGroup, ...]:
     in_stacks = {id(p) for layer in layers if isinstance(layer, PSTExpertStack) for p in layer.parameters()}
     groups = []
     for param in model.parameters():
-        key, group = id(param), TensorGroup(sharding.full_numel(param), param.element_size(), 1, param.requires_grad)
+        key = id(param)
+        group = TensorGroup(sharding.full_numel(param), param.element_size(), 1, param.requires_grad)
         if key in factors:
             group = replace(group, kind="factor")
         elif key in masks:
@@ -146,9 +151,14 @@ def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
     by_dtype: Counter[object] = Counter()
     for param in params:
         by_dtype[param.dtype] += sharding.full_numel(param) * param.element_size()
-    work, bands, by_kernels, experts, groups = 0, 0, True, 1, 0
+    work = 0
+    bands = 0
+    by_kernels = True
+    experts = 1
+    groups = 0
     if isinstance(module, PSTLayer):
-        by_kernels, experts = _by_kernels(module), module.layout.num_experts
+        by_kernels = _by_kernels(module)
+        experts = module.layout.num_experts
         work = layer_work_bytes(module.layout.expert, module.dtype.itemsize, module.tile_bytes, device)
         bands = _num_bands(module, device)
         if experts > 1 and merges(module.layout, module.dtype, device):
@@ -158,7 +168,8 @@ def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
             work = max(work, module.dtype.itemsize * whole)
     elif isinstance(module, CodedOutput):
         work = slice_numel(*module.shape, device) * module.dtype.itemsize
-    numel, sizes = sum(map(sharding.full_numel, params)), by_dtype.values()
+    numel = sum(map(sharding.full_numel, params))
+    sizes = by_dtype.values()
     gathers = sum(sizes), max(sizes, default=0)
     return ModuleNumbers(numel, *gathers, work, bands=bands, experts=experts, groups=groups, by_kernels=by_kernels)
 

@@ -32,7 +32,9 @@ def share_for(run: RunConfig, speedup: float, target: str) -> tuple[float, float
 
     Raises InputError if no share has it.
     """
-    full, fastest, refused = _work(run, None, target), 1.0, None
+    full = _work(run, None, target)
+    fastest = 1.0
+    refused = None
     for part in range(STEPS - 1, 0, -1):
         try:
             found = full / _work(run, part / STEPS, target)
@@ -53,9 +55,11 @@ def share_for(run: RunConfig, speedup: float, target: str) -> tuple[float, float
 def _work(run: RunConfig, share: float | None, target: str) -> float:
     """Return the work of a token, in multiplications, with a ``share`` of the channels. Raises InputError."""
     model = bare_model(run, share)
-    layers, text = resolve_targets(model, PSTConfig()), text_config(model)
+    layers = resolve_targets(model, PSTConfig())
+    text = text_config(model)
     _, blocks = find_blocks(model, [layer.name for layer in layers])
-    width, outputs = model_width(model), text.vocab_size if run.task_facts.predicts_tokens else 0
+    width = model_width(model)
+    outputs = text.vocab_size if run.task_facts.predicts_tokens else 0
     return met_weights(model, layers) + width * (outputs + OVERHEADS[target] * len(blocks))
 
 

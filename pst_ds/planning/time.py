@@ -198,16 +198,20 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> Traff
     """
     if zero.world_size == 1:
         return Traffic()
-    everyone, gradients = zero.group(zero.world_size), model.trainables * batch.element_size
+    everyone = zero.group(zero.world_size)
+    gradients = model.trainables * batch.element_size
     buckets = math.ceil(model.trainables / max(zero.reduce_bucket_size, 1))
     if zero.stage != 3:
         # 0 all-reduces gradients; 1 and 2 reduce them to their owners, who send the parameters back
         return Traffic(NOTHING, everyone.gathered(2 * gradients), NOTHING, 2 * buckets, 2 * buckets * everyone.hops)
-    passes, modules = 2 + batch.checkpointing, sum(m.count for m in model.modules)
+    passes = 2 + batch.checkpointing
+    modules = sum(m.count for m in model.modules)
     collectives = (batch.trace.gathers or passes * modules) + batch.own_teacher * modules
     among_all = (batch.trace.trained_gathers or passes * model.num_layers) if zero.copy_ranks else collectives
-    copies, among_copies = zero.group(max(1, zero.copy_ranks)), collectives if zero.copy_ranks > 1 else 0
-    of_owners, degree = model.divided_bytes(trained=True) * batch.micro_batches, model.divided_by
+    copies = zero.group(max(1, zero.copy_ranks))
+    among_copies = collectives if zero.copy_ranks > 1 else 0
+    of_owners = model.divided_bytes(trained=True) * batch.micro_batches
+    degree = model.divided_by
     reduced = everyone.gathered(gradients * batch.micro_batches - of_owners)
     reduced += everyone.owners(degree).gathered(of_owners)
     # queries, keys, values and attention outputs have at most the width of all heads; a teacher has one more pass
@@ -226,7 +230,9 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> Traff
 
 def _gathers(model: ModelNumbers, zero: ZeroSettings, batch: Batch, passes: int, gradients: int) -> Received:
     """Count the bytes that ZeRO-3 gathers in a step. ``gradients``: bytes of what trains, in all passes."""
-    everyone, degree, trace = zero.group(zero.world_size), model.divided_by, batch.trace
+    everyone = zero.group(zero.world_size)
+    degree = model.divided_by
+    trace = batch.trace
     divided, of_owners = (passes * model.divided_bytes(trained=trained) for trained in (False, True))
     traced = trace.gathered or passes * model.whole_bytes
     if degree > 1 and trace.in_stacks:
@@ -252,7 +258,8 @@ def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
     w = zero.shards
     if w == 1:
         return Traffic()
-    everyone, cut = zero.group(w), model.num_cut(w)
+    everyone = zero.group(w)
+    cut = model.num_cut(w)
     counts = HISTOGRAMS * cut * (4 + min(1 << DIGIT_BITS, MAX_COUNTS // max(1, cut))) * 8
     numbers = (w * cut + model.num_matrices - cut) * 8
     reduced = 4 * model.sampled_keys(w) + counts + numbers + 3 * 8
@@ -271,7 +278,8 @@ def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
 
 def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Machine) -> TimePlan:
     """Predict the times of a step and of a mask update on ``machine``."""
-    again, launches = 2 if batch.checkpointing else 1, Launches()
+    again = 2 if batch.checkpointing else 1
+    launches = Launches()
     moved: float = batch.trace.moved + model.coded_weights * EXPAND_BYTES * (again + 1)
     for matrices in model.matrices:
         counts = _counts(machine, matrices)
@@ -282,7 +290,8 @@ def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Ma
         number, bands = (1, layers.groups) if together else (layers.experts, layers.bands)
         each = (counts.forward_launches * again + counts.layer_launches) * number
         launches += (each + counts.band_launches * bands) * layers.count
-    in_step, in_update = step_traffic(model, zero, batch), update_traffic(model, zero)
+    in_step = step_traffic(model, zero, batch)
+    in_update = update_traffic(model, zero)
     step = _step_seconds(model, zero, batch, machine, in_step, step_flops(model, batch), moved, launches)
     update_compute = _update_seconds(model, zero, machine)
     update_network = in_update.seconds(machine)
@@ -337,10 +346,13 @@ def _update_seconds(model: ModelNumbers, zero: ZeroSettings, machine: Machine) -
     weights = math.ceil(model.weights_here(zero.shards))
     if machine.update_seconds:
         return weights * machine.update_seconds
-    seconds, launches, shared = 0.0, Launches(), {Launches()}
+    seconds = 0.0
+    launches = Launches()
+    shared = {Launches()}
     for matrices in model.matrices:
         counts = _counts(machine, matrices)
-        moved, instructions = counts.update_bytes, counts.update_instructions
+        moved = counts.update_bytes
+        instructions = counts.update_instructions
         if counts is COUNTS["triton"]:
             moved, instructions = UNIT_UPDATES.get(matrices.kind, (moved, instructions))
         bound = moved / machine.memory_bytes
