@@ -100,7 +100,8 @@ def conversation_of(row: Mapping[str, object], columns: Sequence[str], where: st
     if len(columns) == 1:
         messages = messages_of(row[columns[0]], f"{where}, column {columns[0]!r}")
     else:
-        prompt, completion = row[columns[0]], row[columns[1]]
+        prompt = row[columns[0]]
+        completion = row[columns[1]]
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         after = [{"role": ASSISTANT, "content": completion}] if isinstance(completion, str) else completion
         if not isinstance(before, list) or not isinstance(after, list):
@@ -140,7 +141,8 @@ def render(conversation: Conversation, tokenizer: Tokenizer, where: str) -> Rend
         return Rendered(list(marked["input_ids"]), [bool(wrote) for wrote in marked["assistant_masks"]])
     text, spans = _answers_by_prefix(conversation, tokenizer, where)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, special = encoded["input_ids"], set(tokenizer.all_special_ids)
+    ids = encoded["input_ids"]
+    special = set(tokenizer.all_special_ids)
     is_answer = [False] * len(ids)
     for start, stop in spans:
         inside = [i for i, (first, end) in enumerate(encoded["offset_mapping"]) if end > start and first < stop]
@@ -158,7 +160,8 @@ def _answers_by_prefix(
     conversation: Conversation, tokenizer: Tokenizer, where: str
 ) -> tuple[str, list[tuple[int, int]]]:
     """Return the text of a conversation, and (start, end) of each answer in it."""
-    text, spans = _text(conversation, tokenizer, where), []
+    text = _text(conversation, tokenizer, where)
+    spans = []
     for place, message in enumerate(conversation.messages):
         if message["role"] != ASSISTANT:
             continue

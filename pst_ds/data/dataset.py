@@ -27,7 +27,8 @@ _SAVED_SPLITS = "dataset_dict.json"
 _ROWS_WITH_PATH = 1000
 """Rows in which a path into JSON values must occur."""
 _SLICED = re.compile(r"(?P<file>.+)(?P<slice>\[(-?\d+%?)?:(-?\d+%?)?\])")
-_QUOTED, _QUOTED_INSIDE = r'^"([^"]|"")*"$', r'^"([^"]|"")*""([^"]|"")*"$'
+_QUOTED = r'^"([^"]|"")*"$'
+_QUOTED_INSIDE = r'^"([^"]|"")*""([^"]|"")*"$'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -56,7 +56,8 @@ def write_texts(
             for first in range(0, len(order), batch_size):
                 heartbeat("writing texts")
                 batch = order[first : first + batch_size]
-                own, size = [prompts[i] for i in batch], settings.no_repeat_ngram_size
+                own = [prompts[i] for i in batch]
+                size = settings.no_repeat_ngram_size
                 rules = [_NoRepeatAfter(max(map(len, own)), size)] if size else []
                 written = generated(model, own, rules, device)
                 for i, text in zip(batch, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
@@ -72,7 +73,8 @@ def generated(model: Any, prompts: Sequence[Sequence[int]], rules: Sequence[Rule
     (prompts, new tokens) int64. Prompts are padded on the left."""
     from transformers import LogitsProcessorList
 
-    length, padding = max(map(len, prompts)), model.generation_config.pad_token_id
+    length = max(map(len, prompts))
+    padding = model.generation_config.pad_token_id
     ids = torch.tensor([[padding] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     real = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     written: Tensor = model.generate(input_ids=ids, attention_mask=real, logits_processor=LogitsProcessorList(rules))
@@ -103,7 +105,8 @@ class _NoRepeatAfter:
     def __init__(self, length: int, size: int):
         from transformers import NoRepeatNGramLogitsProcessor
 
-        self._length, self._processor = length, NoRepeatNGramLogitsProcessor(size)
+        self._length = length
+        self._processor = NoRepeatNGramLogitsProcessor(size)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return self._processor(input_ids[:, self._length :], scores)

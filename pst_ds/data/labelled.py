@@ -71,7 +71,8 @@ def read_labelled(data: DataConfig, split: str) -> Dataset:
 def label_names(data: DataConfig) -> list[str]:
     """Return the class names by id: ``data.label_names``, the dataset's class names, or the sorted training labels.
     Raises ConfigError."""
-    names, wanted = _names_in_training(data), data.label_names
+    names = _names_in_training(data)
+    wanted = data.label_names
     if set(names) == set(wanted):
         return list(wanted)
     if not set(names).isdisjoint(wanted):
@@ -256,7 +257,8 @@ class GlobalBatches:
         epoch, done = divmod(first, self.batches_per_epoch)
         while True:
             yield from self.epoch(epoch)[done:]
-            epoch, done = epoch + 1, 0
+            epoch = epoch + 1
+            done = 0
 
     def micro_batches(self, batch: Sequence[int], rank: int, world_size: int, accumulation: int) -> list[Sequence[int]]:
         """Return this rank's examples of a global ``batch``, one list for each accumulation step; where they cannot all

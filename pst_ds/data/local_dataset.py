@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 
 _VERSION = "1"
 """Version of the cached tables; a change of what a file is read as needs another."""
-_ROWS, _CHARACTERS = 20_000, 1 << 24
-"""Maximum rows and characters of a table, before the row that reaches them."""
-_STRING, _JSON = pyarrow.string(), pyarrow.json_()
+# Maximum rows and characters of a table, before the row that reaches them.
+_ROWS = 20_000
+_CHARACTERS = 1 << 24
+_STRING = pyarrow.string()
+_JSON = pyarrow.json_()
 Types: TypeAlias = dict[str, "DataType"]
 
 
@@ -85,7 +87,8 @@ class LocalFile(datasets.ArrowBasedBuilder):
             raise ConfigError(f"{self.label} {problem}. Add a row for each example")
 
     def _tables(self) -> Iterator[pyarrow.Table]:
-        path, kind = Path(self.config.path), self.config.kind
+        path = Path(self.config.path)
+        kind = self.config.kind
         if kind in (".csv", ".tsv"):
             yield from _tables_of_fields(table_rows(self.label, lambda: path.open("rb"), is_tsv=kind == ".tsv"))
         elif kind in (".jsonl", ".json"):
@@ -121,7 +124,8 @@ def _batches(rows: Iterable[Sequence[str]]) -> Iterator[list[Sequence[str]]]:
         characters += sum(map(len, row))
         if len(batch) >= _ROWS or characters >= _CHARACTERS:
             yield batch
-            batch, characters = [], 0
+            batch = []
+            characters = 0
     if batch:
         yield batch
 
@@ -150,7 +154,8 @@ def _batches_of_objects(label: str, path: Path) -> Iterator[list[JsonRow]]:
         characters += sum(len(value) for value in row.values() if isinstance(value, str))
         if len(batch) >= _ROWS or characters >= _CHARACTERS:
             yield batch
-            batch, characters = [], 0
+            batch = []
+            characters = 0
     if batch:
         yield batch
 
@@ -197,7 +202,8 @@ def read_local_file(path: Path, label: str, piece: str, sample_by: str) -> datas
             modified_ns=about.st_mtime_ns,
             changed_ns=about.st_ctime_ns,
         )
-        builder.label, builder.types = label, types
+        builder.label = label
+        builder.types = types
         builder.download_and_prepare()
         return builder.as_dataset(split=f"train{piece}")
 

@@ -7,15 +7,18 @@ from statistics import quantiles
 
 DOCUMENT_BYTES = 1 << 24
 """Maximum bytes of a file that is one document: tokenising a text needs about 100 times its size in memory."""
-_WINDOWS, _WINDOW_BYTES = 4, 1 << 16
+_WINDOWS = 4
+_WINDOW_BYTES = 1 << 16
 _FEWEST_LINES = 8
 """Minimum lines with text for a decision."""
 _WIDTHS = range(30, 141)
 """Characters of the longest lines of wrapped text, or text with short lines."""
-_EMPTY_LINES, _LINES_OF_GROUP = 0.1, 1.5
-"""Minimum fraction of empty lines, and minimum mean lines between them, of text in groups of lines."""
-_FULL_LINES, _RUN_ON_LINES = 0.5, 0.3
-"""Minimum fractions of wrapped lines that are nearly as long as the longest, and that end within a sentence."""
+# Minimum fraction of empty lines, and minimum mean lines between them, of text in groups of lines.
+_EMPTY_LINES = 0.1
+_LINES_OF_GROUP = 1.5
+# Minimum fractions of wrapped lines that are nearly as long as the longest, and that end within a sentence.
+_FULL_LINES = 0.5
+_RUN_ON_LINES = 0.3
 _SENTENCE_ENDS = tuple(".!?:;…。！？\"'”’»)*_")
 
 
@@ -37,6 +40,7 @@ def lines_belong_together(lines: Sequence[str]) -> bool:
     filled = [line.strip() for line in lines if line.strip()]
     if len(filled) < _FEWEST_LINES:
         return False
+    # the ninth decile: a few long lines, such as addresses, do not count as the width
     width = quantiles(map(len, filled), n=10)[-1]
     if not _WIDTHS.start <= width < _WIDTHS.stop:
         return False
@@ -50,12 +54,19 @@ def lines_belong_together(lines: Sequence[str]) -> bool:
 
 def sampled_lines(path: Path) -> list[str]:
     """Return the lines of a file, or the whole lines in four windows of a large file."""
-    size, lines = path.stat().st_size, list[str]()
-    is_whole = size <= _WINDOWS * _WINDOW_BYTES
+    size = path.stat().st_size
+    lines = list[str]()
     with path.open("rb") as file:
-        for window in range(1 if is_whole else _WINDOWS):
-            file.seek((size - _WINDOW_BYTES) * window // (_WINDOWS - 1) if window else 0)
-            text = file.read(-1 if is_whole else _WINDOW_BYTES).decode(errors="replace")
-            found = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-            lines += found if is_whole else found[1:-1]
+        if size <= _WINDOWS * _WINDOW_BYTES:
+            return _lines_of(file.read())
+        for window in range(_WINDOWS):
+            file.seek((size - _WINDOW_BYTES) * window // (_WINDOWS - 1))
+            # a window cuts its first and last line
+            lines += _lines_of(file.read(_WINDOW_BYTES))[1:-1]
     return lines
+
+
+def _lines_of(data: bytes) -> list[str]:
+    # A window may start inside a character, and a file may have another encoding: lengths of lines are enough here.
+    text = data.decode(errors="replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 Table: TypeAlias = dict[str, Any]
 """A JSON object: tokenizer.json, or a part of it."""
-_TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+_TOKENIZER = "tokenizer.json"
+_SETTINGS = "tokenizer_config.json"
 _BYTE = re.compile(r"<0x..>", re.DOTALL)
 _LISTS_OF_IDS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_decoder_ids")
 """Settings of a model or its generation that hold ids, apart from those whose name ends in _token_id or _token_ids."""
@@ -124,7 +125,8 @@ def _numbers(value: object) -> set[int]:
 
 def _kept(table: Table, seen: set[int]) -> list[int]:
     """Return the ids of a tokenizer.json that are kept, ascending."""
-    model, added = table["model"], {token["id"] for token in table["added_tokens"]}
+    model = table["model"]
+    added = {token["id"] for token in table["added_tokens"]}
     ids = _ids_of(model)
     unknown = seen - set(ids.values()) - added
     if unknown:
@@ -162,7 +164,8 @@ def _with_parts(wanted: Collection[str], model: Table) -> set[str]:
     made_of: dict[str, set[str]] = {}
     for _, (left, right, merged) in _merges(model):
         made_of.setdefault(merged, set()).update((left, right))
-    found, todo = set(wanted), list(wanted)
+    found = set(wanted)
+    todo = list(wanted)
     while todo:
         new = made_of.get(todo.pop(), set()) - found
         found |= new

@@ -130,7 +130,8 @@ def _file_spans(file: str, reading: Reading, piece_bytes: int) -> Iterator[Span]
 
 def _line_spans(whole: Span, ending: bytes, piece_bytes: int) -> Iterator[Span]:
     """Cut a file after the first ``ending`` after each multiple of ``piece_bytes``."""
-    start, size = 0, whole.num_bytes
+    start = 0
+    size = whole.num_bytes
     with open_file(whole.path) as file:
         while start < size:
             stop = _behind(file, ending, start + piece_bytes, size) if start + piece_bytes < size else size
@@ -142,7 +143,8 @@ def _behind(file: IO[bytes], ending: bytes, place: int, size: int) -> int:
     """Return the offset after the first ``ending`` from ``place`` on, or ``size``. An ending must not follow another
     line break: the first two line breaks in a row end a paragraph."""
     file.seek(place)
-    data, at = b"", place
+    data = b""
+    at = place
     while at + len(data) < size:
         more = file.read(_LOOK_BYTES)
         if not more:
@@ -190,7 +192,8 @@ def _saved_spans(folder: str, piece_bytes: int) -> Iterator[Span]:
     size = max(1, rows.data.nbytes)
     cuts = max(1, round(size / piece_bytes))
     for i in range(min(cuts, len(rows))):
-        start, stop = len(rows) * i // cuts, len(rows) * (i + 1) // cuts
+        start = len(rows) * i // cuts
+        stop = len(rows) * (i + 1) // cuts
         yield Span(path=folder, kind="saved", start=start, stop=stop, num_bytes=size // cuts)
 
 

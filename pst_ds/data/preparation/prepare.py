@@ -149,7 +149,8 @@ def prepare_store(
 
 def write_pieces(plan: Preparation, tokenizer: Tokenizer, folder: Path, num_workers: int = 1) -> None:
     """Write the missing shards, then the manifest. Raises InputError."""
-    numbers, dtype = range(len(plan.pieces)), plan.tokenizer.dtype
+    numbers = range(len(plan.pieces))
+    dtype = plan.tokenizer.dtype
     missing = [i for i in numbers if finished_shard(folder, i, dtype) is None]
     left = sum(span.num_bytes for i in missing for span in plan.pieces[i])
     with Progress("tokenize", plan.num_bytes, "bytes", done=plan.num_bytes - left) as progress:
@@ -179,7 +180,8 @@ def _take_over(folder: Path, key: str, *, force: bool) -> None:
 def _tokenize_piece(
     plan: Preparation, tokenizer: Tokenizer, folder: Path, number: int, report: Callable[[int], None]
 ) -> None:
-    reading, count = plan.reading, plan.count_bytes
+    reading = plan.reading
+    count = plan.count_bytes
     kinds = {BYTES} if count else {LEARNED} if reading.kind == "chat" else set[str]()
     with ShardWriter(folder, number, plan.tokenizer, frozenset(kinds)) as shard:
         for span in plan.pieces[number]:
@@ -205,7 +207,8 @@ def run_tasks(task: Task, numbers: Sequence[int], num_workers: int, report: Call
     context = multiprocessing.get_context("fork")
     done: Synchronized[int] = context.Value("q", 0)
     with ProcessPoolExecutor(num_workers, context, _become_worker, (task, done)) as pool:
-        reported, waiting = 0, {pool.submit(_run, number) for number in numbers}
+        reported = 0
+        waiting = {pool.submit(_run, number) for number in numbers}
         try:
             while waiting:
                 finished, waiting = wait(waiting, _POLL_SECONDS, return_when=FIRST_EXCEPTION)

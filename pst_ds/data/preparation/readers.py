@@ -49,7 +49,8 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         size += len(text)
         if len(batch) >= ROWS_AT_A_TIME or size >= BYTES_AT_A_TIME:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 

@@ -76,7 +76,8 @@ class AnswerTask(CausalTask[A]):
         """Return the text that a plain transformers ``model`` generates after each prompt."""
         positions = positions_of(model.config)
         room = positions - self.evaluation.max_new_tokens if positions else examples.max_length
-        prompts, ends = examples.prompts(room), self.ends_of(examples)
+        prompts = examples.prompts(room)
+        ends = self.ends_of(examples)
         return generation.write_texts(model, prompts, tokenizer, self.evaluation, batch_size, device, ends)
 
     def ends_of(self, examples: A) -> Sequence[int]:

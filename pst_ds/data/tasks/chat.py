@@ -70,7 +70,8 @@ class Conversations:
 
     def row(self, example: int) -> tuple[list[int], list[int]]:
         """Return the tokens of a conversation, and its labels: -100 except for the assistant's tokens."""
-        tokens, is_answer = self.tokens[self._place(example)], self.is_answer[self._place(example)]
+        tokens = self.tokens[self._place(example)]
+        is_answer = self.is_answer[self._place(example)]
         return tokens.tolist(), np.where(is_answer, tokens, IGNORED).tolist()
 
     def prompts(self, most: int) -> list[list[int]]:
@@ -119,9 +120,15 @@ class Chat(AnswerTask[Conversations]):
     def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Conversations:
         """Return the conversations of a split. Raises ConfigError also for a template that hides the answers."""
         require_template(tokenizer, "chat")
-        tokens, is_answer, ends = array("i"), bytearray(), array("q")
-        prompts, references, omitted, where = [], [], 0, getattr(data, split)
-        special, answer_ends = set(tokenizer.all_special_ids), set()
+        tokens = array("i")
+        is_answer = bytearray()
+        ends = array("q")
+        prompts = []
+        references = []
+        omitted = 0
+        where = getattr(data, split)
+        special = set(tokenizer.all_special_ids)
+        answer_ends = set()
         columns = data.text_columns
         rows = read_rows(data, split, dict.fromkeys(columns, "text_columns"), nested=True)
         wanted = [*columns, *([TOOLS] if TOOLS in rows.column_names else [])]
@@ -159,7 +166,8 @@ class Chat(AnswerTask[Conversations]):
         )
 
     def remark(self, data: DataConfig, examples: Conversations) -> str:
-        count, length = examples.omitted, examples.max_length
+        count = examples.omitted
+        length = examples.max_length
         return f"conversations without an answer in their first {length} tokens are left out: {count}" if count else ""
 
     def ends_of(self, examples: Conversations) -> Sequence[int]:

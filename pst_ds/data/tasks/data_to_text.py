@@ -51,7 +51,8 @@ class Pairs:
 
     def first(self, count: int) -> Pairs:
         """Return the first ``count`` examples, with all references of their inputs."""
-        input_of, targets = self.input_of[:count], self.targets[:count]
+        input_of = self.input_of[:count]
+        targets = self.targets[:count]
         inputs = max(input_of, default=-1) + 1
         return replace(
             self, inputs=self.inputs[:inputs], references=self.references[:inputs], input_of=input_of, targets=targets
@@ -60,7 +61,8 @@ class Pairs:
     def tokens(self, example: int) -> tuple[list[int], list[int]]:
         """Return (prompt, target) of one example, together at most ``max_length`` tokens. The prompt is truncated
         first, to at least half of that, and keeps the separator at its end."""
-        data, target = self.inputs[self.input_of[example]], self.targets[example]
+        data = self.inputs[self.input_of[example]]
+        target = self.targets[example]
         prompt = self._prompt(data, max(self.max_length - len(target), self.max_length // 2))
         return prompt, target[: self.max_length - len(prompt)]
 
@@ -104,7 +106,8 @@ def _joined(triples: Iterable[Sequence[str]]) -> str:
 
 def _attributes(text: str) -> str:
     """Return a meaning representation of E2E as a line; "" for any other text."""
-    attributes, position = [], 0
+    attributes = []
+    position = 0
     while position < len(text):
         match = _ATTRIBUTE.match(text, position)
         if match is None:
@@ -138,7 +141,8 @@ class DataToText(AnswerTask[Pairs]):
 
     def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Pairs:
         """Return an example for each text of each row. Rows without a text are omitted, as in some test sets."""
-        column, where = data.text_columns[0], getattr(data, split)
+        column = data.text_columns[0]
+        where = getattr(data, split)
         rows = read_rows(data, split, {column: "text_columns", data.label_column: "label_column"}, nested=True)
         references: dict[str, list[str]] = {}
         pairs = zip(values_of(rows, column), values_of(rows, data.label_column), strict=True)
@@ -155,7 +159,8 @@ class DataToText(AnswerTask[Pairs]):
             references.setdefault(line, []).extend(texts)
         if not references:
             raise ConfigError(f"{where}: column {data.label_column!r} has no text in any row. Name another column")
-        separator, end = _separator(data, tokenizer), tokenizer.eos_token_id
+        separator = _separator(data, tokenizer)
+        end = tokenizer.eos_token_id
         lines = list(references)
         flat = [(i, text) for i, line in enumerate(lines) for text in references[line]]
         targets = tokenizer([f" {text}" for _, text in flat], add_special_tokens=False)["input_ids"]

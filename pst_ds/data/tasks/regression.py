@@ -39,7 +39,8 @@ def regression_metrics(predicted: np.ndarray, labels: Iterable[float]) -> dict[s
     """
     from scipy.stats import pearsonr, spearmanr
 
-    values, wanted = predicted.astype(np.float64), np.array(list(labels), dtype=np.float64)
+    values = predicted.astype(np.float64)
+    wanted = np.array(list(labels), dtype=np.float64)
     mse = float(np.mean((values - wanted) ** 2))
     errors = {"mse": mse, "rmse": math.sqrt(mse), "mae": float(np.mean(np.abs(values - wanted)))}
     if not np.isfinite(values).all():
@@ -64,7 +65,8 @@ class Regression(Classification):
         return {"num_labels": 1, "problem_type": "regression"}
 
     def load(self, data: DataConfig, split: str, tokenizer: "Tokenizer", labels: Sequence[str]) -> Examples:
-        rows, where = read_labelled(data, split), getattr(data, split)
+        rows = read_labelled(data, split)
+        where = getattr(data, split)
         if hasattr(rows.features[data.label_column], "names"):
             raise ConfigError(f'{where}: column {data.label_column!r} holds classes. Set task = "classification"')
 

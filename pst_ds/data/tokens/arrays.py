@@ -11,7 +11,8 @@ class Bits:
     dtype = np.dtype(bool)
 
     def __init__(self, bits: np.ndarray, length: int):
-        self._bits, self._length = bits, length
+        self._bits = bits
+        self._length = length
 
     def __len__(self) -> int:
         return self._length

@@ -75,7 +75,9 @@ def _stream_of_source(data: DataConfig, source: DataSource, tokenizer: Tokenizer
 
 
 def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:
-    column, where, count = data.text_columns[0], getattr(data, split), split != "train"
+    column = data.text_columns[0]
+    where = getattr(data, split)
+    count = split != "train"
 
     def texts() -> Iterator[list[str]]:
         rows = read_rows(data, split, {column: "text_columns"}).select_columns([column])
@@ -92,7 +94,8 @@ def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> Toke
     file, piece = (where, "") if data.dataset else file_and_slice(where)
     path = Path(file)
     if file and not data.dataset:
-        is_tokens, is_several = is_store(path), _is_several(file)
+        is_tokens = is_store(path)
+        is_several = _is_several(file)
         if piece and (is_tokens or is_several):
             raise ConfigError(
                 f"data.{split} = {where!r}: only a single file of text can be sliced, uncompressed. Name two stores or "

@@ -20,7 +20,8 @@ class MixedSequences:
     """
 
     def __init__(self, sources: Sequence[Sequences], weights: tuple[float, ...] = ()):
-        self.sources, self.weights = tuple(sources), weights
+        self.sources = tuple(sources)
+        self.weights = weights
         self._mixture = Mixture(weights) if weights else None
         self._starts = np.cumsum([0, *map(len, sources)], dtype=np.int64)
         self.apart = any(source.apart for source in sources)
@@ -55,12 +56,13 @@ class MixedSequences:
         if self._mixture is None:
             return in_passes(numbers, len(self), f"{seed}")
         sources, before = self._mixture.at(numbers)
-        found = np.empty_like(before)
+        # The key names the source, so that two sources of one size are not read in the same order.
+        indices = np.empty_like(before)
         for source in np.unique(sources):
             chosen = sources == source
             inside = in_passes(before[chosen], len(self.sources[source]), f"{seed}/{source}")
-            found[chosen] = self._starts[source] + inside
-        return found
+            indices[chosen] = self._starts[source] + inside
+        return indices
 
     def first(self, count: int) -> "MixedSequences":
         """Return the first ``count`` sequences by index."""

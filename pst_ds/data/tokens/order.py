@@ -41,18 +41,19 @@ def in_passes(numbers: np.ndarray, count: int, key: str) -> np.ndarray:
     """Return the elements at ``numbers`` of an endless sequence of permutations of ``range(count)``, one per epoch:
     int64."""
     passes, places = np.divmod(np.asarray(numbers, np.int64), count)
-    found = np.empty_like(places)
+    elements = np.empty_like(places)
     for number in np.unique(passes):
         chosen = passes == number
-        found[chosen] = permuted(places[chosen], count, f"{key}/{number}")
-    return found
+        elements[chosen] = permuted(places[chosen], count, f"{key}/{number}")
+    return elements
 
 
 def _feistel(values: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
     """Permute values of ``bits`` bits. Each of an even number of rounds swaps the halves, and their widths."""
     low_bits = bits // 2
     high_bits = bits - low_bits
-    high, low = values >> np.uint64(low_bits), values & _mask(low_bits)
+    high = values >> np.uint64(low_bits)
+    low = values & _mask(low_bits)
     for key in keys:
         high, low = low, high ^ (_mixed(low + key) & _mask(high_bits))
         high_bits, low_bits = low_bits, high_bits
@@ -71,12 +72,14 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 def parts_of_weights(weights: Sequence[float]) -> list[int]:
     """Return weights above 0 as integers in the same ratio, rounded to fractions of MOST_PARTS if necessary."""
+    # The shortest decimal of a weight is what its author wrote: 0.1 is one tenth, not the nearest binary fraction.
     exact = [Fraction(Decimal(repr(weight))) for weight in weights]
     shares = [weight / sum(exact) for weight in exact]
     common = math.lcm(*(share.denominator for share in shares))
     if common <= MOST_PARTS:
         return [int(share * common) for share in shares]
     parts = [max(1, math.floor(share * MOST_PARTS)) for share in shares]
+    # Rounding down leaves parts over, which the sources that lost most by it get.
     rests = sorted(range(len(shares)), key=lambda i: (parts[i] - shares[i] * MOST_PARTS, i))
     for i in range(MOST_PARTS - sum(parts)):
         parts[rests[i % len(parts)]] += 1
@@ -95,14 +98,15 @@ def turns(parts: Sequence[int]) -> np.ndarray:
     for source, share in enumerate(parts):
         released[0].append((-(-total // share), source, 0))
     ready: list[tuple[int, int, int]] = []
-    found = np.empty(total, np.int64)
+    source_of_turn = np.empty(total, np.int64)
     for now in range(total):
         for job in released[now]:
             heapq.heappush(ready, job)
-        released[now] = []
+        released[now] = []  # free the memory of finished turns
         _, source, number = heapq.heappop(ready)
-        found[now] = source
-        following, share = number + 1, parts[source]
+        source_of_turn[now] = source
+        following = number + 1
+        share = parts[source]
         if following < share:
             job = (-(-(following + 1) * total // share), source, following)
             begin = following * total // share
@@ -110,7 +114,7 @@ def turns(parts: Sequence[int]) -> np.ndarray:
                 heapq.heappush(ready, job)
             else:
                 released[begin].append(job)
-    return found
+    return source_of_turn
 
 
 class Mixture:
@@ -118,7 +122,8 @@ class Mixture:
 
     def __init__(self, weights: Sequence[float]):
         parts = parts_of_weights(weights)
-        self._turns, self._parts = turns(parts), np.array(parts)
+        self._turns = turns(parts)
+        self._parts = np.array(parts)
         self._before = np.empty_like(self._turns)
         """Number of earlier turns of the same source in a period: (turns,) int64."""
         for source, count in enumerate(parts):

@@ -18,9 +18,13 @@ from pst_ds.errors import first_problem
 from pst_ds.json_text import json_of
 
 MANIFEST = "manifest.json"
-KIND, VERSION = "pst-ds tokens", 1
-TOKENS, BYTES, LEARNED, STARTS = "tokens", "bytes", "learned", "starts"
-"""Kinds of files: tokens, bytes per token, mask of trained tokens (one bit each), and document starts."""
+KIND = "pst-ds tokens"
+VERSION = 1
+# Kinds of files: tokens, bytes per token, mask of trained tokens (one bit each), and document starts.
+TOKENS = "tokens"
+BYTES = "bytes"
+LEARNED = "learned"
+STARTS = "starts"
 STARTS_FILE = "documents.bin"
 _ITEM: dict[str, np.dtype] = {BYTES: np.dtype("<u4"), STARTS: np.dtype("<i8")}
 _COPY_BYTES = 1 << 22
@@ -94,7 +98,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise ConfigError(
                 f"{path} has version {table.get('version')!r} of the format, but this pst-ds reads {VERSION}. {_AGAIN}"
             )
-        stated, manifest = table["digest"], TypeAdapter(Manifest).validate_python(table)
+        stated = table["digest"]
+        manifest = TypeAdapter(Manifest).validate_python(table)
     except FileNotFoundError:
         raise ConfigError(
             f"{str(folder)!r} has no {MANIFEST}: it is not a token store, or an unfinished one. {_AGAIN}"
@@ -105,16 +110,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}). {_AGAIN}") from None
     if manifest.digest != stated:
         raise ConfigError(f"{path} was changed: its digest is {manifest.digest}, but it states {stated}. {_AGAIN}")
+    # Sizes only: hashing a store of billions of tokens would delay every start.
     sizes = {STARTS_FILE: manifest.counts["documents"] * _ITEM[STARTS].itemsize}
     for shard in manifest.shards:
         sizes |= {shard.file(kind): shard.num_file_bytes(kind, manifest.tokenizer.dtype) for kind in shard.sha256}
     for name, size in sizes.items():
         try:
-            found = (folder / name).stat().st_size
+            num_bytes = (folder / name).stat().st_size
         except OSError as error:
             raise ConfigError(f"{folder / name} cannot be read: {error.strerror}. {_AGAIN}") from None
-        if found != size:
-            raise ConfigError(f"{folder / name} has {found} bytes, but its manifest says {size}. {_AGAIN}")
+        if num_bytes != size:
+            raise ConfigError(f"{folder / name} has {num_bytes} bytes, but its manifest says {size}. {_AGAIN}")
     return manifest
 
 
@@ -140,7 +146,8 @@ class TokenStream:
 def stream_of_documents(documents: Documents) -> TokenStream:
     """Return documents in memory as a stream, without the last end-of-text token if we added it, as in a store."""
     count = len(documents.tokens) - documents.closed_by_us
-    tokens, num_bytes = documents.tokens[:count].astype(np.int32), documents.num_bytes
+    tokens = documents.tokens[:count].astype(np.int32)
+    num_bytes = documents.num_bytes
     starts = np.cumsum(documents.lengths) - documents.lengths
     digest = hashlib.sha256(tokens.tobytes() + starts.tobytes()).hexdigest()
     return TokenStream(tokens, starts, digest, None if num_bytes is None else num_bytes[:count])
@@ -158,20 +165,23 @@ def open_store(folder: Path, tokenizer: TokenizerIdentity | None = None) -> Toke
     documents. Raises ConfigError for an incomplete store, or one of another tokenizer than ``tokenizer``.
     """
     manifest = read_manifest(folder)
-    own = manifest.tokenizer
-    if tokenizer is not None and own.sha256 != tokenizer.sha256:
-        is_as_large = own.vocabulary == tokenizer.vocabulary
-        other = "the run's differs" if is_as_large else f"the run's has {tokenizer.vocabulary}"
+    made_with = manifest.tokenizer
+    if tokenizer is not None and made_with.sha256 != tokenizer.sha256:
+        other = f"the run's has {tokenizer.vocabulary}"
+        if made_with.vocabulary == tokenizer.vocabulary:
+            other = "the run's differs"
         raise ConfigError(
-            f"{str(folder)!r} holds tokens of another tokenizer: its manifest has a vocabulary of {own.vocabulary} and "
-            f"the hash {own.sha256[:12]}, and {other} ({tokenizer.sha256[:12]}). Prepare the text with the run's "
-            "tokenizer (pst-ds prepare --tokenizer), or name the store's with model.tokenizer"
+            f"{str(folder)!r} holds tokens of another tokenizer: its manifest has a vocabulary of "
+            f"{made_with.vocabulary} and the hash {made_with.sha256[:12]}, and {other} ({tokenizer.sha256[:12]}). "
+            "Prepare the text with the run's tokenizer (pst-ds prepare --tokenizer), or name the store's with "
+            "model.tokenizer"
         )
 
     def column(kind: str, dtype: np.dtype) -> list[np.ndarray]:
         return [mapped(folder / shard.file(kind), dtype) for shard in manifest.shards]
 
     def without_separator(parts: list[np.ndarray]) -> Array:
+        # Only the last document's separator is left off: the others lie between two documents of the stream.
         if manifest.shards[-1].closed_by_us:
             parts[-1] = parts[-1][:-1]
         return joined(parts)
@@ -184,7 +194,8 @@ def open_store(folder: Path, tokenizer: TokenizerIdentity | None = None) -> Toke
         lengths = [shard.tokens - (shard is last and shard.closed_by_us) for shard in manifest.shards]
         bits = zip(column(LEARNED, np.dtype("u1")), lengths, strict=True)
         learned = joined([Bits(values, length) for values, length in bits])
-    dtype, starts = own.dtype, np.empty(0, _ITEM[STARTS])
+    dtype = made_with.dtype
+    starts = np.empty(0, _ITEM[STARTS])
     return TokenStream(
         tokens=without_separator(column(TOKENS, dtype)) if manifest.shards else np.empty(0, dtype),
         borders=mapped(folder / STARTS_FILE, starts.dtype) if manifest.counts["documents"] else starts,
@@ -203,7 +214,8 @@ class _HashedFile:
     """A file that is hashed while it is written, under a temporary name until :meth:`finish`."""
 
     def __init__(self, path: Path):
-        self._path, self._partial = path, partial_name(path)
+        self._path = path
+        self._partial = partial_name(path)
         self._stream: IO[bytes] = self._partial.open("wb")
         self._digest = hashlib.sha256()
 
@@ -214,7 +226,7 @@ class _HashedFile:
 
     def finish(self) -> str:
         self._stream.close()
-        sync(self._partial)
+        sync(self._partial)  # before the rename: a crash must not leave the final name on a file without its contents
         self._partial.replace(self._path)
         return self._digest.hexdigest()
 
@@ -228,7 +240,8 @@ class ShardWriter:
     ``kinds`` names optional files: BYTES, LEARNED. Tokens and document starts are always written."""
 
     def __init__(self, folder: Path, number: int, tokenizer: TokenizerIdentity, kinds: frozenset[str] = frozenset()):
-        self._folder, self._tokenizer = folder, tokenizer
+        self._folder = folder
+        self._tokenizer = tokenizer
         self._record = ShardRecord(number=number, tokens=0, documents=0, text_bytes=0, closed_by_us=False, sha256={})
         self._files = {k: _HashedFile(folder / self._record.file(k)) for k in sorted({TOKENS, STARTS, *kinds})}
         self._bits: np.ndarray = np.empty(0, bool)
@@ -249,6 +262,7 @@ class ShardWriter:
         if LEARNED in self._files:
             learned = np.ones(len(documents.tokens), bool) if documents.learned is None else documents.learned
             bits = np.concatenate([self._bits, learned])
+            # Whole bytes only: the next documents may fill the last byte.
             filled = len(bits) // 8 * 8
             self._files[LEARNED].write(np.packbits(bits[:filled], bitorder="little"))
             self._bits = bits[filled:]
@@ -288,8 +302,10 @@ def finished_shard(folder: Path, number: int, dtype: np.dtype) -> ShardRecord | 
         sizes = {kind: (folder / record.file(kind)).stat().st_size for kind in record.sha256}
     except (OSError, TypeError, ValueError):
         return None
-    whole = all(size == record.num_file_bytes(kind, dtype) for kind, size in sizes.items())
-    return record if whole else None
+    for kind, size in sizes.items():
+        if size != record.num_file_bytes(kind, dtype):
+            return None
+    return record
 
 
 def finish_store(
@@ -297,14 +313,17 @@ def finish_store(
 ) -> Manifest:
     """Merge the document starts of all shards into one file, remove empty shards and write the manifest."""
     documents = _HashedFile(folder / STARTS_FILE)
-    first, kept = 0, []
+    first = 0
+    kept = []
     for record in records:
         with (folder / record.file(STARTS)).open("rb") as file:
             while data := file.read(_COPY_BYTES):
                 documents.write(np.frombuffer(data, "<i8") + first)
         first += record.tokens
         if record.tokens:
-            kept.append(replace(record, sha256={kind: of for kind, of in record.sha256.items() if kind != STARTS}))
+            # The starts of a shard count from the shard's first token. They are superseded by the merged file.
+            sha256 = {kind: digest for kind, digest in record.sha256.items() if kind != STARTS}
+            kept.append(replace(record, sha256=sha256))
     manifest = Manifest(tokenizer=tokenizer, shards=tuple(kept), starts_sha256=documents.finish(), source=source)
     write_text_atomic(folder / MANIFEST, manifest.text())
     clean_up(folder, manifest)

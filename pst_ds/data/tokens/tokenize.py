@@ -154,7 +154,8 @@ def _calls_only_its_backend(tokenizer: Tokenizer) -> bool:
     """Return whether calling ``tokenizer`` does nothing besides calling its backend."""
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-    own, plain = type(tokenizer), PreTrainedTokenizerFast
+    own = type(tokenizer)
+    plain = PreTrainedTokenizerFast
     return (
         isinstance(tokenizer, plain)
         and own.__call__ is PreTrainedTokenizerBase.__call__
