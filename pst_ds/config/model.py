@@ -108,7 +108,8 @@ class QuantizationConfig(Section):
 
     def problems(self) -> Iterator[str]:
         if not self.is_on:
-            reason, instead = "without quantization.values or embeddings", 'set one of them to "int8" or "int4"'
+            reason = "without quantization.values or embeddings"
+            instead = 'set one of them to "int8" or "int4"'
             yield from self.unused("quantization", reason, instead, "group", "start_fraction", "interval")
 
     def conflicts(self, method: str, schedule: ScheduleConfig) -> Iterator[str]:

@@ -124,7 +124,8 @@ def messages(
 
     ``in_run_file``: whether settings are in a run file or in ``--set``, not in Python.
     """
-    schema, seen = TypeAdapter(kind).json_schema(), set()
+    schema = TypeAdapter(kind).json_schema()
+    seen = set()
     for problem in error.errors(include_url=False):
         key, value, entry, known = _place(schema, table, problem["loc"])
         if problem["type"] == "value_error":
@@ -150,14 +151,17 @@ def _place(schema: Schema, table: object, location: tuple[int | str, ...]) -> tu
     """Return the dotted key, value and schema of the setting at ``location``, and the names of its section."""
     names: list[str] = []
     known: list[str] = []
-    entry, value = schema, table
+    entry = schema
+    value = table
     for part in location:
         if "properties" in entry:
             known = [*entry["properties"], *(["preset"] if names and names[-1] in _WITH_PRESET else [])]
             names.append(str(part))
-            entry, value = entry["properties"].get(part, {}), value.get(part) if isinstance(value, Mapping) else None
+            entry = entry["properties"].get(part, {})
+            value = value.get(part) if isinstance(value, Mapping) else None
         elif "$ref" in entry.get("items", {}):
-            entry, value = entry["items"], value[int(part)] if isinstance(value, list | tuple) else None
+            entry = entry["items"]
+            value = value[int(part)] if isinstance(value, list | tuple) else None
         else:  # the rest says which option of a union failed, or which item of a list
             break
         if "$ref" in entry:
@@ -179,7 +183,8 @@ def _kind(entry: Schema) -> str:
 def _range(entry: Schema) -> str:
     """Describe the range of a number: "be in [0, 1)", "be at least 1", "be a finite number above 0"."""
     entry = entry.get("anyOf", [entry])[0]
-    low, above = entry.get("minimum"), entry.get("exclusiveMinimum")
+    low = entry.get("minimum")
+    above = entry.get("exclusiveMinimum")
     for key, end in (("maximum", "]"), ("exclusiveMaximum", ")")):
         if key in entry:
             start = f"[{low:g}" if above is None else f"({above:g}"

@@ -47,7 +47,8 @@ def load_run_folder(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
             f"run file {str(folder / RUN_FILE)!r} to train elsewhere"
         )
     table = _table(folder / RUN_FILE, overrides)
-    model, was = table.get("model"), table.get("output_dir")
+    model = table.get("model")
+    was = table.get("output_dir")
     for inside in (Path(FINETUNED, MODEL), START):  # the model that it started from moved too
         if isinstance(model, dict) and isinstance(was, str) and model.get("path") == str(Path(was) / inside):
             table["model"] = {**model, "path": str(folder / inside)}

@@ -97,7 +97,8 @@ class TrainConfig(Section):
         """Yield why ranks cannot share the sequences of a run, if ``sequence_parallel`` asks them to."""
         if self.sequence_parallel == 1:
             return
-        lead, facts = f"train.sequence_parallel = {self.sequence_parallel}", TASKS[task]
+        lead = f"train.sequence_parallel = {self.sequence_parallel}"
+        facts = TASKS[task]
         if not facts.predicts_tokens:
             yield f"{lead} is for language models, not for task = {task!r}. Set train.sequence_parallel = 1"
             return

@@ -35,7 +35,8 @@ def shard_range(numel: int, num_shards: int, shard: int) -> tuple[int, int]:
 def part_range(numel: int, num_shards: int, shard: int, parts: int) -> tuple[int, int]:
     """Return :func:`shard_range` of weights that are first divided into equal ``parts``, of which neighbouring shards
     hold different ones: shard i is in part i % parts."""
-    part, index = numel // parts, shard // parts
+    part = numel // parts
+    index = shard // parts
     first, last = shard_range(part, num_shards // parts, index)
     return shard % parts * part + first, shard % parts * part + last
 
@@ -58,7 +59,8 @@ def pack_shard(keep: Tensor, num_bytes: int) -> Tensor:
     if keep.device.type == "cpu":
         packed = torch.from_numpy(np.packbits(keep.contiguous().numpy(), bitorder="little"))
     else:
-        flags, shifts = keep.view(torch.uint8), torch.arange(8, dtype=torch.uint8, device=keep.device)
+        flags = keep.view(torch.uint8)
+        shifts = torch.arange(8, dtype=torch.uint8, device=keep.device)
         if flags.numel() % 8:
             flags = torch.cat([flags, flags.new_zeros(-flags.numel() % 8)])
         packed = (flags.reshape(-1, 8) << shifts).sum(-1, dtype=torch.uint8)
@@ -88,7 +90,8 @@ def join_bits(runs: Sequence[tuple[Tensor, int]], num_bytes: int) -> Tensor:
 def unpack_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: int) -> Tensor:
     """Return the mask of flat weights [start, stop) as uint8 0 and 1. ``bits``: the whole mask, of any shape."""
     bits = bits.view(-1)
-    per_shard, per_shard_bytes = shard_numel(numel, num_shards), shard_bytes(numel, num_shards)
+    per_shard = shard_numel(numel, num_shards)
+    per_shard_bytes = shard_bytes(numel, num_shards)
     pieces = []
     for begin, end in _cut_at_shards(start, stop, per_shard):
         shard, inside = divmod(begin, per_shard)
@@ -120,7 +123,8 @@ def expand_mask_(
     ``out``: (rows, cols), int16, int32 or int64. ``shape``: of the stored weight. Needs at most 2 * max(out.numel(),
     shape[1]) bytes in addition to ``out``.
     """
-    row_length, numel = shape[1], shape[0] * shape[1]
+    row_length = shape[1]
+    numel = shape[0] * shape[1]
     if row_length % 8 == 0 and cols.start % 8 == 0 and shard_numel(numel, num_shards) % 8 == 0:
         # every row and every shard starts at a byte boundary
         part = bits[: numel // 8].view(-1, row_length // 8)[rows, cols.start // 8 : -(-cols.stop // 8)]
@@ -164,7 +168,8 @@ def count_bits(before: Tensor, after: Tensor) -> Tensor:
 def pack_mask(keep: Tensor, num_shards: int = 1) -> Tensor:
     """Pack a whole mask, (numel,) bool or 0/1 in storage order, into ``num_shards`` shards of bits."""
     flat = keep.flatten()
-    per_shard, num_bytes = shard_numel(flat.numel(), num_shards), shard_bytes(flat.numel(), num_shards)
+    per_shard = shard_numel(flat.numel(), num_shards)
+    num_bytes = shard_bytes(flat.numel(), num_shards)
     return torch.cat([pack_shard(flat[i * per_shard : (i + 1) * per_shard], num_bytes) for i in range(num_shards)])
 
 
@@ -204,9 +209,11 @@ def apply_range_(weight: Tensor, bits: Tensor, numel: int, num_shards: int, star
     """Apply the whole mask ``bits`` in place to contiguous flat weights that start at index ``start``; any shape."""
     flat = weight.view(-1)
     native = merges() if weight.device.type == bits.device.type == "cpu" and weight.element_size() in (2, 4) else None
-    per_shard, stop = shard_numel(numel, num_shards), start + flat.numel()
+    per_shard = shard_numel(numel, num_shards)
+    stop = start + flat.numel()
     for first, last in _cut_at_shards(start, stop, per_shard):
-        run, inside = flat[first - start : last - start], first % per_shard
+        run = flat[first - start : last - start]
+        inside = first % per_shard
         if native is None or inside % 8:
             apply_mask_(run, unpack_range(bits, numel, num_shards, first, last))
         else:

@@ -91,8 +91,10 @@ class CodeLayout:
 
         ``weight``: the whole stored weight, of any float dtype. Values that are not finite become 0.
         """
-        stored, flat = self.stored, weight.detach().reshape(-1)
-        (start, stop), (first, last) = self.weights_of(shard), self.periods_of(shard)
+        stored = self.stored
+        flat = weight.detach().reshape(-1)
+        start, stop = self.weights_of(shard)
+        first, last = self.periods_of(shard)
         codes = torch.empty((last - first) * stored.period, dtype=torch.int8, device=weight.device)
         scales = torch.full((self.shard_num_scales,), UNUSED_SCALE, dtype=SCALE_DTYPE, device=weight.device)
         step = max(1, _ENCODED_AT_A_TIME // stored.period)
@@ -167,7 +169,8 @@ class CodedRun:
 
     def at(self, index: Tensor) -> Tensor:
         """Return individual weights by flat ``index`` in the stored weight, (n,) int64, all in this run: (n,)."""
-        width, (tall, wide) = self.stored.layout.shape[1], self.stored.unit
+        width = self.stored.layout.shape[1]
+        tall, wide = self.stored.unit
         local = index - self.start
         if self.stored.grid.bits == 4:
             pairs = self.codes[local // 2].view(torch.int8)
@@ -199,7 +202,8 @@ class CodedRun:
 
     def _expand_in_torch_(self, out: Tensor, rect: Rect) -> None:
         """Expand with torch: fp32 products of int8 and fp32, rounded on writing, without a wider tensor."""
-        codes, wide = self._codes_of(rect), self.stored.unit[1]
+        codes = self._codes_of(rect)
+        wide = self.stored.unit[1]
         if wide > 1 and rect.c0 % wide == 0 and rect.c1 % wide == 0:  # whole groups
             by_group = (-1, wide)
             torch.mul(codes.unflatten(1, by_group), self._scales_of(rect).unsqueeze(2), out=out.unflatten(1, by_group))
@@ -213,8 +217,10 @@ class CodedRun:
 
     def _codes_of(self, rect: Rect) -> Tensor:
         """Return the codes of a rectangle, (rows, cols) int8."""
-        width, bits = self.stored.layout.shape[1], self.stored.grid.bits
-        first, last = rect.r0 * width + rect.c0, (rect.r1 - 1) * width + rect.c1
+        width = self.stored.layout.shape[1]
+        bits = self.stored.grid.bits
+        first = rect.r0 * width + rect.c0
+        last = (rect.r1 - 1) * width + rect.c1
         local = first - self.start
         if bits == 4:
             packed = self.codes[local // 2 : -(-(last - self.start) // 2)]
@@ -225,7 +231,8 @@ class CodedRun:
 
     def _scales_of(self, rect: Rect) -> Tensor:
         """Return the scales of the groups of a rectangle, fp32: (rows, groups per row)."""
-        (tall, wide), device = self.stored.unit, self.device
+        tall, wide = self.stored.unit
+        device = self.device
         blocks = torch.arange(rect.r0 // tall, (rect.r1 - 1) // tall + 1, device=device)
         across = torch.arange(rect.c0 // wide, (rect.c1 - 1) // wide + 1, device=device)
         table = self.scales[blocks.unsqueeze(1) * self.stored.shape[1] + across - self._first_scale].float()
@@ -261,7 +268,8 @@ class CodedWeight:
 
     def expand_(self, out: Tensor, rect: Rect) -> Tensor:
         """Write the weights of a rectangle to ``out``, (rows, cols), and return it."""
-        width, first = self.shape[1], 0 if self.rows is None else self.rows.start
+        width = self.shape[1]
+        first = 0 if self.rows is None else self.rows.start
         rect = Rect(rect.r0 + first, rect.r1 + first, rect.c0, rect.c1)
         for run in self._runs(rect):
             for part in shard_tiles(rect, width, run.start, run.stop, _ALL):
@@ -275,11 +283,13 @@ class CodedWeight:
 
     def _runs(self, rect: Rect) -> Iterator[CodedRun]:
         """Yield the runs that ``rect`` needs: one if the shards follow each other without a gap."""
-        layout, width = self.layout, self.shape[1]
+        layout = self.layout
+        width = self.shape[1]
         if layout.is_contiguous:
             yield coded_run(layout, self.codes, self.scales, self.dtype, None)
             return
-        share, last = layout.shard_numel, (rect.r1 - 1) * width + rect.c1
+        share = layout.shard_numel
+        last = (rect.r1 - 1) * width + rect.c1
         for shard in range((rect.r0 * width + rect.c0) // share, -(-last // share)):
             codes, scales = (whole.view(layout.num_shards, -1)[shard] for whole in (self.codes, self.scales))
             yield coded_run(layout, codes, scales, self.dtype, shard)
@@ -342,7 +352,8 @@ def table_rows(table: CodedWeight, numbers: Tensor) -> Tensor:
 
     Tables are of one shard, (rows, width), with rows that start at byte boundaries. Only the codes exist as a whole.
     """
-    stored, flat = table.layout.stored, numbers.reshape(-1)
+    stored = table.layout.stored
+    flat = numbers.reshape(-1)
     height, width = stored.layout.shape
     packed = embedding(flat, table.codes.view(height, -1))
     codes = unpack_nibbles(packed, width) if stored.grid.bits == 4 else packed.view(torch.int8)

@@ -70,7 +70,8 @@ def loss_and_gradient(
     log_q = torch.log_softmax(student, -1)
     hard = log_q.gather(1, targets).sum(dtype=torch.float64)
     if teacher is None:
-        soft, q = hard.new_zeros(()), log_q.exp_()
+        soft = hard.new_zeros(())
+        q = log_q.exp_()
     elif temperature == 1.0:
         soft, p, q = _divergence(log_q, teacher)
         q.sub_(p, alpha=weight)

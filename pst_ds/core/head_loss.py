@@ -141,7 +141,8 @@ class _Gradients:
 
     def __init__(self, hidden: Tensor, weight: Tensor | None, readout: Readout, wants: Sequence[bool]):
         bias = readout.bias
-        self._readout, self._dtype = readout, readout.weight.dtype
+        self._readout = readout
+        self._dtype = readout.weight.dtype
         self._hidden = torch.zeros_like(hidden) if wants[0] else None
         self._of_weight = None if weight is None or not wants[1] else torch.zeros_like(weight, dtype=torch.float32)
         self._of_bias = None if bias is None or not wants[2] else torch.zeros_like(bias, dtype=torch.float32)

@@ -19,8 +19,9 @@ from pst_ds.core.kernels import library
 from pst_ds.core.layout import runs_of
 from pst_ds.core.scores import importance
 
-LOWEST_FINITE, HIGHEST_FINITE = -0x7F800000, 0x7F7FFFFF
-"""Keys of the smallest and the largest finite score."""
+# Keys of the smallest and the largest finite score.
+LOWEST_FINITE = -0x7F800000
+HIGHEST_FINITE = 0x7F7FFFFF
 _MORE_ROOM = 16
 """Spare elements at the end of a buffer: the native loop writes whole vectors."""
 _COUNTED_AT_ONCE = 1 << 22
@@ -144,8 +145,10 @@ class Classifier:
     """
 
     def __init__(self, num_keys: int, low: int, high: int, *, room: int, device: torch.device):
-        self.low, self.high = low, high
-        self._room, self._taken = room, 0
+        self.low = low
+        self.high = high
+        self._room = room
+        self._taken = 0
         self._above = torch.empty(num_keys, dtype=torch.uint8, device=device)
         self._native = library() if device.type == "cpu" else None
         self._index_dtype = torch.int32 if num_keys < 1 << 31 else torch.int64
@@ -166,7 +169,8 @@ class Classifier:
         self._taken += keys.numel()
 
     def _sort_natively(self, native: CDLL, keys: Tensor, above: Tensor) -> None:
-        counts, stored = torch.zeros(3, dtype=torch.int64), min(self._numbers[1], self._room)
+        counts = torch.zeros(3, dtype=torch.int64)
+        stored = min(self._numbers[1], self._room)
         first = self._taken
         if self._index_dtype == torch.int64:  # the loop writes 32 bits: let it count from the tile's first key
             self._tiles.append((stored, first))
@@ -248,7 +252,8 @@ def _torch_histograms(keys: Sequence[Tensor], lows: Sequence[int], shift: int, b
     """Return the counts of every run, (runs, bins) int64. Keys outside have bins, so that the host does not wait."""
     digits = torch.cat(list(keys)).long()
     counts = torch.zeros(len(keys), bins + 2, dtype=torch.int64, device=digits.device)
-    runs, one = digits.split([own.numel() for own in keys]), counts.new_ones(())
+    runs = digits.split([own.numel() for own in keys])
+    one = counts.new_ones(())
     for run, low in zip(runs, lows, strict=True):
         run.sub_(low)
     digits.bitwise_right_shift_(shift).clamp_(-1, bins).add_(1)

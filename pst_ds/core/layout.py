@@ -45,7 +45,8 @@ class Rect:
 
     def meet(self, other: Rect) -> Rect | None:
         """Return the intersection with another rectangle, or None if it is empty."""
-        rows, cols = (max(self.r0, other.r0), min(self.r1, other.r1)), (max(self.c0, other.c0), min(self.c1, other.c1))
+        rows = (max(self.r0, other.r0), min(self.r1, other.r1))
+        cols = (max(self.c0, other.c0), min(self.c1, other.c1))
         return Rect(*rows, *cols) if rows[0] < rows[1] and cols[0] < cols[1] else None
 
 
@@ -115,7 +116,8 @@ class WeightLayout:
 
     def part(self, parts: int) -> WeightLayout:
         """Return the layout of one of ``parts`` equal parts of a stack, each of whole experts."""
-        experts, matrices = self.num_experts // parts, self.num_matrices // parts
+        experts = self.num_experts // parts
+        matrices = self.num_matrices // parts
         return WeightLayout(self.out_features // parts, self.in_features, self.transposed, matrices, experts)
 
     def expert_range(self, expert: int) -> tuple[int, int]:
@@ -130,7 +132,8 @@ class WeightLayout:
 
 @cache
 def _matrices(layout: WeightLayout) -> tuple[StoredMatrix, ...]:
-    inputs, fused = layout.in_features, layout.num_matrices // layout.num_experts
+    inputs = layout.in_features
+    fused = layout.num_matrices // layout.num_experts
     width = layout.out_features // layout.num_matrices
     found = []
     for i in range(layout.num_matrices):
@@ -192,11 +195,13 @@ def view_in_shard(shard: Tensor, rect: Rect, row_length: int, start: int) -> Ten
 
 def runs_of(sizes: Sequence[int], most: int) -> Iterator[range]:
     """Yield runs of neighbours, in order, whose ``sizes`` add up to at most ``most``, or of one."""
-    first, total = 0, 0
+    first = 0
+    total = 0
     for i, size in enumerate(sizes):
         if i > first and total + size > most:
             yield range(first, i)
-            first, total = i, 0
+            first = i
+            total = 0
         total += size
     if first < len(sizes):
         yield range(first, len(sizes))

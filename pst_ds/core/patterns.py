@@ -79,12 +79,14 @@ def parse_pattern(text: str) -> Pattern:
     if text in ("matrix", "stack", "global", "row", "experts"):
         return Pattern(text)  # type: ignore[arg-type]
     if match := re.fullmatch(r"(\d+):(\d+)", text):
-        n, m = int(match[1]), int(match[2])
+        n = int(match[1])
+        m = int(match[2])
         if not 0 < n < m <= MAX_M:
             raise ValueError(f"pattern {text!r} needs 0 < N < M <= {MAX_M}")
         return Pattern("n:m", n=n, m=m)
     if match := re.fullmatch(r"(\d+)x(\d+)", text):
-        outputs, inputs = int(match[1]), int(match[2])
+        outputs = int(match[1])
+        inputs = int(match[2])
         if outputs * inputs < 2:
             raise ValueError(f'pattern {text!r} needs blocks of at least 2 weights; single weights are "matrix"')
         return Pattern("block", outputs=outputs, inputs=inputs)

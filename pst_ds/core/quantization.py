@@ -137,7 +137,8 @@ def group_scales(grouped: Tensor, grid: Grid, dtype: torch.dtype = torch.float32
     ``grouped``: finite, fp32, 0 where pruned. ``dtype``: the dtype in which a quantised weight must be finite.
     """
     least, most = torch.aminmax(grouped, dim=1)
-    extremes, grouped = larger_end(least, most), grouped.contiguous()
+    extremes = larger_end(least, most)
+    grouped = grouped.contiguous()
     whole = whole_weights(grouped, extremes)
     return search_scales(extremes, lambda scales: group_moments(grouped, whole, scales, grid), grid, dtype)
 
@@ -157,7 +158,8 @@ def whole_weights(grouped: Tensor, extremes: Tensor) -> Tensor:
 
     ``extremes``: (groups,) fp32, the weight of largest magnitude of each whole group.
     """
-    unit, native = unit_of(extremes), native_for(grouped)
+    unit = unit_of(extremes)
+    native = native_for(grouped)
     if native is None:
         return (grouped.double() / unit.unsqueeze(1)).round_().int()
     whole = torch.empty(grouped.shape, dtype=torch.int32)
@@ -364,7 +366,8 @@ def squared_norms(weight: Tensor, keep: Tensor, codes: Tensor, scales: Tensor) -
 
     ``keep``: (O, I) bool. numpy adds on one thread, so the sums do not depend on the number of threads.
     """
-    changed, norm = 0.0, 0.0
+    changed = 0.0
+    norm = 0.0
     step = _rows_at_a_time(weight.shape[1], weight.device)
     for first in range(0, len(weight), step):
         band = slice(first, first + step)
@@ -401,7 +404,8 @@ class StoredGrid:
     @property
     def shape(self) -> tuple[int, int]:
         """Shape of the scales: (O, groups), or (groups, O) for a Conv1D."""
-        (height, width), (rows, cols) = self.layout.shape, self.unit
+        height, width = self.layout.shape
+        rows, cols = self.unit
         return height // rows, width // cols
 
     @property
@@ -443,7 +447,8 @@ class Rounding:
         native = native_for(weight, scales) if weight.dtype in NATIVE_DTYPES and weight.stride(1) == 1 else None
         if native is None:
             for band in row_tiles(rect, _AT_A_TIME.get(weight.device.type, 1 << 22)):
-                part, own = weight[band.inside(rect)], _scales_of(scales, band, self.stored.unit)
+                part = weight[band.inside(rect)]
+                own = _scales_of(scales, band, self.stored.unit)
                 part.copy_(rounded_codes(part.float(), own, self.stored.grid).mul_(own).add_(0.0))
             return weight
         groups = torch.tensor([scales.shape[1], *self.stored.unit, rect.r0, rect.c0])

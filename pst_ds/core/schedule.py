@@ -60,7 +60,8 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         _require_numbers(self)
-        first, last = self.initial_sparsity, self.final_sparsity
+        first = self.initial_sparsity
+        last = self.final_sparsity
         _require(0.0 <= last < 1.0, "final_sparsity", last, "in [0, 1)")
         _require(0.0 <= first <= last, "initial_sparsity", first, f"in [0, final_sparsity = {last}]")
         _require(self.update_interval >= 1, "update_interval", self.update_interval, "at least 1")
@@ -251,7 +252,8 @@ class Schedules:
 def _require_numbers(schedule: Any) -> None:
     """Raise ValueError for a field of a ``schedule`` that is not a number, or not a whole one where it counts."""
     for field in fields(schedule):
-        value, counts = getattr(schedule, field.name), field.type is int
+        value = getattr(schedule, field.name)
+        counts = field.type is int
         is_number = isinstance(value, Integral if counts else Real) and not isinstance(value, bool)
         if not is_number:
             raise ValueError(f"{field.name} = {value!r} must be {'a whole number' if counts else 'a number'}")
@@ -277,16 +279,17 @@ USUAL_STEPS = 600
 """Steps of the runs in which they were measured, and default length of a run."""
 STEPS_POWER = 1 / 3
 """Rates decrease with this power of the steps, as found for pretraining with AdamW (arXiv 2409.19913: 0.32)."""
-_LEAST, _MOST = 0.25, 2.0**STEPS_POWER
-"""Bounds of the factor for the steps. 200 steps would have 1.44, with which one seed in three of a regression learned
-little; runs below 300 steps use the rates for 300 (tools/quality/logs/tuning-log.md).
-"""
+# Bounds of the factor for the steps. 200 steps would have 1.44, with which one seed in three of a regression learned
+# little; runs below 300 steps use the rates for 300 (tools/quality/logs/tuning-log.md).
+_LEAST = 0.25
+_MOST = 2.0**STEPS_POWER
 FEW_LABELS = 3
 """Labels with at most this many values overfit soon, through the rows of rare words. Measured with 2, 3, 20 and 52
 classes, and with numbers of two and of many values (tools/quality/logs/tuning-log.md).
 """
-_PASSES_OF_FEW, _PASSES_OF_MANY = 1.0, 2.0
-"""Epochs up to which the rate of the embeddings stays unchanged."""
+# Epochs up to which the rate of the embeddings stays unchanged.
+_PASSES_OF_FEW = 1.0
+_PASSES_OF_MANY = 2.0
 _EPOCHS_POWER = 3.0
 """Beyond those it decreases with this power of the epochs: film reviews were worse with 4e-3 after 2.15 epochs."""
 _LEAST_OF_EMBEDDINGS = 0.1

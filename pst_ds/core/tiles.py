@@ -79,8 +79,10 @@ def plan_tiles(
     Tiles have all outputs unless the layer has so many more outputs than inputs that they would be thin. Raises
     TileBudgetError, naming the layer, if no tile of MIN_STRIP rows or columns fits.
     """
-    outputs, inputs = layout.out_features, layout.in_features
-    least, needed = min(outputs, inputs) * min(max(outputs, inputs), MIN_STRIP), least_tile_bytes(layout, itemsize)
+    outputs = layout.out_features
+    inputs = layout.in_features
+    least = min(outputs, inputs) * min(max(outputs, inputs), MIN_STRIP)
+    needed = least_tile_bytes(layout, itemsize)
     tile_bytes = tile_bytes or max(needed, DEFAULT_TILE_BYTES.get(device_type, DEFAULT_TILE_BYTES["cuda"]))
     if tile_bytes < needed:
         raise TileBudgetError(
@@ -91,8 +93,10 @@ def plan_tiles(
     band_elements = max(layout.shape[1], min(quarter, _BAND_ELEMENTS.get(device_type, quarter)))
     fits = (tile_bytes - tile_bytes_of(0, band_elements, itemsize)) // tile_bytes_of(1, 0, itemsize)
     if fits < least:  # with a small budget the tile needs more than three quarters
-        band_elements, fits = layout.shape[1], least
-    input_strip, output_strip = fits // outputs, fits // inputs
+        band_elements = layout.shape[1]
+        fits = least
+    input_strip = fits // outputs
+    output_strip = fits // inputs
     too_thin = input_strip < min(inputs, MIN_STRIP)
     cut_outputs = too_thin or (input_strip < min(inputs, _WIDE_STRIP) and output_strip > 2 * input_strip)
     whole, strip = (outputs, output_strip) if cut_outputs else (inputs, input_strip)

@@ -20,7 +20,8 @@ def unit_tiles(
     if rows == 1:
         yield from shard_tiles(matrix, row_length, start, stop, size)
         return
-    first, last = max(start // row_length, matrix.r0), min(stop // row_length, matrix.r1)
+    first = max(start // row_length, matrix.r0)
+    last = min(stop // row_length, matrix.r1)
     width = matrix.c1 - matrix.c0
     bands = max(1, size // (rows * width))
     across = max(1, size // (rows * cols)) * cols
@@ -55,7 +56,8 @@ def keep_n_of_m(keys: Tensor, unit: tuple[int, int], prune: int) -> Tensor:
 
     Of equal keys, the first are pruned.
     """
-    size, stride = max(unit), keys.shape[1] if unit[0] > 1 else 1
+    size = max(unit)
+    stride = keys.shape[1] if unit[0] > 1 else 1
     native = native_for(keys)
     if native is not None:
         keys, keep = keys.contiguous(), torch.empty(keys.shape, dtype=torch.uint8)

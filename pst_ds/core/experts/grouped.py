@@ -57,7 +57,9 @@ def backward(
     rows: Tensor, grad_y: Tensor, state: LayerState, routing: Routing, mask: MaskBits, *, need_x: bool, tile_bytes: int
 ) -> Gradients:
     """Return the gradients of :func:`pst_ds.core.experts.products.backward` for sorted ``rows`` (n, I)."""
-    layout, one, transposed = state.layout, state.layout.expert, state.layout.transposed
+    layout = state.layout
+    one = state.layout.expert
+    transposed = state.layout.transposed
     assert isinstance(state.weight, Tensor)
     grad_y = grad_y.contiguous()
     left, right = (rows, grad_y) if transposed else (grad_y, rows)
@@ -81,7 +83,8 @@ def backward(
             for total, buffer in zip((sums.A, sums.U), buffers, strict=True)
         )
         tile = tile_factors(state.factors, layout, matrix, matrix.rect)
-        grad, factor = stack[stored], scales[own] if has_gradient else 0.0
+        grad = stack[stored]
+        factor = scales[own] if has_gradient else 0.0
         places = mask, matrices, tile, state.constants, factor, routing.ends
         gradients_into(grad, scores, updates, state.weight[stored], grad, *places)
         for values, names in ((scores, "AB"), (updates, "UV")):

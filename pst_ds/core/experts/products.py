@@ -19,7 +19,8 @@ def forward(x: Tensor, state: LayerState, routing: Routing, *, by_token: bool) -
 
     ``x``: (N, I) if ``by_token``, or (N*k, I) in the order of the experts. ``state``: of the whole stack.
     """
-    one, transposed = state.layout.expert, state.layout.transposed
+    one = state.layout.expert
+    transposed = state.layout.transposed
     if grouped.merges(state.layout, state.weight.dtype, x.device.type):
         stack = state.masked_weight().view(-1, *one.shape)
         return dense_forward(x, stack, routing, by_token=by_token, transposed=transposed)
@@ -55,7 +56,8 @@ def backward(
 
     The gradient of x has its shape. The others cover the whole stack and are zero for experts without a token.
     """
-    layout, grads = state.layout, Gradients()
+    layout = state.layout
+    grads = Gradients()
     mask = None if need_weight or not len(x) else masked_linear.mask_for_kernels(x, state)
     if mask is not None and grouped.merges(layout, x.dtype, x.device.type):
         sorted_x = routing.sorted_rows(x) if by_token else x
