@@ -19,6 +19,7 @@ from tests.pairs import every_pair
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pst_ds"
 USES = {
+    ("hf/trainer_callback.py", "DEFAULT_CALLBACKS"),
     ("hf/quantizer.py", "merge_quantization_configs"),
     ("nn/inject.py", "activation_relu_or_gelu"),
     ("nn/inject.py", "use_nested_tensor"),
@@ -38,7 +39,6 @@ USES = {
     ("parallel/sharding/zero3.py", "_post_init_method"),
     ("planning/activations.py", "scaled_dot_product_attention"),
     ("train/sequences.py", "implementation"),  # of attention and of masks, by its name in transformers' registries
-    ("hf/trainer_callback.py", "DEFAULT_CALLBACKS"),
 }
 """(file, changed or required attribute) of every use of pst_ds.third_party."""
 
