@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -14,8 +13,25 @@ from pst_ds.parallel import sharding
 Range = tuple[int, int]
 Widen = Callable[[int, int], Range]
 """Maps a rank's shard [start, stop) to the flat range that it needs and that contains it; monotonic; empty if it is."""
-Piece = tuple[int, int, int, int]
-"""(the other rank, index of the parameter, first and last flat index + 1)"""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Piece:
+    """Flat values [start, stop) of a parameter that travel between this rank and another.
+
+    The order of the fields is the order of the pieces in the exchange, on the sender and on the receiver.
+    """
+
+    other: int
+    """The other rank."""
+    param: int
+    """Index of the parameter."""
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +60,26 @@ def fetch_halos(
     """
     if not params or sharding.num_shards(params[0]) == 1:
         return [Halo(values[:0], values[:0]) for values in shards]
-    pieces = [_pieces(i, split, widen[i]) for i, split in enumerate(splits)]
-    incoming, outgoing = (sorted(chain.from_iterable(which)) for which in zip(*pieces, strict=True))
+    incoming: list[Piece] = []
+    outgoing: list[Piece] = []
+    for index, split in enumerate(splits):
+        param_incoming, param_outgoing = _pieces(index, split, widen[index])
+        incoming += param_incoming
+        outgoing += param_outgoing
+    # all-to-all sends in the order of the ranks; within a rank, both sides list the parameters alike
+    incoming.sort()
+    outgoing.sort()
     received = _exchange(params[0], splits, shards, incoming, outgoing)
-    before, after = ([[values[:0]] for values in shards] for _ in range(2))
-    for (sender, i, _, _), values in zip(incoming, received, strict=True):  # by rank, so by rising flat index
-        (before if sender < splits[i].own else after)[i].append(values)
-    return [Halo(_joined(b), _joined(a)) for b, a in zip(before, after, strict=True)]
+    # the empty start gives a halo without pieces its dtype and device
+    before = [[values[:0]] for values in shards]
+    after = [[values[:0]] for values in shards]
+    for piece, values in zip(incoming, received, strict=True):  # by rank, so by rising flat index
+        side = before if piece.other < splits[piece.param].own else after
+        side[piece.param].append(values)
+    halos: list[Halo] = []
+    for pieces_before, pieces_after in zip(before, after, strict=True):
+        halos.append(Halo(_joined(pieces_before), _joined(pieces_after)))
+    return halos
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:
@@ -58,20 +87,23 @@ def _joined(pieces: list[Tensor]) -> Tensor:
     return pieces[-1] if len(pieces) <= 2 else torch.cat(pieces)
 
 
-def _pieces(i: int, split: sharding.Split, widen: Widen) -> tuple[list[Piece], list[Piece]]:
-    """Return the incoming and the outgoing pieces of a parameter."""
-    own = split.range_of(split.own)
-    needed = widen(*own)
-    assert needed[0] <= own[0] <= own[1] <= needed[1], f"[{needed[0]}, {needed[1]}) does not hold [{own[0]}, {own[1]})"
-    incoming, outgoing = list[Piece](), list[Piece]()
+def _pieces(param: int, split: sharding.Split, widen: Widen) -> tuple[list[Piece], list[Piece]]:
+    """Return the incoming and the outgoing pieces of the parameter with index ``param``."""
+    start, stop = split.range_of(split.own)
+    first, last = widen(start, stop)
+    assert first <= start <= stop <= last, f"[{first}, {last}) does not hold [{start}, {stop})"
+    incoming: list[Piece] = []
+    outgoing: list[Piece] = []
+    # from this rank to the first one, and to the last one
     for others in (range(split.own - 1, -1, -1), range(split.own + 1, split.ranks)):
         for other in others:
-            theirs = split.range_of(other)
-            received, sent = _common(needed, theirs), _common(own, widen(*theirs))
+            other_range = split.range_of(other)
+            received = _common((first, last), other_range)
+            sent = _common((start, stop), widen(*other_range))
             if received:
-                incoming.append((other, i, received.start, received.stop))
+                incoming.append(Piece(other=other, param=param, start=received.start, stop=received.stop))
             if sent:
-                outgoing.append((other, i, sent.start, sent.stop))
+                outgoing.append(Piece(other=other, param=param, start=sent.start, stop=sent.stop))
             if not received and not sent:
                 break  # ranks further away need and have nothing either
     return incoming, outgoing
@@ -89,26 +121,40 @@ def _exchange(
     outgoing: list[Piece],
 ) -> list[Tensor]:
     """Send the ``outgoing`` pieces of this rank's shards; return the ``incoming`` ones, of any dtype. Collective."""
-    group, world = sharding.process_group(param), sharding.num_shards(param)
+    group = sharding.process_group(param)
+    world = sharding.num_shards(param)
     home = shards[0].device
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else home
+    device = home
+    if dist.get_backend(group) == "nccl":  # nccl only takes device memory, and offloaded shards are in host memory
+        device = torch.device("cuda", torch.cuda.current_device())
+
+    def nbytes(piece: Piece) -> int:
+        return piece.count * shards[piece.param].element_size()
 
     def bytes_by_rank(pieces: list[Piece]) -> list[int]:
         total = [0] * world
-        for other, i, start, stop in pieces:
-            total[other] += (stop - start) * shards[i].element_size()
+        for piece in pieces:
+            total[piece.other] += nbytes(piece)
         return total
 
+    # as bytes, so that values of several dtypes go in one collective; the empty start lets torch.cat take no pieces
     send = [torch.empty(0, dtype=torch.uint8, device=device)]
-    for _, i, start, stop in outgoing:
-        first, _ = splits[i].range_of(splits[i].own)
-        send.append(shards[i][start - first : stop - first].contiguous().view(torch.uint8).to(device))
-    into, out_of = bytes_by_rank(incoming), bytes_by_rank(outgoing)
-    received = torch.empty(sum(into), dtype=torch.uint8, device=device)
-    dist.all_to_all_single(received, torch.cat(send), into, out_of, group=group)
-    pieces = received.to(home).split([(stop - start) * shards[i].element_size() for _, i, start, stop in incoming])
-    dtypes = [shards[i].dtype for _, i, _, _ in incoming]
-    return [
-        (piece.clone() if piece.storage_offset() % dtype.itemsize else piece).view(dtype)
-        for piece, dtype in zip(pieces, dtypes, strict=True)
-    ]
+    for piece in outgoing:
+        split = splits[piece.param]
+        first, _ = split.range_of(split.own)
+        values = shards[piece.param][piece.start - first : piece.stop - first]
+        send.append(values.contiguous().view(torch.uint8).to(device))
+    received_bytes = bytes_by_rank(incoming)
+    sent_bytes = bytes_by_rank(outgoing)
+    received = torch.empty(sum(received_bytes), dtype=torch.uint8, device=device)
+    # ranks that exchange nothing must call it too
+    dist.all_to_all_single(received, torch.cat(send), received_bytes, sent_bytes, group=group)
+    parts = received.to(home).split([nbytes(piece) for piece in incoming])
+    arrived: list[Tensor] = []
+    for piece, part in zip(incoming, parts, strict=True):
+        dtype = shards[piece.param].dtype
+        # view() needs an aligned start, which a part behind values of a smaller dtype may not have
+        if part.storage_offset() % dtype.itemsize:
+            part = part.clone()
+        arrived.append(part.view(dtype))
+    return arrived

@@ -39,7 +39,8 @@ class MasterAdamW(torch.optim.AdamW):
                 self._masters[param] = param.fp32_master = nn.Parameter(param.detach().float())  # type: ignore[attr-defined]
             elif kept is None or master.device != kept.device:  # other values, or the model was moved
                 master.data = param.detach().float() if kept is None else kept
-        return [self._masters.get(param, param) if param.dtype != torch.float32 else param for param in params]
+        # a parameter that was cast to fp32 since is its own master, although an old master remains
+        return [param if param.dtype == torch.float32 else self._masters[param] for param in params]
 
     def take_gradients(self) -> list[nn.Parameter]:
         """Move the parameters' gradients to their masters, in fp32, and return the masters.
@@ -50,7 +51,8 @@ class MasterAdamW(torch.optim.AdamW):
             self._taken = self.masters()
         for param, master in zip(self._params(), self._taken, strict=True):
             if master is not param and param.grad is not None:
-                master.grad, param.grad = param.grad.float(), None
+                master.grad = param.grad.float()
+                param.grad = None  # frees the bf16 gradient before AdamW allocates
         return self._taken
 
     @torch.no_grad()
@@ -79,8 +81,11 @@ class MasterAdamW(torch.optim.AdamW):
         masters = self.masters()
         with self._groups_of(masters):
             state = super().state_dict()
-        pairs = enumerate(zip(self._params(), masters, strict=True))
-        numbered = {i: master.detach() for i, (param, master) in pairs if master is not param}
+        numbered: dict[int, torch.Tensor] = {}
+        for number, (param, master) in enumerate(zip(self._params(), masters, strict=True)):
+            if master is not param:
+                numbered[number] = master.detach()
+        # without separate masters, the state dict is the one of torch's AdamW
         return state | {_MASTERS: numbered} if numbered else state
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -106,11 +111,13 @@ class MasterAdamW(torch.optim.AdamW):
     @contextmanager
     def _groups_of(self, masters: list[nn.Parameter]) -> Iterator[None]:
         """Put the ``masters`` into the groups inside the context: AdamW keeps its state by them."""
-        params, at = [group["params"] for group in self.param_groups], iter(masters)
-        for group in self.param_groups:
-            group["params"] = [next(at) for _ in group["params"]]
+        params_of_groups = [group["params"] for group in self.param_groups]
+        start = 0
+        for group, params in zip(self.param_groups, params_of_groups, strict=True):
+            group["params"] = masters[start : start + len(params)]
+            start += len(params)
         try:
             yield
         finally:
-            for group, own in zip(self.param_groups, params, strict=True):
-                group["params"] = own
+            for group, params in zip(self.param_groups, params_of_groups, strict=True):
+                group["params"] = params

@@ -31,8 +31,10 @@ class Fragment:
 
     def cut(self, start: int, stop: int) -> "Fragment":
         """Return the part within [start, stop), which may be empty."""
-        start, stop = max(start, self.start), min(stop, self.stop)
-        return Fragment(self.name, start, max(start, stop), self.owner, self.offset + start - self.start)
+        start = max(start, self.start)
+        stop = max(start, min(stop, self.stop))
+        offset = self.offset + start - self.start
+        return Fragment(name=self.name, start=start, stop=stop, owner=self.owner, offset=offset)
 
 
 def is_replicated(params: Iterable[nn.Parameter]) -> bool:
@@ -48,32 +50,52 @@ def is_cut_evenly(params: Iterable[nn.Parameter]) -> bool:
 def local_fragments(engine: Engine, named: Sequence[tuple[str, nn.Parameter]]) -> list[Fragment]:
     """Return the fragments of trainable parameters in this rank's optimizer, in their order, without padding."""
     inner = inner_optimizer(engine)
-    found = []
+    fragments: list[Fragment] = []
     for name, param in named:
-        if sharding.is_partitioned(param):
-            optimizer, shard = param._z3_optimizer, sharding.shard_of(param)
+        if sharding.is_partitioned(param):  # ZeRO-3
+            optimizer = param._z3_optimizer
+            shard = sharding.shard_of(param)
             group, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
-            stop = shard.start + shard.values.numel()
-            found.append(Fragment(name, shard.start, stop, optimizer.fp32_partitioned_groups_flat[group], offset))
-        elif hasattr(param, "_hp_mapping"):
+            fragment = Fragment(
+                name=name,
+                start=shard.start,
+                stop=shard.start + shard.values.numel(),
+                owner=optimizer.fp32_partitioned_groups_flat[group],
+                offset=offset,
+            )
+        elif hasattr(param, "_hp_mapping"):  # ZeRO-1 and 2, and DeepSpeed's bf16 optimizer
             mapping = param._hp_mapping
-            if mapping is not None:
-                owner = inner.param_groups[mapping.param_group_index]["params"][0]
-                inside, outside = mapping.hp_fragment_address, mapping.lp_fragment_address
-                found.append(Fragment(name, outside.start, outside.start + outside.numel, owner, inside.start))
+            if mapping is None:  # no value of the parameter lies in this rank's range
+                continue
+            # DeepSpeed says high and low precision for the fp32 master and the parameter
+            in_owner = mapping.hp_fragment_address
+            in_param = mapping.lp_fragment_address
+            fragment = Fragment(
+                name=name,
+                start=in_param.start,
+                stop=in_param.start + in_param.numel,
+                owner=inner.param_groups[mapping.param_group_index]["params"][0],
+                offset=in_owner.start,
+            )
         else:
-            found.append(Fragment(name, 0, param.numel(), getattr(param, "fp32_master", param), 0))
-    return found
+            owner = getattr(param, "fp32_master", param)
+            fragment = Fragment(name=name, start=0, stop=param.numel(), owner=owner, offset=0)
+        fragments.append(fragment)
+    return fragments
 
 
 def values(engine: Engine, fragments: Sequence[Fragment], kind: str) -> list[Tensor]:
     """Return the values of each fragment, flat fp32: views, or 0 for a moment that does not exist yet."""
     state = inner_optimizer(engine).state
-    views = []
+    views: list[Tensor] = []
     for fragment in fragments:
-        flat = fragment.owner if kind == MASTER else state.get(fragment.owner, {}).get(kind)
         count = fragment.stop - fragment.start
-        views.append(torch.zeros(count) if flat is None else flat.detach().view(-1).narrow(0, fragment.offset, count))
+        # get(), because the optimizer's state is a defaultdict, in which a lookup would create an entry
+        flat = fragment.owner if kind == MASTER else state.get(fragment.owner, {}).get(kind)
+        if flat is None:
+            views.append(torch.zeros(count))
+        else:
+            views.append(flat.detach().view(-1).narrow(0, fragment.offset, count))
     return views
 
 
@@ -113,6 +135,7 @@ def forget_moments(engine: Engine, fragments: Sequence[Fragment]) -> None:
 
 def set_counters(engine: Engine, *, applied: int, skipped: int, accumulation: int) -> None:
     """Let the engine continue the step counts of an earlier process."""
-    engine.global_steps, engine.skipped_steps = applied + skipped, skipped
+    engine.global_steps = applied + skipped  # DeepSpeed counts skipped steps too
+    engine.skipped_steps = skipped
     if hasattr(engine, "micro_steps"):
         engine.micro_steps = engine.global_steps * accumulation

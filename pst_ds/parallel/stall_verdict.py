@@ -50,10 +50,10 @@ class Verdict:
 
     def write(self, folder: Path, reports: Collection[StallReport] = ()) -> None:
         """Write the verdict with the reports behind it. A full disk must not keep the process alive."""
-        found = asdict(self) | {"reports": [asdict(report) for report in reports]}
+        table = asdict(self) | {"reports": [asdict(report) for report in reports]}
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / VERDICT_FILE).write_text(json.dumps(found) + "\n", encoding="utf-8")
+            (folder / VERDICT_FILE).write_text(json.dumps(table) + "\n", encoding="utf-8")
 
     def message(self, timeout: float) -> str:
         """Return the last line of the run's output."""
@@ -67,13 +67,17 @@ class SignsOfLife:
     """Numbered marks that every rank leaves in a store while its threads run. Clocks of hosts are not compared."""
 
     def __init__(self, store: Store, key: str, rank: int, clock: Callable[[], float]):
-        self._store, self._key, self._rank, self._clock = store, key, rank, clock
+        self._store = store
+        self._key = key
+        self._rank = rank
+        self._clock = clock
         self._marks = deque[tuple[int, float]](maxlen=MARKS)
         self._longest_gap = 0.0
 
     def give(self) -> None:
         """Leave a mark, and the longest time between two marks of this rank."""
-        number, now = self._store.add(f"{self._key}/marks", 1), self._clock()
+        number = self._store.add(f"{self._key}/marks", 1)  # of all ranks, so numbers order the marks of all ranks
+        now = self._clock()
         if self._marks:
             self._longest_gap = max(self._longest_gap, now - self._marks[-1][1])
         self._marks.append((number, now))
@@ -81,11 +85,24 @@ class SignsOfLife:
 
     def silent(self, world: int, least: float) -> set[int]:
         """Return the ranks without a mark for ``least`` seconds, and for twice the longest gap of any rank."""
-        keys = [f"{self._key}/mark-{rank}" for rank in range(world)]
-        texts = [self._store.get(key).decode() if self._store.check([key]) else "0 0" for key in keys]
-        least = max(least, *(2 * float(text.split()[1]) for text in texts))
+        last_marks: list[int] = []
+        for rank in range(world):
+            number, longest_gap = self._last_mark(rank)
+            last_marks.append(number)
+            # on a loaded machine the marks of healthy ranks come late too
+            least = max(least, 2 * longest_gap)
         before = [number for number, when in self._marks if when <= self._clock() - least]
-        return {rank for rank, text in enumerate(texts) if before and int(text.split()[0]) < before[-1]}
+        if not before:
+            return set()  # this rank has not watched for long enough
+        return {rank for rank, number in enumerate(last_marks) if number < before[-1]}
+
+    def _last_mark(self, rank: int) -> tuple[int, float]:
+        """Return the number of a rank's last mark, and its longest gap in seconds; zeros before its first mark."""
+        key = f"{self._key}/mark-{rank}"
+        if not self._store.check([key]):  # get() would wait for the key
+            return 0, 0.0
+        number, longest_gap = self._store.get(key).decode().split()
+        return int(number), float(longest_gap)
 
 
 def collect(
@@ -112,22 +129,37 @@ def verdict_of(
     """
 
     def named(ranks: Collection[int]) -> str:
-        return ", ".join(f"{number} ({hosts[number]})" if hosts[number] else f"{number}" for number in sorted(ranks))
+        names: list[str] = []
+        for number in sorted(ranks):
+            names.append(f"{number} ({hosts[number]})" if hosts[number] else f"{number}")
+        return ", ".join(names)
 
+    # ranks count the same events, so one with fewer heartbeats has not reached the collective of the others
     fewest = min(report.beats for report in reports)
     behind = [report for report in reports if not report.waits and report.beats == fewest]
     hanging = [report for report in behind if report.idle >= timeout / 2]
     silent = sorted(set(range(len(hosts))) - {report.rank for report in reports} - set(late))
     if hanging:
-        why = "; ".join(f"rank {r.rank} ({r.host}, pid {r.pid}) hangs in {r.doing}" for r in hanging)
-        why += ", and the others wait for it" if len(hosts) > len(hanging) else ""
-        return Verdict([r.rank for r in hanging], sorted({hosts[r.rank] or r.host for r in hanging}), why)
+        ranks: list[int] = []
+        at_fault: set[str] = set()
+        facts: list[str] = []
+        for report in hanging:
+            ranks.append(report.rank)
+            # the launcher's name of the host, if known, since it is the one that a restart can exclude
+            at_fault.add(hosts[report.rank] or report.host)
+            facts.append(f"rank {report.rank} ({report.host}, pid {report.pid}) hangs in {report.doing}")
+        why = "; ".join(facts)
+        if len(hosts) > len(hanging):
+            why += ", and the others wait for it"
+        return Verdict(ranks, sorted(at_fault), why)
     if silent:
         why = f"rank {named(silent)} gave no sign of life: its process is stopped, or its host is down or cut off"
         return Verdict(silent, sorted({hosts[number] for number in silent} - {""}), why)
     if behind:
-        still = ", ".join(f"rank {r.rank} ({r.host}) in {r.doing}, for {r.idle:.0f} s" for r in behind)
-        return Verdict([], [], f"the others wait for work that goes on: {still}. Raise the timeout if that is normal")
+        # slower than the others, but it has moved within half of the timeout
+        facts = [f"rank {r.rank} ({r.host}) in {r.doing}, for {r.idle:.0f} s" for r in behind]
+        why = f"the others wait for work that goes on: {', '.join(facts)}. Raise the timeout if that is normal"
+        return Verdict([], [], why)
     if late:
         return Verdict([], [], f"rank {named(late)} answers too late to tell whether it is alive")
     why = "every rank waits for another: the network between them is cut, or not all reached the same collective"
@@ -137,7 +169,9 @@ def verdict_of(
 def blamed_hosts(folder: Path) -> list[str]:
     """Return the hosts that the verdict in ``folder`` names; none without a readable verdict."""
     try:
-        found = json.loads((folder / VERDICT_FILE).read_text(encoding="utf-8"))["hosts"]
+        hosts = json.loads((folder / VERDICT_FILE).read_text(encoding="utf-8"))["hosts"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    return [host for host in found if isinstance(host, str)] if isinstance(found, list) else []
+    if not isinstance(hosts, list):
+        return []
+    return [host for host in hosts if isinstance(host, str)]
