@@ -32,10 +32,12 @@ _BACKSTOP_SECONDS = 30.0
 _ARM_SECONDS = 1.0
 """Shortest time between two deferrals of the backstop, each of which starts a thread."""
 _EXIT_CODE = 1
-_WAITING_FILES = tuple(
-    os.path.join(*parts)
-    for parts in (("torch", "distributed", ""), ("deepspeed", "comm", ""), ("pst_ds", "parallel", "store.py"))
+_WAITING_FILES = (
+    os.path.join("torch", "distributed", ""),
+    os.path.join("deepspeed", "comm", ""),
+    os.path.join("pst_ds", "parallel", "store.py"),
 )
+"""Parts of the paths of files in which a rank waits for others."""
 _DEEPSPEED_FILES = os.path.join("deepspeed", "")
 _numbers = itertools.count()
 
@@ -52,14 +54,24 @@ class Watchdog:
         from pst_ds.parallel.ranks import rank, world_size
         from pst_ds.parallel.store import store_connection
 
-        self._folder, self._timeout = folder, timeout_seconds
-        self._rank, self._world = rank(), world_size()
+        self._folder = folder
+        self._timeout = timeout_seconds
+        self._rank = rank()
+        self._world = world_size()
         self._hosts = hosts or [""] * self._world
         self._longest = longest_wait(timeout_seconds)
         self._pause = 2 * timeout_seconds / MARKS
         self._main = threading.get_ident()
-        self._closed, self._heard, self._reported, self._judged = (threading.Event() for _ in range(4))
-        self._beats, self._armed = 0, -math.inf
+        self._closed = threading.Event()
+        self._heard = threading.Event()
+        """Set when another rank has noticed a stall."""
+        self._reported = threading.Event()
+        """Set when the report of this rank is ready."""
+        self._judged = threading.Event()
+        """Set when the verdict is written."""
+        self._beats = 0
+        self._armed = -math.inf
+        # keys of the store outlive a watchdog; all ranks create theirs together, so the numbers agree
         self._key = f"pst_ds/stall/{next(_numbers)}"
         self.heartbeat("start")
         self._store = store_connection()
@@ -69,7 +81,9 @@ class Watchdog:
 
     def heartbeat(self, doing: str, worker: threading.Thread | None = None) -> None:
         """Note progress, and that ``doing`` comes next, in this thread or in a ``worker`` that it waits for."""
-        self._last, self._doing, self._beats = time.monotonic(), doing, self._beats + 1
+        self._last = time.monotonic()
+        self._doing = doing
+        self._beats += 1
         self._worker = worker
         # a main thread that never releases the interpreter blocks our threads; this timer is C code and needs no GIL
         if sys.__stderr__ is not None and self._last - self._armed >= _ARM_SECONDS:
@@ -94,17 +108,31 @@ class Watchdog:
             self._say(verdict_of([self._own], [self._own.host], self._timeout), [self._own])
         elif not self._judged.wait(self._longest + 2 * _GRACE_SECONDS):
             self._judge_the_store()
+        # sys.exit would only end this thread, and the main thread may be in a collective that never returns
         os._exit(_EXIT_CODE)
 
     def _report(self) -> StallReport:
-        idle, frames = time.monotonic() - self._last, sys._current_frames()
-        worker = self._worker.ident if self._worker is not None else None
-        stack = traceback.extract_stack(frames[worker if worker in frames else self._main])
-        text, waits, host = "".join(traceback.format_list(stack)), _waits(stack), socket.gethostname()
-        where = f"{self._doing}, {'' if waits else 'not '}waiting for other ranks:\n{text}"
-        who = f"rank {self._rank} ({host}, pid {os.getpid()})"
-        print(f"{who} made no progress for {idle:.4g} seconds in {where}", file=sys.stderr, flush=True)
-        return StallReport(self._rank, host, os.getpid(), self._doing, self._beats, idle, waits, text)
+        """Print and return what the watched thread does."""
+        idle = time.monotonic() - self._last
+        frames = sys._current_frames()
+        thread = self._main
+        if self._worker is not None and self._worker.ident in frames:
+            thread = self._worker.ident
+        stack = traceback.extract_stack(frames[thread])
+        report = StallReport(
+            rank=self._rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            doing=self._doing,
+            beats=self._beats,
+            idle=idle,
+            waits=_waits(stack),
+            stack="".join(traceback.format_list(stack)),
+        )
+        where = f"{report.doing}, {'' if report.waits else 'not '}waiting for other ranks:\n{report.stack}"
+        who = f"rank {report.rank} ({report.host}, pid {report.pid})"
+        print(f"{who} made no progress for {report.idle:.4g} seconds in {where}", file=sys.stderr, flush=True)
+        return report
 
     def _listen(self, store: "dist.Store") -> None:
         """Give signs of life, and exchange reports once this rank or another notices a stall."""
@@ -122,6 +150,7 @@ class Watchdog:
     def _exchange(self, store: "dist.Store", signs: SignsOfLife) -> None:
         """Send this rank's report. The first rank judges, and the others stay until it is done: their end would be its
         own."""
+        # the counter is atomic: exactly one rank gets 1
         is_judge = store.add(f"{self._key}/judge", 1) == 1
         store.append(f"{self._key}/reports", json.dumps(asdict(self._own)) + "\n")  # type: ignore[attr-defined]
         if not is_judge:
@@ -130,13 +159,14 @@ class Watchdog:
 
         def arrived() -> dict[int, StallReport]:
             lines = store.get(f"{self._key}/reports").decode().splitlines()
-            return {report.rank: report for report in (StallReport(**json.loads(line)) for line in lines)}
+            reports = [StallReport(**json.loads(line)) for line in lines]
+            return {report.rank: report for report in reports}
 
         until = time.monotonic() + self._longest
         pauses = itertools.takewhile(lambda _: time.monotonic() < until, map(time.sleep, itertools.repeat(0.1)))
         alive = set(range(self._world)) - signs.silent(self._world, self._timeout / 2)
-        found, late = collect(alive, arrived, pauses)
-        reports = list(found.values())
+        by_rank, late = collect(alive, arrived, pauses)
+        reports = list(by_rank.values())
         self._say(verdict_of(reports, self._hosts, self._timeout, late), reports)
         store.set(f"{self._key}/said", "")
 
@@ -184,5 +214,8 @@ def heartbeat(doing: str, worker: threading.Thread | None = None) -> None:
 
 def _waits(stack: traceback.StackSummary) -> bool:
     """Return whether a stack is inside a collective or the store, or in DeepSpeed's wait for an earlier collective."""
-    handles = (entry for entry in stack[-3:] if entry.name == "wait" and _DEEPSPEED_FILES in entry.filename)
-    return any(handles) or any(part in entry.filename for entry in stack for part in _WAITING_FILES)
+    # a handle of an asynchronous collective waits in a file that also does other things, so its name counts
+    for entry in stack[-3:]:
+        if entry.name == "wait" and _DEEPSPEED_FILES in entry.filename:
+            return True
+    return any(part in entry.filename for entry in stack for part in _WAITING_FILES)
