@@ -17,9 +17,9 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from pst_ds.inference.serve.gate import HEALTH, PAGE, Access, Gate
-from pst_ds.inference.serve.jobs import Worker
 from pst_ds.inference.serve.metrics import Metrics, Record
 from pst_ds.inference.serve.protocol import JsonTable, ProtocolError
+from pst_ds.inference.serve.queue import Worker
 from pst_ds.inference.serve.readers import Readers
 
 _SWITCH_SECONDS = 0.00005

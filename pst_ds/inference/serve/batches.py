@@ -1,7 +1,6 @@
 """Generate answers with a transformers model, in batches; each request receives its tokens at once."""
 
 import inspect
-import logging
 from collections.abc import Collection, Sequence
 
 import torch
@@ -9,25 +8,26 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pst_ds.checkpoint.user_store import State
-from pst_ds.inference.serve.jobs import Answering, Job, closing
+from pst_ds.inference.serve.jobs import Answering, Job
+from pst_ds.inference.serve.queue import BatchWorker
 
-_LOG = logging.getLogger(__name__)
 
-
-class Batches(Answering):
+class Batches(BatchWorker[Job], Answering):
     """Decodes waiting jobs of the base model in batches. A batch runs until its last sequence ends, and others wait."""
 
     def __init__(
         self, model: PreTrainedModel, *, pad: int, ends: Collection[int], most_in_batch: int = 8, most_waiting: int = 64
     ):
         """``model``: a transformers causal model in eval mode. ``ends``: tokens that end a sequence."""
-        super().__init__(ends, most_waiting)
-        self._model, self._pad, self._most = model, pad, most_in_batch
-        known = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in known
-        self._takes_last = "logits_to_keep" in known
-        self._batch: list[Job] = []
-        self._cache_name = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5
+        super().__init__(most_waiting)
+        self._ends = frozenset(ends)
+        self._model = model
+        self._pad = pad
+        self._most = most_in_batch
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        self._takes_last = "logits_to_keep" in parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # renamed in transformers 5
 
     @torch.inference_mode()
     def warm_up(self, prompt: Sequence[int], states: Sequence[State | None]) -> None:
@@ -36,49 +36,33 @@ class Batches(Answering):
         _, cache = self._step(ids, mask, None)
         self._step(ids[:, -1:], torch.cat([mask, mask[:, :1]], 1), cache)
 
-    @property
-    def running(self) -> int:
-        return sum(not job.is_finished for job in self._batch)
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closing)
-                if self._closing:
-                    break
-                waiting = [job for job in self._waiting if not job.cancelled]
-                jobs, self._waiting = waiting[: self._most], waiting[self._most :]
-            self._batch = jobs
-            if jobs:
-                self._write(jobs)
-            self._batch = []
-        for job in self._waiting:
-            job.end(closing())
-
-    def _write(self, jobs: list[Job]) -> None:
-        """Decode a batch. If it fails, decode its jobs one by one: only those that fail alone get an error."""
-        try:
-            self._decode(jobs)
-            return
-        except Exception as error:  # of the model; the next batch may succeed
-            _LOG.exception("a batch of %d requests failed", len(jobs))
-            if len(jobs) == 1:
-                jobs[0].end(error)
-        for job in jobs:  # after the except clause, whose traceback holds the memory of the batch
-            if not job.is_finished:
-                self._write([job])
+    def _select(self, waiting: Sequence[Job]) -> list[Job]:
+        return list(waiting[: self._most])
 
     @torch.inference_mode()
-    def _decode(self, jobs: list[Job]) -> None:
-        device, prompts = self._model.device, [job.prompt + job.written for job in jobs]
+    def _compute(self, jobs: list[Job]) -> None:
+        """Decode a batch until its last job is finished. Jobs of a batch that failed continue."""
+        # the tokens that were delivered before the batch failed are part of the prompt now
+        prompts = [job.prompt + job.written for job in jobs]
         length = max(map(len, prompts))
-        ids = torch.tensor([[self._pad] * (length - len(prompt)) + prompt for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        padded: list[list[int]] = []
+        visible: list[list[int]] = []
+        for prompt in prompts:
+            padding = length - len(prompt)
+            # on the left, so that the next token of every sequence is in the last column
+            padded.append([self._pad] * padding + prompt)
+            visible.append([0] * padding + [1] * len(prompt))
+        ids = torch.tensor(padded, device=self._model.device)
+        mask = torch.tensor(visible, device=self._model.device)
         cache = None
         while not all(job.is_finished for job in jobs):
             logits, cache = self._step(ids, mask, cache)
-            chosen = [job.take(row, self._ends) for job, row in zip(jobs, logits.split(1), strict=True)]
-            ids = torch.tensor([self._pad if token is None else token for token in chosen], device=device)[:, None]
+            chosen: list[int] = []
+            for job, row in zip(jobs, logits.split(1), strict=True):
+                token = job.take(row, self._ends)
+                # finished sequences stay in the batch, whose cache has a row for each
+                chosen.append(self._pad if token is None else token)
+            ids = torch.tensor(chosen, device=self._model.device)[:, None]
             mask = torch.cat([mask, mask.new_ones(len(jobs), 1)], 1)
 
     def _step(self, ids: Tensor, mask: Tensor, cache: object) -> tuple[Tensor, object]:

@@ -1,11 +1,9 @@
-"""Requests for generated tokens, and the thread that answers them."""
+"""Requests for generated tokens, and the interface of workers that answer them."""
 
 import logging
-import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,19 +11,11 @@ from torch import Tensor
 from pst_ds.checkpoint.user_store import State
 from pst_ds.inference.decoder.sampling import Sampling
 from pst_ds.inference.serve.grammar import Grammar, GrammarError
-from pst_ds.inference.serve.protocol import ProtocolError
+from pst_ds.inference.serve.queue import Worker
 
-DONE_LENGTH, DONE_STOP = "length", "stop"
-_JOIN_SECONDS = 60.0
+DONE_LENGTH = "length"
+DONE_STOP = "stop"
 _LOG = logging.getLogger(__name__)
-
-
-def busy() -> ProtocolError:
-    return ProtocolError(429, "too many requests are waiting. Try again later", code="rate_limit_exceeded")
-
-
-def closing() -> ProtocolError:
-    return ProtocolError(503, "the server is closing. Try again later")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +54,10 @@ class Job:
 
     def __post_init__(self) -> None:
         self.generator.manual_seed(self.seed)
+
+    def begin(self) -> bool:
+        """Return whether the job shall be answered; :attr:`cancelled` also ends an answer in progress."""
+        return not self.cancelled
 
     def end(self, outcome: str | Exception) -> None:
         """Deliver the finish reason or an error."""
@@ -114,63 +108,8 @@ class Job:
         return Token(number, float(logprobs[number]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
 
 
-J = TypeVar("J")
-
-
-class Worker(ABC, Generic[J]):
-    """A thread that works on waiting jobs once it is started, until the server closes."""
-
-    def __init__(self, most_waiting: int):
-        """``most_waiting``: jobs that may wait."""
-        self.most_waiting = most_waiting
-        self._waiting: list[J] = []
-        self._closing = False
-        self._changed = threading.Condition()
-        """Guards the two attributes above; notified when they change."""
-        self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
-
-    @abstractmethod
-    def _run(self) -> None:
-        """Work on jobs until the server closes."""
-
-    @property
-    @abstractmethod
-    def running(self) -> int:
-        """Number of jobs that are being processed."""
-
-    @property
-    def load(self) -> dict[str, int]:
-        """Numbers of running and of waiting jobs."""
-        return {"running": self.running, "waiting": len(self._waiting)}
-
-    @property
-    def waiting(self) -> int:
-        """Number of waiting jobs whose result somebody awaits."""
-        return len(self._waiting)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        """True while jobs are processed."""
-        return self._thread.is_alive()
-
-    def close(self) -> None:
-        """End the thread after the jobs that are being processed; those that wait get an error."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join(_JOIN_SECONDS)
-
-
 class Answering(Worker[Job]):
-    """A thread that generates the answers of waiting jobs."""
-
-    def __init__(self, ends: Collection[int], most_waiting: int):
-        """``ends``: tokens that end an answer."""
-        super().__init__(most_waiting)
-        self._ends = frozenset(ends)
+    """A worker that generates answers."""
 
     @abstractmethod
     def warm_up(self, prompt: Sequence[int], states: Sequence[State | None]) -> None:
@@ -178,16 +117,3 @@ class Answering(Worker[Job]):
 
         Only the native decoder has states of users.
         """
-
-    @property
-    def waiting(self) -> int:
-        return sum(not job.cancelled for job in self._waiting)
-
-    def submit(self, *jobs: Job) -> None:
-        """Queue jobs. Raises ProtocolError if too many wait."""
-        with self._changed:
-            self._waiting = [other for other in self._waiting if not other.cancelled]
-            if len(self._waiting) + len(jobs) > self.most_waiting:
-                raise busy()
-            self._waiting += jobs
-            self._changed.notify()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from pst_ds.inference.serve.jobs import busy
+from pst_ds.inference.serve.queue import busy
 
 Result = TypeVar("Result")
 LONG_BYTES = 1 << 14

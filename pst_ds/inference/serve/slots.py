@@ -8,12 +8,13 @@ from torch import Tensor
 
 from pst_ds.checkpoint.user_store import State
 from pst_ds.inference.decoder import Decoder
-from pst_ds.inference.serve.jobs import DONE_LENGTH, Answering, Job, closing
+from pst_ds.inference.serve.jobs import DONE_LENGTH, Answering, Job
 
 _LOG = logging.getLogger(__name__)
-LEAST_PROMPT, PROMPT_PER_ANSWER = 16, 4
-"""Tokens of prompts in a pass with running answers, and for each of those: a pass then takes two to three times as long
-as without a prompt."""
+LEAST_PROMPT = 16
+"""Fewest tokens of prompts in a pass with running answers, if prompts wait."""
+PROMPT_PER_ANSWER = 4
+"""Tokens of prompts in a pass for each running answer: the pass then takes two to three times as long as without."""
 SHORTEST_COPY = 16
 """Equal tokens from which on their keys and values are copied between slots."""
 
@@ -29,7 +30,7 @@ class _Slot:
     tokens: list[int] = field(default_factory=list)
     """In the decoder's cache."""
     left: list[int] = field(default_factory=list)
-    """Tokens to append: the rest of the prompt, or the last token of the answer. None before a job's first pass."""
+    """Tokens to append: the rest of the prompt, or the last token of the answer. Empty before a job's first pass."""
     began: int = 0
     """Number of its job, in the order of their arrival."""
 
@@ -41,8 +42,12 @@ class _Slot:
         if job.state is not self.state:
             return 0
         tokens = self.tokens + self.left if later else self.tokens
+        # the last token of the prompt is always computed, since its logits choose the first token of the answer
         most = min(len(tokens), len(job.prompt) - 1)
-        return next((at for at in range(most) if tokens[at] != job.prompt[at]), most)
+        for index in range(most):
+            if tokens[index] != job.prompt[index]:
+                return index
+        return most
 
 
 class Slots(Answering):
@@ -54,8 +59,10 @@ class Slots(Answering):
     """
 
     def __init__(self, decoder: Decoder, *, ends: Collection[int], most_waiting: int = 64):
-        super().__init__(ends, most_waiting)
-        self._decoder, self._slots = decoder, [_Slot(number) for number in range(decoder.sequences)]
+        super().__init__(most_waiting)
+        self._ends = frozenset(ends)
+        self._decoder = decoder
+        self._slots = [_Slot(number) for number in range(decoder.sequences)]
         self._began = 0
 
     def warm_up(self, prompt: Sequence[int], states: Sequence[State | None]) -> None:
@@ -69,43 +76,32 @@ class Slots(Answering):
     def running(self) -> int:
         return sum(slot.job is not None for slot in self._slots)
 
-    def _run(self) -> None:
-        while self._admit():
-            active = sorted((slot for slot in self._slots if slot.job is not None), key=lambda slot: slot.began)
-            try:
-                self._advance(active)
-            except Exception as error:  # such as too little memory; the caches are unknown then
-                _LOG.exception("a pass of %d requests failed", len(active))
-                for slot in active:
-                    self._decoder.reset(0, slot.number)
-                    slot.tokens.clear()
-                    self._finish(slot, error)
+    def _select(self, waiting: Sequence[Job]) -> list[Job]:
+        return list(waiting[: len(self._free)])
 
-    def _admit(self) -> bool:
-        """Give waiting jobs to free slots; wait for a job if there is none. Return False at the end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closing or self._is_busy)
-            if self._closing:
-                for job in self._waiting:
-                    job.end(closing())
-                self._waiting.clear()
-            while self._waiting and any(slot.job is None for slot in self._slots):
-                job = self._waiting.pop(0)
-                if not job.cancelled:
-                    self._place(job)
-            return self._is_busy or not self._closing
+    def _work(self) -> None:
+        active = sorted((slot for slot in self._slots if slot.job is not None), key=lambda slot: slot.began)
+        try:
+            self._advance(active)
+        except Exception as error:  # such as too little memory; the caches are unknown then
+            _LOG.exception("a pass of %d requests failed", len(active))
+            for slot in active:
+                self._decoder.reset(0, slot.number)
+                slot.tokens.clear()
+                self._finish(slot, error)
 
     @property
-    def _is_busy(self) -> bool:
-        return any(slot.job is not None for slot in self._slots)
+    def _free(self) -> list[_Slot]:
+        return [slot for slot in self._slots if slot.job is None]
 
     def _place(self, job: Job) -> None:
         """Give a job the free slot that has most of its prompt cached, or the one that has been free for longest."""
-        free = [slot for slot in self._slots if slot.job is None]
-        nearest = max(free, key=lambda slot: slot.shared(job))
-        slot = nearest if nearest.shared(job) >= SHORTEST_COPY else min(free, key=lambda slot: slot.began)
+        slot = max(self._free, key=lambda slot: slot.shared(job))
+        if slot.shared(job) < SHORTEST_COPY:
+            slot = min(self._free, key=lambda slot: slot.began)
         self._began += 1
-        slot.job, slot.began = job, self._began
+        slot.began = self._began
+        slot.job = job
 
     def _begin(self, slot: _Slot, job: Job) -> bool:
         """Start a job with the tokens of its prompt that any slot has cached.
@@ -122,7 +118,10 @@ class Slots(Answering):
         if nearest is not slot:
             self._decoder.copy(nearest.number, slot.number, length)
         self._decoder.reset(length, slot.number)
-        slot.state, slot.tokens, slot.left, job.reused = job.state, job.prompt[:length], job.prompt[length:], length
+        slot.state = job.state
+        slot.tokens = job.prompt[:length]
+        slot.left = job.prompt[length:]
+        job.reused = length
         return True
 
     def _advance(self, active: Sequence[_Slot]) -> None:
@@ -132,26 +131,33 @@ class Slots(Answering):
             if slot.job.cancelled:
                 self._finish(slot, DONE_LENGTH)
         active = [slot for slot in active if slot.job is not None]
+        added = self._tokens_of_pass(active)
+        if not added:
+            return
+        # only slots that append all their tokens need logits: a piece of a prompt has no next token
+        complete = [slot for slot in active if added.get(slot.number) == slot.left]
+        logits = self._decoder.extend(added, [slot.number for slot in complete])
+        for slot in active:
+            tokens = added.get(slot.number, [])
+            slot.tokens += tokens
+            slot.left = slot.left[len(tokens) :]
+        for slot, row in zip(complete, logits, strict=True):
+            self._deliver(slot, row[None])
+
+    def _tokens_of_pass(self, active: Sequence[_Slot]) -> dict[int, list[int]]:
+        """Return the tokens to append in the next pass, by the number of the slot."""
         running = [slot for slot in active if len(slot.left) == 1]
         room = self._decoder.most - len(running)
         if running:
+            # a long prompt comes in pieces, so that the answers of others do not wait for it
             room = min(room, max(LEAST_PROMPT, PROMPT_PER_ANSWER * len(running)))
-        taken = {slot.number: slot.left for slot in running}
+        added = {slot.number: slot.left for slot in running}
         for slot in active:
             assert slot.job is not None
-            if room > 0 and slot.number not in taken and (slot.left or self._begin(slot, slot.job)):
-                taken[slot.number] = slot.left[:room]
-                room -= len(taken[slot.number])
-        done = [slot for slot in active if taken.get(slot.number) == slot.left]
-        if not taken:
-            return
-        logits = self._decoder.extend(taken, [slot.number for slot in done])
-        for slot in active:
-            added = taken.get(slot.number, [])
-            slot.tokens += added
-            slot.left = slot.left[len(added) :]
-        for slot, row in zip(done, logits, strict=True):
-            self._deliver(slot, row[None])
+            if room > 0 and slot.number not in added and (slot.left or self._begin(slot, slot.job)):
+                added[slot.number] = slot.left[:room]
+                room -= len(added[slot.number])
+        return added
 
     def _deliver(self, slot: _Slot, logits: Tensor) -> None:
         assert slot.job is not None
@@ -167,4 +173,5 @@ class Slots(Answering):
         """Free a slot; end its job, if it has one, with ``outcome`` unless it has ended."""
         if slot.job is not None and outcome is not None and not slot.job.is_finished:
             slot.job.end(outcome)
-        slot.job, slot.left = None, []
+        slot.job = None
+        slot.left = []

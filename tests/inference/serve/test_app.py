@@ -191,8 +191,8 @@ def test_a_body_that_does_not_end(folders):
 
 def test_a_client_that_goes_takes_its_request_along(folders, monkeypatch):
     service, running, thread, url = _start(folders, "--engine", "torch", store=False)
-    held, decode, jobs = threading.Event(), service.worker._decode, []
-    monkeypatch.setattr(service.worker, "_decode", lambda now: (jobs.extend(now), held.wait(30), decode(now)))
+    held, decode, jobs = threading.Event(), service.worker._compute, []
+    monkeypatch.setattr(service.worker, "_compute", lambda now: (jobs.extend(now), held.wait(30), decode(now)))
     with pytest.raises(openai.APITimeoutError), _client(url, timeout=0.3) as impatient:
         _asked(impatient)
     while not jobs[0].cancelled:
@@ -276,8 +276,8 @@ def test_keys_and_a_full_queue(folders, monkeypatch):
     service, running, thread, url = _start(
         folders, "--max-waiting", "1", "--max-batch", "1", "--engine", "torch", store=False
     )
-    begun, held, decode = threading.Event(), threading.Event(), service.worker._decode
-    monkeypatch.setattr(service.worker, "_decode", lambda jobs: (begun.set(), held.wait(30), decode(jobs)))
+    begun, held, decode = threading.Event(), threading.Event(), service.worker._compute
+    monkeypatch.setattr(service.worker, "_compute", lambda jobs: (begun.set(), held.wait(30), decode(jobs)))
     with _client(url, api_key="three") as stranger:
         for ask in (lambda: _asked(stranger), stranger.models.list):
             with pytest.raises(openai.AuthenticationError):

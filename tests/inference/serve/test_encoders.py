@@ -143,20 +143,21 @@ def test_waiting_texts_are_batched_by_length_and_one_that_fails_is_alone(encoder
     batcher = Batcher(encoder, most_waiting=8)
     batcher.start()
     texts = [encoder.tokenized(["film " * length], None)[0] for length in (9, 1, 30, 1, 30, 1, 30, 1, 30)]
-    first = batcher.submit(texts[:1])
+    first = batcher.outputs(texts[:1])
     while batcher._waiting:
         pass  # until the thread holds the first batch
-    gone, *rest = batcher.submit([texts[1], *texts[1:], {"input_ids": [10**6] * 30}])
+    gone, *rest = batcher.outputs([texts[1], *texts[1:], {"input_ids": [10**6] * 30}])
     assert gone.cancel()
     with pytest.raises(ProtocolError, match="too many requests"):
-        batcher.submit(texts[:1])
+        batcher.outputs(texts[:1])
     encoder.released.set()
     plain = Encoder(encoders / "regressor")
     wanted = [plain.compute([text])[0] for text in texts]
     assert np.allclose([future.result(60) for future in (*first, *rest[:-1])], wanted, atol=1e-5)
     with pytest.raises(IndexError):
         rest[-1].result(60)
-    assert encoder.batches[:2] == [[11], [3, 3, 3]]  # the oldest first, without long ones and the one that is gone
+    # the oldest first, without long ones; the one that is gone gives up its place
+    assert encoder.batches[:2] == [[11], [3, 3, 3, 3]]
     batcher.close()
 
 
@@ -164,10 +165,10 @@ def test_closing_refuses_what_waits(encoders):  # noqa: F811
     encoder = Held(encoders / "regressor")
     batcher, texts = Batcher(encoder, most_waiting=8), encoder.tokenized(sentences(2), None)
     batcher.start()
-    (first,) = batcher.submit(texts[:1])
+    (first,) = batcher.outputs(texts[:1])
     while batcher._waiting:
         pass
-    (second,) = batcher.submit(texts[1:])
+    (second,) = batcher.outputs(texts[1:])
     closing = threading.Thread(target=batcher.close)
     closing.start()
     while not batcher._closing:
