@@ -11,6 +11,7 @@ from torch import nn
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.bits import pack_mask, unpack_range
+from pst_ds.core.forms.form import Tile
 from pst_ds.core.quantization import Grid
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.experts import PSTExpertStack
@@ -21,6 +22,7 @@ from pst_ds.nn.merge import merge_and_unload
 from pst_ds.nn.model_structure import router_names
 from pst_ds.nn.targets import InjectionError, resolve_targets
 from tests.pairs import every_pair
+from tests.update_forms import install_forms
 
 from .expert_families import FAMILIES, tiny_model
 
@@ -319,3 +321,33 @@ def test_norms_of_inputs_are_each_experts_own_without_padding():
         torch.testing.assert_close(up[expert].float(), expected_up, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(down[expert].float(), expected_down, rtol=1e-4, atol=1e-6)
     assert not up[1].any()
+
+
+@pytest.mark.parametrize("form", ["spp", "dora"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_stacks_are_updated_expert_by_expert_in_any_form(family, form, tmp_path, monkeypatch):
+    install_forms(tmp_path, monkeypatch, dora="tests.update_forms:DoRA")
+    model = injected(family, update_form=form)
+    loss = model(input_ids=IDS).logits.square().mean()
+    loss.backward()
+    for name, layer in stacks(model).items():
+        update = layer.update_parameters()
+        assert all(param.grad.any() for param in update.values()), name
+        own = layer.layout.expert
+        matrices = layer.layout.num_matrices // layer.layout.num_experts
+        expected = []
+        for expert, weight in enumerate(layer.dense_weight().view(-1, *own.shape)):
+            by_output = weight.t() if own.transposed else weight
+            height = own.out_features // matrices
+            whole = Tile(slice(0, height), slice(0, own.in_features), height, own.in_features)
+            for part, of_matrix in enumerate(by_output.split(height)):
+                number = expert * matrices + part
+                values = {key: value.chunk(layer.layout.num_matrices)[number] for key, value in update.items()}
+                expected.append(layer.constants.form.apply(of_matrix, values, whole, 1.0))
+        merged = torch.cat(expected).view(layer.layout.num_experts, own.out_features, own.in_features)
+        stored = merged.transpose(1, 2) if own.transposed else merged
+        masked = layer.masked_weight().view(layer.weight_shape)
+        assert torch.allclose(masked, stored * (masked != 0), atol=1e-6), name
+    update_masks(model, 0.5)
+    before = logits(model)
+    assert torch.equal(logits(merge_and_unload(model)), before)

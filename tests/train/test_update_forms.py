@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -114,3 +115,19 @@ def test_an_unknown_form_is_refused(tmp_path):
 def test_forms_do_not_train_the_weights_themselves():
     with pytest.raises(ConfigError, match="updates frozen weights, and train_weights = true trains them"):
         PSTConfig(update_form="spp", train_weights=True)
+
+
+def test_the_form_of_the_documentation_trains_and_exports_exactly(tmp_path, monkeypatch, verb):
+    page = Path("docs/background/architecture.md").read_text(encoding="utf-8")
+    section = page.partition("## Add an update form")[2]
+    (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.S)
+    ((name, module, form),) = re.findall(r'^([\w-]+) = "(my_package\.\w+):(\w+)"$', section, flags=re.M)
+    file = tmp_path / "site" / f"{module.replace('.', '/')}.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(code, encoding="utf-8")
+    install_forms(tmp_path / "site", monkeypatch, **{name: f"{module}:{form}"})
+    assert f'update_form = "{name}"' in section
+    _train(tmp_path / "run", name)
+    assert any(key.endswith(".pst_s") for key in _values(tmp_path / "run"))
+    verb("export", str(tmp_path / "run"), "--out", str(tmp_path / "exported"))
+    assert main(["verify", str(tmp_path / "exported"), "--against", str(tmp_path / "run")]) == 0

@@ -56,9 +56,9 @@ class Tile:
     @property
     def is_whole(self) -> bool:
         """True if the tile is the whole matrix."""
-        rows: int = self.outputs.stop - self.outputs.start
-        columns: int = self.inputs.stop - self.inputs.start
-        return rows == self.num_outputs and columns == self.num_inputs
+        whole_outputs = slice(0, self.num_outputs)
+        whole_inputs = slice(0, self.num_inputs)
+        return self.outputs == whole_outputs and self.inputs == whole_inputs
 
 
 class UpdateForm(ABC):
