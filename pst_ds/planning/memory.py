@@ -113,6 +113,8 @@ class ModelNumbers:
     matrices: tuple[MatrixGroup, ...]
     score_rank: int = 0
     update_rank: int = 0
+    updated_weights: int = 0
+    """Weights with an update form without kernels, of which a mask update makes an fp32 copy."""
     dense_weights: int = 0
     """Weights of linear layers that are not pruned, such as a causal model's head."""
     sliced_weights: int = 0
@@ -457,7 +459,8 @@ def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings, device: str = "cp
     largest = max(m.numel for m in model.matrices) / zero.shards
     place = 1 if device == "cpu" else 4
     scanning = masters + int(model.weights_here(zero.shards) / 8 + (4 + place) * inside + largest)
-    return max(gathering, sampling, scanning) + SCORED_TILE_BYTES.get(device, 0)
+    updated = 4 * model.updated_weights // zero.shards
+    return max(gathering, sampling, scanning) + updated + SCORED_TILE_BYTES.get(device, 0)
 
 
 def _whole_here(group: MatrixGroup, zero: ZeroSettings, device: str) -> float:

@@ -23,6 +23,9 @@ from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, Ten
 from pst_ds.planning.start import BlockSizes, InputGroup
 from pst_ds.prune.blocks import block_of, find_blocks
 
+FORM_BYTES = 4 * 6
+"""Bytes per weight of a matrix that an update form without kernels needs at most, in fp32: W0, the updated weight, its
+gradient, and the products that autograd keeps."""
 Group = TypeVar("Group", TensorGroup, ModuleNumbers, MatrixGroup)
 
 
@@ -46,7 +49,8 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
             for _ in layer.layout.matrices()
         ),
         score_rank=max((_rank(layer, "B") for layer in layers.values()), default=0),
-        update_rank=max((_rank(layer, "V") for layer in layers.values()), default=0),
+        update_rank=max((_rank(layer, "V") for layer in layers.values() if _has_kernels(layer)), default=0),
+        updated_weights=sum(layer.layout.numel for layer in layers.values() if not _has_kernels(layer)),
         dense_weights=sliced + sum(math.prod(linear_shape(m)) for m in model.modules() if is_linear(m)),
         sliced_weights=sliced,
         attention_width=_attention_width(model),
@@ -160,6 +164,8 @@ def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
         by_kernels = _by_kernels(module)
         experts = module.layout.num_experts
         work = layer_work_bytes(module.layout.expert, module.dtype.itemsize, module.tile_bytes, device)
+        if not _has_kernels(module):
+            work += FORM_BYTES * module.layout.matrix_numel
         bands = _num_bands(module, device)
         if experts > 1 and merges(module.layout, module.dtype, device):
             at_once = experts_at_once(module.layout, module.dtype.itemsize, module.tile_bytes) if by_kernels else 0
@@ -174,9 +180,16 @@ def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
     return ModuleNumbers(numel, *gathers, work, bands=bands, experts=experts, groups=groups, by_kernels=by_kernels)
 
 
+def _has_kernels(layer: PSTLayer) -> bool:
+    """Return whether kernels compute the layer's update, or there is none."""
+    return layer.constants.form.has_kernels or not layer.update_specs
+
+
 def _by_kernels(layer: PSTLayer) -> bool:
     weight = layer.weight  # None if it is stored quantised
     if weight is not None and weight.requires_grad:
+        return False
+    if not _has_kernels(layer):
         return False
     return supports(None if weight is None else weight.dtype, layer.layout.numel, layer.num_shards)
 

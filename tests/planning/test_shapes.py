@@ -232,3 +232,18 @@ def test_the_width_of_attention_is_the_sum_over_layers_of_different_sizes():
         model = AutoModelForCausalLM.from_config(config)
     assert model.model.layers[2].self_attn.q_proj.out_features == 4 * 16
     assert _attention_width(model) == 4 * 8 + 4 * 8 + 4 * 16
+
+
+def test_an_update_form_without_kernels_has_copies_of_the_weights():
+    """During a mask update; and its parameters are counted as factors."""
+
+    def numbers(form):
+        config = PSTConfig(target_modules=["0"], modules_to_save=(), update_form=form)
+        return model_numbers(inject_pst(torch.nn.Sequential(torch.nn.Linear(24, 40)), config))
+
+    plain = numbers("low-rank")
+    spp = numbers("spp")
+    assert (plain.updated_weights, spp.updated_weights) == (0, 40 * 24)
+    assert (plain.update_rank, spp.update_rank) == (8, 0)
+    assert plain.factor_parameters - spp.factor_parameters == 8 * (40 + 24) - (40 + 16 * 24)
+    assert max(module.work_bytes for module in spp.modules) > max(module.work_bytes for module in plain.modules)
