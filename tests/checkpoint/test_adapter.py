@@ -219,7 +219,7 @@ def test_a_new_setting_is_part_of_the_formula_unless_it_is_marked():
         warm_start: BeforeLoading[bool] = False
 
     assert set(Extended.formula()) == {*PSTConfig.formula(), "gamma"}
-    assert {"alpha1", "alpha2", "beta", "magnitude", "frozen_magnitude", "relative_magnitude"} == set(
+    assert {"alpha1", "alpha2", "beta", "magnitude", "frozen_magnitude", "relative_magnitude", "update_form"} == set(
         PSTConfig.formula()
     )
 
@@ -411,3 +411,15 @@ def test_tensors_of_another_shape_are_refused(tmp_path):
     _damage(tmp_path, "pst_config.json", _set("sha256", digest))
     with pytest.raises(PretrainedError, match=r"classifier\.bias has shape \(3,\) there, and \(2,\) in the model"):
         load_pretrained(_base(), tmp_path)
+
+
+def test_an_adapter_has_the_parameters_of_its_update_form(tmp_path):
+    config = PSTConfig(update_form="spp", modules_to_save=("classifier",))
+    model = inject_pst(_base(), config)
+    for layer in pst_layers(model).values():
+        torch.nn.init.normal_(layer.pst_U)
+    update_masks(model, 0.5)
+    save_pretrained(model, tmp_path)
+    assert torch.equal(_logits(load_pretrained(_base(), tmp_path)), _logits(model))
+    with pytest.raises(PretrainedError, match="update_form"):
+        load_pretrained(inject_pst(_base(), PSTConfig(modules_to_save=("classifier",))), tmp_path)
