@@ -1,8 +1,13 @@
-"""Prune a loaded model by a :class:`PruneConfig`: rules of its layers, budgets, and the pruning itself."""
+"""Prune the files of a model by a :class:`PruneConfig`: one plan for each kind of method, and what carries it out.
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+Methods of weights prune the layers of one block after another, "reap" drops whole experts, and "channels" makes layers
+smaller.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -10,58 +15,200 @@ from torch import Tensor
 from pst_ds.config.methods import OneShotMethod
 from pst_ds.config.one_shot import CHANNELS, REAP, PruneConfig
 from pst_ds.config.pst import PSTConfig
+from pst_ds.core.fractions import percent_hint
 from pst_ds.core.packings import WHOLE_ROW
 from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.errors import InputError
+from pst_ds.nn.cut_config import cut_config, experts_left, number_of_experts
+from pst_ds.nn.model_structure import experts_modules, text_config
 from pst_ds.nn.targets import resolve_targets
-from pst_ds.prune.blocks import Calibration
+from pst_ds.prune.blocks import Calibration, find_blocks
 from pst_ds.prune.budgets import require_linear, rules_by_saliency
+from pst_ds.prune.channels import cut_channels
+from pst_ds.prune.folder import FORMAT, record_of
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.model_files import ModelFiles
 from pst_ds.prune.outcome import PrunedLayer
 from pst_ds.prune.rules import LayerRule, layer_rules, requested_sparsity, settings_for
+from pst_ds.prune.whole_experts import drop_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def plan_layers(
-    model: "PreTrainedModel", config: PruneConfig, pst: PSTConfig, final_sparsity: float
-) -> tuple[PSTConfig, float, list[LayerRule]]:
-    """Return the effective PST settings, the requested sparsity, and the rule of each layer.
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What pruning did to a model."""
+
+    facts: dict[str, object]
+    """Facts for the pruning record: the method, its settings, and totals."""
+    layers: list[PrunedLayer]
+    """Outcome of each pruned layer; empty for methods that remove experts or channels."""
+
+
+class PruningPlan(Protocol):
+    """How a model is pruned, checked against the model."""
+
+    @property
+    def settings(self) -> str:
+        """The settings that decide the result besides the PruneConfig. A run with others does not continue this one."""
+
+    @property
+    def restarts(self) -> bool:
+        """True if an interrupted run starts from the first block again."""
+
+    def prune(self, files: ModelFiles, data: Calibration) -> Pruned:
+        """Prune the model in ``files``. Collective. Raises InputError, and FloatingPointError."""
+
+    def record(self, pruned: Pruned, about: Mapping[str, object]) -> dict[str, object]:
+        """Return the content of the pruning record, with facts ``about`` the base model and the data."""
+
+
+def plan_pruning(model: "PreTrainedModel", config: PruneConfig, pst: PSTConfig, final_sparsity: float) -> PruningPlan:
+    """Return how ``config`` prunes ``model``, which may be on the meta device and is unchanged.
 
     ``pst``: PST settings of the run, for targets, pattern and overrides. ``final_sparsity`` applies if ``config`` and
-    the pattern do not set one. Raises InputError for everything that can be checked without calibration data.
+    the pattern do not set one. Raises InputError for everything that can be checked without calibration data, so that
+    it is found before the first block is pruned.
     """
-    method, wanted = _method_of(config), final_sparsity if config.sparsity is None else config.sparsity
-    settings = settings_for(model, pst, method, config.pattern, budgets=config.budgets, share=wanted)
-    sparsity = 0.0 if config.keep_zeros else requested_sparsity(settings, config.sparsity, final_sparsity)
-    rules = layer_rules(
-        resolve_targets(model, settings), method, sparsity, grid=_grid_of(config), keeps_zeros=config.keep_zeros
-    )
-    if config.budgets == "saliency":
-        require_linear(rules)
-    return settings, sparsity, rules
+    if config.method == CHANNELS:
+        return ChannelPlan.of(model, config, pst)
+    if config.method == REAP:
+        return ExpertPlan.of(model, config, pst, final_sparsity)
+    return LayerPlan.of(model, config, pst, final_sparsity)
 
 
-def prune_files(
-    files: ModelFiles, config: PruneConfig, planned: tuple[PSTConfig, float, list[LayerRule]], data: Calibration
-) -> tuple[list[PrunedLayer], dict[str, object]]:
-    """Prune the model in ``files``; return the outcomes, and facts for the pruning record. Collective.
+def prune_files(files: ModelFiles, plan: PruningPlan, data: Calibration) -> Pruned:
+    """Prune the model in ``files``, by any method. Collective.
 
-    ``planned``: result of :func:`plan_layers`. ``data``: without batches if ``config.needs_data`` is False. Raises
-    InputError, and FloatingPointError for values that are not finite.
+    ``data``: without batches if the method needs none. Raises InputError, and FloatingPointError for values that are
+    not finite.
     """
-    settings, sparsity, rules = planned
-    if config.budgets == "saliency":
-        rules = _with_budgets(files, rules, data)
-    if config.method == "magnitude" and not config.reconstruct:
-        layers = _by_magnitude(files, rules, data)
-    else:
-        layers = prune_layers(
-            files.model, rules, _method_of(config), data, reconstruct=config.reconstruct, source_of=files.source
+    return plan.prune(files, data)
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelPlan:
+    """Remove feed-forward channels."""
+
+    config: PruneConfig
+    excluded: str | tuple[str, ...]
+    """Modules that are not cut."""
+    restarts: bool = False
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel", config: PruneConfig, pst: PSTConfig) -> "ChannelPlan":
+        assert config.ffn is not None
+        cut_config(copy.deepcopy(model.config), config.ffn)
+        return cls(config, pst.exclude_modules)
+
+    @property
+    def settings(self) -> str:
+        return str(self.excluded)
+
+    def prune(self, files: ModelFiles, data: Calibration) -> Pruned:
+        before = files.model.num_parameters()
+        modules, settings = cut_channels(files, self.config, self.excluded, data)
+        facts = {
+            "method": CHANNELS,
+            "ffn": self.config.ffn,
+            "parameters_before": before,
+            "parameters": files.model.num_parameters(),
+            "config": settings,
+            "modules": {module.name: module.facts for module in modules},
+        }
+        return Pruned(facts, layers=[])
+
+    def record(self, pruned: Pruned, about: Mapping[str, object]) -> dict[str, object]:
+        return _record_without_layers(pruned, about)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPlan:
+    """Drop whole experts."""
+
+    share: float
+    """Fraction of experts to drop, in [0, 1)."""
+    settings: str
+    restarts: bool = True
+    """Its blocks change only after a pass through all, which is not repeated halfway."""
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel", config: PruneConfig, pst: PSTConfig, final_sparsity: float) -> "ExpertPlan":
+        share = final_sparsity if config.sparsity is None else config.sparsity
+        if not 0.0 <= share < 1.0:
+            hint = percent_hint(share)
+            raise InputError(f"sparsity = {share} must be in [0, 1): it is the fraction of experts to drop{hint}")
+        _, number = number_of_experts(model, 'method = "reap"')
+        experts_left(number, share, text_config(model), "sparsity =")
+        find_blocks(model, list(experts_modules(model)))
+        return cls(share, str(pst.exclude_modules))
+
+    def prune(self, files: ModelFiles, data: Calibration) -> Pruned:
+        modules = drop_experts(files.model, self.share, data, source_of=files.source)
+        facts = {
+            "method": REAP,
+            "sparsity_requested": self.share,
+            "experts": len(modules[0].kept),
+            "experts_before": len(modules[0].scores),
+            "modules": {module.name: module.facts for module in modules},
+        }
+        return Pruned(facts, layers=[])
+
+    def record(self, pruned: Pruned, about: Mapping[str, object]) -> dict[str, object]:
+        return _record_without_layers(pruned, about)
+
+
+def _record_without_layers(pruned: Pruned, about: Mapping[str, object]) -> dict[str, object]:
+    return {"format": FORMAT, **about, **pruned.facts, "layers": []}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """Prune the weights of layers."""
+
+    config: PruneConfig
+    method: OneShotMethod
+    pst: PSTConfig
+    """The effective settings, with the pattern to prune with."""
+    sparsity: float
+    rules: list[LayerRule]
+    """The rule of each layer."""
+    restarts: bool = False
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel", config: PruneConfig, pst: PSTConfig, final_sparsity: float) -> "LayerPlan":
+        method = _method_of(config)
+        share = final_sparsity if config.sparsity is None else config.sparsity
+        effective = settings_for(model, pst, method, config.pattern, budgets=config.budgets, share=share)
+        sparsity = 0.0 if config.keep_zeros else requested_sparsity(effective, config.sparsity, final_sparsity)
+        rules = layer_rules(
+            resolve_targets(model, effective), method, sparsity, grid=_grid_of(config), keeps_zeros=config.keep_zeros
         )
-    return layers, _facts_of(config, settings, sparsity)
+        if config.budgets == "saliency":
+            require_linear(rules)
+        if config.needs_data:
+            find_blocks(model, [rule.target.name for rule in rules])
+        return cls(config, method, effective, sparsity, rules)
+
+    @property
+    def settings(self) -> str:
+        return f"{self.pst} {self.sparsity}"
+
+    def prune(self, files: ModelFiles, data: Calibration) -> Pruned:
+        rules = self.rules
+        if self.config.budgets == "saliency":
+            rules = _with_budgets(files, rules, data)
+        if self.method == "magnitude" and not self.config.reconstruct:
+            layers = _by_magnitude(files, rules, data)
+        else:
+            layers = prune_layers(
+                files.model, rules, self.method, data, reconstruct=self.config.reconstruct, source_of=files.source
+            )
+        return Pruned(_facts_of(self.config, self.pst, self.sparsity), layers)
+
+    def record(self, pruned: Pruned, about: Mapping[str, object]) -> dict[str, object]:
+        return record_of(pruned.layers, {**pruned.facts, **about})
 
 
 def _by_magnitude(files: ModelFiles, rules: Sequence[LayerRule], data: Calibration) -> list[PrunedLayer]:

@@ -1,6 +1,5 @@
-"""Prune a run's pretrained model once, on calibration examples of its training data, and write it as a model folder."""
+"""Prune a pretrained model in one shot into a model folder: the entry that commands, runs and scripts share."""
 
-import copy
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -12,39 +11,33 @@ from typing import TYPE_CHECKING
 import torch
 
 from pst_ds.checkpoint.restore import base_fingerprint
-from pst_ds.config.one_shot import CHANNELS, REAP, PruneConfig
+from pst_ds.config.one_shot import PruneConfig
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import RunConfig
 from pst_ds.config.toml import load_run_or_folder
-from pst_ds.core.fractions import percent_hint
 from pst_ds.data.tasks import ExampleSet, task_of
 from pst_ds.errors import InputError
 from pst_ds.formats.safetensors_file import tensor_bytes
 from pst_ds.nn.base_model import DTYPES, Pretrained
-from pst_ds.nn.cut_config import cut_config, experts_left, number_of_experts
-from pst_ds.nn.model_structure import experts_modules, text_config
 from pst_ds.parallel.launch import device_of, launch_environment
 from pst_ds.parallel.ranks import all_ranks, on_all_ranks_at_length, raise_on_all_ranks
-from pst_ds.prune.blocks import Batch, Calibration, find_blocks
-from pst_ds.prune.channels import cut_channels
-from pst_ds.prune.folder import FORMAT, record_of, require_free
+from pst_ds.prune.blocks import Batch, Calibration
+from pst_ds.prune.folder import require_free
 from pst_ds.prune.model_files import ModelFiles
-from pst_ds.prune.one_shot import plan_layers, prune_files
+from pst_ds.prune.one_shot import plan_pruning, prune_files
 from pst_ds.prune.outcome import PrunedLayer
-from pst_ds.prune.rules import LayerRule
-from pst_ds.prune.whole_experts import drop_experts
 from pst_ds.train.resolved import attention_options, load_tokenizer
 from pst_ds.train.run_context import require_same_data
 from pst_ds.writing.from_folder import copy_small_files
 from pst_ds.writing.plan import SHARD_BYTES, require_space
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
-    """Result of :func:`prune_model`."""
+    """Result of :func:`prune_to_folder`."""
 
     out: Path
     record: dict[str, object]
@@ -59,15 +52,19 @@ class PruneReport:
 
 
 @dataclass(frozen=True, slots=True)
-class PruneInput:
-    """A pretrained model, and what a run or a script says about it and its calibration data."""
+class PruneJob:
+    """A pretrained model to prune, how, and where to."""
 
     path: str
     """Model folder, or name of a model on the hub."""
+    out: Path
+    """Model folder to write."""
+    config: PruneConfig
+    """Method, sparsity and other settings."""
     pst: PSTConfig
     """For targets, pattern and overrides."""
     sparsity: float
-    """Applies if neither the settings of the method nor the pattern set one."""
+    """Applies if neither ``config`` nor the pattern set one."""
     precision: str
     """Dtype of the blocks' computation: "bf16", "fp16" or "fp32"."""
     batches: "Callable[[PretrainedConfig], Sequence[Batch]]"
@@ -78,6 +75,44 @@ class PruneInput:
     """Facts for the pruning record."""
     attention: Mapping[str, str] = field(default_factory=dict)
     """Options of ``from_pretrained`` for the attention implementation."""
+    shard_bytes: int = SHARD_BYTES
+    """Size limit of a weight file."""
+    check: Callable[[], None] | None = None
+    """Called on every rank after each block; may raise StoppedError."""
+
+
+def prune_to_folder(job: PruneJob) -> PruneReport:
+    """Prune a pretrained model in one shot, and write it atomically: the one entry of one-shot pruning. Collective.
+
+    All ranks of the process group share the work, and the result does not depend on their number. Blocks that are
+    finished are kept next to ``job.out`` until all are, also if this process is killed or fails: the same call
+    continues.
+
+    Raises, on all ranks, InputError, and FloatingPointError for values that are not finite.
+    """
+    config = job.config
+    raise_on_all_ranks(lambda: require_free(job.out, job.path))
+    on_all_ranks_at_length(Pretrained(job.path, "model.path").download)
+    files = raise_on_all_ranks(lambda: _opened(job))
+    # Everything that can be refused is refused here, before the first batch is drawn.
+    plan = raise_on_all_ranks(lambda: plan_pruning(files.model, config, job.pst, job.sparsity))
+    batches: Sequence[Batch] = []
+    if config.needs_data:
+        batches = raise_on_all_ranks(lambda: job.batches(files.model.config))
+    digest = digest_of_ranks(batches, job.data)
+    data = Calibration(batches, torch.device(device_of(launch_environment())), DTYPES[job.precision], all_ranks())
+    about: dict[str, object] = {"base_model": job.path, "base_fingerprint": base_fingerprint(job.path)}
+    identity = {**about, "config": repr(config), "pst": plan.settings, "data": digest, "precision": job.precision}
+    if plan.restarts:
+        identity["attempt"] = secrets.token_hex(4)  # equals that of no earlier call, so nothing is continued
+    with files.working(identity):
+        if batches:
+            about |= _facts_of_data(job, batches)
+        about |= job.facts
+        pruned = prune_files(files, plan, data)
+        record = plan.record(pruned, about)
+        files.publish(partial(copy_small_files, files.base.folder), record)
+    return PruneReport(job.out, record, pruned.layers)
 
 
 def prune_model(
@@ -91,7 +126,7 @@ def prune_model(
     more_facts: Mapping[str, object] | None = None,
     check: Callable[[], None] | None = None,
 ) -> PruneReport:
-    """Prune a run's pretrained model in one shot, and write it to ``out``, as :func:`prune_files_of`. Collective.
+    """Prune a run's pretrained model in one shot, and write it to ``out``, as :func:`prune_to_folder`. Collective.
 
     Args:
         run: Config of a run, its run file or its folder: names the model, the layers and the calibration data.
@@ -107,59 +142,25 @@ def prune_model(
     """
     run = run if isinstance(run, RunConfig) else load_run_or_folder(run)
     require_task(run, config)
-    given = PruneInput(
-        run.model.path,
-        run.pst,
-        run.schedule.final_sparsity,
-        run.train.precision,
-        partial(_calibration, run, config, examples, tokenizer),
-        run.data.train,
-        {**({"max_length": run.data.max_length} if config.needs_data else {}), **(more_facts or {})},
-        attention_options(run),
+    facts: dict[str, object] = {}
+    if config.needs_data:
+        facts["max_length"] = run.data.max_length
+    facts |= more_facts or {}
+    job = PruneJob(
+        path=run.model.path,
+        out=Path(out),
+        config=config,
+        pst=run.pst,
+        sparsity=run.schedule.final_sparsity,
+        precision=run.train.precision,
+        batches=partial(_calibration, run, config, examples, tokenizer),
+        data=run.data.train,
+        facts=facts,
+        attention=attention_options(run),
+        shard_bytes=shard_bytes,
+        check=check,
     )
-    return prune_files_of(given, Path(out), config, shard_bytes=shard_bytes, check=check)
-
-
-def prune_files_of(
-    given: PruneInput,
-    out: Path,
-    config: PruneConfig,
-    *,
-    shard_bytes: int = SHARD_BYTES,
-    check: Callable[[], None] | None = None,
-) -> PruneReport:
-    """Prune a pretrained model in one shot, and write it to ``out``, atomically. Collective.
-
-    All ranks of the process group share the work, and the result does not depend on their number. Blocks that are
-    finished are kept next to ``out`` until all are, also if this process is killed or fails: the same call continues.
-
-    Raises, on all ranks, InputError, and FloatingPointError for values that are not finite.
-    """
-    raise_on_all_ranks(lambda: require_free(out, given.path))
-    on_all_ranks_at_length(Pretrained(given.path, "model.path").download)
-    files = raise_on_all_ranks(lambda: _opened(given, out, shard_bytes))
-    files.check = check or files.check
-    planned = raise_on_all_ranks(lambda: require_prunable(files.model, config, given.pst, given.sparsity))
-    batches = raise_on_all_ranks(lambda: given.batches(files.model.config)) if config.needs_data else []
-    digest = digest_of_ranks(batches, given.data)
-    device = torch.device(device_of(launch_environment()))
-    data = Calibration(batches, device, DTYPES[given.precision], all_ranks())
-    about: dict[str, object] = {"base_model": given.path, "base_fingerprint": base_fingerprint(given.path)}
-    settings = str(given.pst.exclude_modules) if planned is None else f"{planned[0]} {planned[1]}"
-    plan = {**about, "config": repr(config), "pst": settings, "data": digest, "precision": given.precision}
-    if config.method == REAP:  # its blocks change only after a pass through all, which is not repeated halfway
-        plan["attempt"] = secrets.token_hex(4)
-    with files.working(plan):
-        about |= (_facts_of_data(given, config, batches) if batches else {}) | dict(given.facts)
-        layers = list[PrunedLayer]()
-        if planned is None:
-            removed = (_drop_experts if config.method == REAP else _cut_channels)(files, given, config, data)
-            record = {"format": FORMAT, **about, **removed, "layers": []}
-        else:
-            layers, facts = prune_files(files, config, planned, data)
-            record = record_of(layers, facts | about)
-        files.publish(partial(copy_small_files, files.base.folder), record)
-    return PruneReport(out, record, layers)
+    return prune_to_folder(job)
 
 
 def require_task(run: RunConfig, config: PruneConfig) -> None:
@@ -171,42 +172,11 @@ def require_task(run: RunConfig, config: PruneConfig) -> None:
         )
 
 
-def require_prunable(
-    model: "PreTrainedModel", config: PruneConfig, pst: PSTConfig, final_sparsity: float
-) -> tuple[PSTConfig, float, list[LayerRule]] | None:
-    """Return :func:`plan_layers` of a model; None for methods that remove experts or channels.
-
-    Raises InputError for everything that can be checked without calibration data, so that it is found before the first
-    block is pruned. ``model`` may be on the meta device; it is unchanged.
-    """
-    if config.method == CHANNELS:
-        assert config.ffn is not None
-        cut_config(copy.deepcopy(model.config), config.ffn)
-        return None
-    if config.method == REAP:
-        share = _share_of_experts(config, final_sparsity)
-        _, number = number_of_experts(model, 'method = "reap"')
-        experts_left(number, share, text_config(model), "sparsity =")
-        find_blocks(model, list(experts_modules(model)))
-        return None
-    planned = plan_layers(model, config, pst, final_sparsity)
-    if config.needs_data:
-        find_blocks(model, [rule.target.name for rule in planned[2]])
-    return planned
-
-
-def _share_of_experts(config: PruneConfig, final_sparsity: float) -> float:
-    """Return the fraction of experts to drop. Raises InputError if it is out of range."""
-    share = final_sparsity if config.sparsity is None else config.sparsity
-    if not 0.0 <= share < 1.0:
-        hint = percent_hint(share)
-        raise InputError(f"sparsity = {share} must be in [0, 1): it is the fraction of experts to drop{hint}")
-    return share
-
-
-def _opened(given: PruneInput, out: Path, shard_bytes: int) -> ModelFiles:
-    files = ModelFiles(given.path, out, shard_bytes, attn_implementation=given.attention.get("attn_implementation"))
-    require_space(out, files.base.file_bytes)
+def _opened(job: PruneJob) -> ModelFiles:
+    implementation = job.attention.get("attn_implementation")
+    files = ModelFiles(job.path, job.out, job.shard_bytes, attn_implementation=implementation)
+    require_space(job.out, files.base.file_bytes)
+    files.check = job.check or files.check
     return files
 
 
@@ -220,42 +190,15 @@ def digest_of_ranks(batches: Sequence[Batch], what: str) -> str:
     return digest.hexdigest()
 
 
-def _drop_experts(files: ModelFiles, given: PruneInput, config: PruneConfig, data: Calibration) -> dict[str, object]:
-    """Drop a share of the experts; return facts for the record. Collective. Raises InputError."""
-    share = _share_of_experts(config, given.sparsity)
-    modules = drop_experts(files.model, share, data, source_of=files.source)
-    return {
-        "method": REAP,
-        "sparsity_requested": share,
-        "experts": len(modules[0].kept),
-        "experts_before": len(modules[0].scores),
-        "modules": {module.name: module.facts for module in modules},
-    }
-
-
-def _cut_channels(files: ModelFiles, given: PruneInput, config: PruneConfig, data: Calibration) -> dict[str, object]:
-    """Remove channels; return facts for the record. Collective. Raises InputError."""
-    before = files.model.num_parameters()
-    modules, settings = cut_channels(files, config, given.pst.exclude_modules, data)
-    return {
-        "method": CHANNELS,
-        "ffn": config.ffn,
-        "parameters_before": before,
-        "parameters": files.model.num_parameters(),
-        "config": settings,
-        "modules": {module.name: module.facts for module in modules},
-    }
-
-
-def _facts_of_data(given: PruneInput, config: PruneConfig, batches: Sequence[Batch]) -> dict[str, object]:
+def _facts_of_data(job: PruneJob, batches: Sequence[Batch]) -> dict[str, object]:
     """Return the facts of the calibration data for the record."""
     tokens = (b["attention_mask"].sum() if "attention_mask" in b else b["input_ids"].numel() for b in batches)
     return {
-        "data": given.data,
-        "samples": config.samples,
+        "data": job.data,
+        "samples": job.config.samples,
         "tokens": sum(map(int, tokens)),
-        "seed": config.seed,
-        "precision": given.precision,
+        "seed": job.config.seed,
+        "precision": job.precision,
     }
 
 

@@ -1,6 +1,6 @@
 """One-shot pruning in scripts, before the pretrained model is loaded."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from pst_ds.errors import InputError
 from pst_ds.nn.base_model import DTYPES, pruning_record
 from pst_ds.parallel.ranks import of_main
 from pst_ds.prune.blocks import Batch
-from pst_ds.train.one_shot.pruning import PruneInput, digest_of_ranks, prune_files_of
+from pst_ds.train.one_shot.pruning import PruneJob, digest_of_ranks, prune_to_folder
 
 _LABELS = ("labels", "label", "label_ids")
 
@@ -43,7 +43,7 @@ def prune_pretrained(
 
     Raises, on all ranks, InputError, and FloatingPointError for values that are not finite.
     """
-    pst, path, out = pst or PSTConfig(), str(path), Path(out)
+    pst = pst or PSTConfig()
     if (
         config.method != CHANNELS
         and config.sparsity is None
@@ -52,18 +52,26 @@ def prune_pretrained(
         raise InputError("prune_pretrained: PruneConfig has no sparsity. Set one, such as sparsity=0.5")
     if precision not in DTYPES:
         raise InputError(f"precision = {precision!r} must be one of {', '.join(DTYPES)}")
-    drawn = of_main(lambda: _first_examples(batches, config.samples)) if config.needs_data else []
-    given = _input(path, pst, precision, drawn, config)
-    if of_main(lambda: pruning_record(out).get("job")) != given.facts["job"]:
-        prune_files_of(given, out, config)
-    return out
-
-
-def _input(path: str, pst: PSTConfig, precision: str, drawn: Sequence[Batch], config: PruneConfig) -> PruneInput:
-    """Return what is pruned; its facts tell a finished folder from that of another call. Collective."""
-    about = repr(config), repr(pst), precision
-    job = [*about, digest_of_ranks(drawn, "batches"), of_main(lambda: base_fingerprint(path))]
-    return PruneInput(path, pst, 0.0, precision, lambda _: drawn, "batches", {"job": job})
+    drawn: list[Batch] = []
+    if config.needs_data:
+        drawn = of_main(lambda: _first_examples(batches, config.samples))
+    # The record of a finished folder has these, so a call with other ones does not take it for its own.
+    identity = [repr(config), repr(pst), precision, digest_of_ranks(drawn, "batches")]
+    identity.append(of_main(lambda: base_fingerprint(str(path))))
+    job = PruneJob(
+        path=str(path),
+        out=Path(out),
+        config=config,
+        pst=pst,
+        sparsity=0.0,
+        precision=precision,
+        batches=lambda _: drawn,
+        data="batches",
+        facts={"job": identity},
+    )
+    if of_main(lambda: pruning_record(job.out).get("job")) != identity:
+        prune_to_folder(job)
+    return job.out
 
 
 def _first_examples(batches: Iterable[Mapping[str, object]], samples: int) -> list[Batch]:

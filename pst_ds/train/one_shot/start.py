@@ -20,7 +20,8 @@ from pst_ds.parallel import stop_signals
 from pst_ds.parallel.ranks import is_main, of_main
 from pst_ds.parallel.stop_signals import StoppedError
 from pst_ds.prune.model_files import ModelFiles
-from pst_ds.train.one_shot.pruning import prune_model, require_prunable, require_task
+from pst_ds.prune.one_shot import plan_pruning
+from pst_ds.train.one_shot.pruning import prune_model, require_task
 from pst_ds.train.resolved import attention_options
 from pst_ds.train.run_context import RunContext
 
@@ -98,7 +99,7 @@ def _require_prunable(model: "PreTrainedModel", run: RunConfig) -> None:
     config = one_shot_config(run, run.start.samples)
     try:
         require_task(run, config)
-        require_prunable(model, config, run.pst, run.schedule.final_sparsity)
+        plan_pruning(model, config, run.pst, run.schedule.final_sparsity)
     except InputError as error:
         raise InputError(renamed(str(error), SETTINGS)) from None
 
