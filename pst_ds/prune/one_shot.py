@@ -109,7 +109,7 @@ class ChannelPlan:
     def prune(self, files: ModelFiles, data: Calibration) -> Pruned:
         before = files.model.num_parameters()
         modules, settings = cut_channels(files, self.config, self.excluded, data)
-        facts = {
+        facts: dict[str, object] = {
             "method": CHANNELS,
             "ffn": self.config.ffn,
             "parameters_before": before,
@@ -146,7 +146,7 @@ class ExpertPlan:
 
     def prune(self, files: ModelFiles, data: Calibration) -> Pruned:
         modules = drop_experts(files.model, self.share, data, source_of=files.source)
-        facts = {
+        facts: dict[str, object] = {
             "method": REAP,
             "sparsity_requested": self.share,
             "experts": len(modules[0].kept),
