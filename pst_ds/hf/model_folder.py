@@ -39,6 +39,11 @@ class ModelFolder:
         return any(name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in names)
 
     @property
+    def omits_pruned(self) -> bool:
+        """True if its packed format omits pruned weights, so that it can be loaded sparse."""
+        return self.format in STORAGE_FORMATS.names and storage_format(self.format).omits_pruned
+
+    @property
     def values(self) -> str | None:
         """Dtype of quantised values, "int8" or "int4"; None for floats."""
         found = _quantization(self.config).get("values")

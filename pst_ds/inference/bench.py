@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from pst_ds.core.kernels.host import cpu_name
 from pst_ds.core.kl_divergence import KLDivergence
 from pst_ds.errors import InputError
-from pst_ds.formats import FORMATS
 from pst_ds.hf.model_folder import ModelFolder, open_model_folder
 from pst_ds.inference.decoder import Decoder
 from pst_ds.inference.engine import open_decoder
@@ -123,7 +122,7 @@ def variants(folder: ModelFolder, dtype: str) -> dict[str, Variant]:
     """Return the models by name: "dense", and the folder's packed format. Raises InputError."""
     file_bytes = folder.weight_file_bytes if folder.is_plain else None
     by_name = {"dense": Variant(folder.load("dense", dtype), folder.is_causal, file_bytes)}
-    if folder.format in FORMATS:
+    if folder.omits_pruned:
         by_name[folder.format] = Variant(folder.load("sparse", dtype), folder.is_causal, folder.weight_file_bytes)
     return by_name
 

@@ -25,7 +25,7 @@ def no_work(monkeypatch):
         "pst_ds.export.export_run.kept_experts",
         "pst_ds.export.export_run._tokens_of_splits",
         "pst_ds.export.export_run._tokens_of_file",
-        "pst_ds.export.export_run._to_onnx",
+        "pst_ds.export.export_run._convert",
         "pst_ds.writing.to_folder.atomic_folder",
     ):
         monkeypatch.setattr(name, never)
