@@ -93,6 +93,8 @@ def _parametrization(mark: Mark) -> Parametrization:
     sets = [ParameterSet.extract_from(entry, force_tuple=len(names) == 1) for entry in entries]
 
     ids_argument = mark.kwargs.get("ids")
+    if ids_argument is not None and not callable(ids_argument):
+        ids_argument = list(ids_argument)  # also the keys of a dict
     ids = []
     for position, entry in enumerate(sets):
         if entry.id is not None:
