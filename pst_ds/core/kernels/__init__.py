@@ -30,7 +30,8 @@ if TYPE_CHECKING:  # the loader works without torch
 
 # of sources that choose their instructions when they are compiled, which wheels lack: training and torch's decoding
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno")
-INT, POINTER = ctypes.c_int64, ctypes.c_void_p
+INT = ctypes.c_int64
+POINTER = ctypes.c_void_p
 
 
 class TENSOR:
@@ -136,7 +137,8 @@ def _library(source: NativeSource) -> ctypes.CDLL:
             return _declared(source.prebuilt, source.functions)
     try:
         compiler = _compiler()
-        folder, name = cache_folder(), f"{source.path.stem}-{_key(source, compiler)}"
+        folder = cache_folder()
+        name = f"{source.path.stem}-{_key(source, compiler)}"
         for path in find_libraries(folder, name):
             with suppress(OSError, AttributeError):
                 return _declared(path, source.functions)
@@ -169,7 +171,8 @@ def _declared(path: Path, functions: dict[str, Signature]) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     for name, (arguments, result) in functions.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, result
+        function.argtypes = arguments
+        function.restype = result
     return loaded
 
 

@@ -11,14 +11,16 @@ import triton.language as tl
 
 from pst_ds.core.kernels.triton.score_kernels import address, popcount
 
-SIZE, WORDS = 1024, 32
-"""Bytes that a program sums, and words that it places."""
-RUN_COLUMNS, SUM_COLUMNS = tl.constexpr(10), tl.constexpr(6)
-_GOLDEN, _FIRST, _SECOND = (
-    tl.constexpr(0x9E3779B97F4A7C15),
-    tl.constexpr(0xBF58476D1CE4E5B9),
-    tl.constexpr(0x94D049BB133111EB),
-)
+# Bytes that a program sums, and words that it places.
+SIZE = 1024
+WORDS = 32
+# Columns of the tables of place and of the sums; the kernels' docstrings list them.
+RUN_COLUMNS = tl.constexpr(10)
+SUM_COLUMNS = tl.constexpr(6)
+# Multipliers of splitmix64, as in masks.cpp, so that checksums are equal on every device.
+_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
+_FIRST = tl.constexpr(0xBF58476D1CE4E5B9)
+_SECOND = tl.constexpr(0x94D049BB133111EB)
 
 
 @triton.jit
@@ -34,23 +36,29 @@ def place(
     """
     number = tl.load(mask_ptr + tl.program_id(0))
     table = table_ptr + number * RUN_COLUMNS
-    source, source_bytes = address(table, False, tl.uint8), tl.load(table + 1)
-    skip, first, end = tl.load(table + 3), tl.load(table + 4), tl.load(table + 5)
+    source = address(table, False, tl.uint8)
+    source_bytes = tl.load(table + 1)
+    skip = tl.load(table + 3)
+    first = tl.load(table + 4)
+    end = tl.load(table + 5)
     word = (first >> 5) + (tl.program_id(0) - tl.load(starts_ptr + number)) * WORDS + tl.arange(0, WORDS)
     if IN_ORDER:
         bit = word * 32 - first + skip  # of the source
         value = tl.zeros((WORDS,), tl.int64)
         for more in tl.static_range(5):
             at = (bit >> 3) + more
+            # 32 bits that start inside a byte lie in five bytes
             byte = tl.load(source + at, mask=(at >= 0) & (at < source_bytes), other=0)
             value |= byte.to(tl.int64) << (8 * more)
         bits = (value >> (bit & 7)).to(tl.int32)
-        below, up_to = tl.maximum(first - word * 32, 0), tl.minimum(tl.maximum(end - word * 32, 0), 32)
+        below = tl.maximum(first - word * 32, 0)
+        up_to = tl.minimum(tl.maximum(end - word * 32, 0), 32)
         bits &= ((1 << up_to) - (1 << below)).to(tl.int32)
     else:
         lanes = tl.arange(0, 32)[None, :]
         bit = word[:, None] * 32 + lanes
-        row_length, width = tl.load(table + 8).to(tl.int32), tl.load(table + 9).to(tl.int32)
+        row_length = tl.load(table + 8).to(tl.int32)
+        width = tl.load(table + 9).to(tl.int32)
         flat = bit + tl.load(table + 6)
         row = (flat // row_length).to(tl.int32)
         col = (flat - row.to(tl.int64) * row_length).to(tl.int32) - tl.load(table + 7).to(tl.int32)
@@ -79,9 +87,12 @@ def replace_bits(table_ptr, starts_ptr, mask_ptr, sums_ptr, SIZE: tl.constexpr):
     """
     number = tl.load(mask_ptr + tl.program_id(0))
     table = table_ptr + number * SUM_COLUMNS
-    before_ptr, after_ptr = address(table, False, tl.uint8), address(table + 1, False, tl.uint8)
-    num_bytes, count = tl.load(table + 2).to(tl.int32), tl.load(table + 3)
-    first_byte, lead = tl.load(table + 4) >> 3, (tl.load(table + 4) & 7).to(tl.int32)
+    before_ptr = address(table, False, tl.uint8)
+    after_ptr = address(table + 1, False, tl.uint8)
+    num_bytes = tl.load(table + 2).to(tl.int32)
+    count = tl.load(table + 3)
+    first_byte = tl.load(table + 4) >> 3
+    lead = (tl.load(table + 4) & 7).to(tl.int32)
     at = (tl.program_id(0) - tl.load(starts_ptr + number)).to(tl.int32) * SIZE + tl.arange(0, SIZE)
     before = tl.load(before_ptr + at, mask=at < num_bytes, other=0).to(tl.int32)
     after = tl.load(after_ptr + at, mask=at < num_bytes, other=0).to(tl.int32)

@@ -54,8 +54,11 @@ def placed_bits(shards: Sequence[BitsOfShard], device: torch.device) -> list[Ten
     kinds: dict[tuple[bool, tuple[int, int]], list[tuple[list[int], int]]] = {}
     for shard, first_word in zip(shards, first_words, strict=False):
         for one in shard.matrices:
-            rect, length, start = one.rect, one.row_length, shard.start
-            first, end = max(0, rect.r0 * length - start), min(shard.stop, rect.r1 * length) - start
+            rect = one.rect
+            length = one.row_length
+            start = shard.start
+            first = max(0, rect.r0 * length - start)
+            end = min(shard.stop, rect.r1 * length) - start
             in_order = one.unit == (1, 1) and rect.c1 - rect.c0 == length
             skip = one.lead - one.first_unit + (max(0, start - rect.r0 * length) if in_order else 0)
             numbers = [one.bits.data_ptr(), one.bits.numel(), words.data_ptr() + 4 * first_word, skip, first, end]

@@ -1,11 +1,9 @@
 """Kernels that cut many matrices at once, from the bits of their keys inside a bracket.
 
 The bits of all matrices are in one run of int32 words, each matrix in whole blocks of WORDS. The keys inside are
-in another run, in whole blocks of KEYS, in any order. A table maps each block to its matrix. Rows of the ``matrices``
-table:
-
-    first block of words, first block of keys, room for keys, first and last + 1 bit of what this rank counts, and what
-    the kernels count: keys inside, and keys before the first of this rank's that equal the cut
+in another run, in whole blocks of KEYS, in any order. A table maps each block to its matrix. The ``matrices`` table is
+(matrices, COLUMNS) int32; the constants below name its columns. No size on the host depends on the keys, so the host
+never waits for a count.
 """
 
 from __future__ import annotations
@@ -15,12 +13,26 @@ import triton.language as tl
 
 from pst_ds.core.kernels.triton.score_kernels import popcount
 
-WORDS, KEYS = 256, 1024
-FIRST_WORDS, FIRST_KEYS, ROOM, NUM_INSIDE, COLUMNS = 0, 1, 2, 5, 7
-_WORDS, _KEYS = tl.constexpr(WORDS), tl.constexpr(KEYS)
-_FIRST_WORDS, _FIRST_KEYS, _ROOM = tl.constexpr(FIRST_WORDS), tl.constexpr(FIRST_KEYS), tl.constexpr(ROOM)
-_OWN_FIRST, _OWN_END = tl.constexpr(3), tl.constexpr(4)
-_NUM_INSIDE, _EQUAL_BEFORE, _COLUMNS = tl.constexpr(NUM_INSIDE), tl.constexpr(6), tl.constexpr(COLUMNS)
+# Elements of a block, and of a program.
+WORDS = 256
+KEYS = 1024
+# Columns of the matrices table. The kernels count in the last three.
+FIRST_WORDS = 0  # the matrix's first block of words
+FIRST_KEYS = 1  # the matrix's first block of keys
+ROOM = 2  # keys inside that can be stored
+NUM_INSIDE = 5  # keys inside, also those without room
+COLUMNS = 7
+# Constants that a jitted function reads must be constexpr.
+_WORDS = tl.constexpr(WORDS)
+_KEYS = tl.constexpr(KEYS)
+_FIRST_WORDS = tl.constexpr(FIRST_WORDS)
+_FIRST_KEYS = tl.constexpr(FIRST_KEYS)
+_ROOM = tl.constexpr(ROOM)
+_OWN_FIRST = tl.constexpr(3)  # first bit that this rank counts
+_OWN_END = tl.constexpr(4)  # the last + 1
+_NUM_INSIDE = tl.constexpr(NUM_INSIDE)
+_EQUAL_BEFORE = tl.constexpr(6)  # keys equal to the cut before _OWN_FIRST
+_COLUMNS = tl.constexpr(COLUMNS)
 
 
 @triton.jit
@@ -31,6 +43,7 @@ def collect(matrices_ptr, matrix_of_block_ptr, inside_ptr, index_ptr):
     lanes = tl.arange(0, _WORDS)
     word = tl.load(inside_ptr + block.to(tl.int64) * _WORDS + lanes)
     number = popcount(word)
+    # A program reserves places for all of its keys with one atomic addition; the order of programs does not matter.
     place = tl.atomic_add(matrix + _NUM_INSIDE, tl.sum(number, 0)) + tl.cumsum(number, 0) - number
     room = tl.load(matrix + _ROOM)
     index_ptr += tl.load(matrix + _FIRST_KEYS).to(tl.int64) * _KEYS
@@ -79,6 +92,8 @@ def mark(matrices_ptr, matrix_of_block_ptr, keys_ptr, index_ptr, cuts_ptr, above
     first = tl.load(matrix + _FIRST_WORDS)
     word = first.to(tl.int64) * _WORDS + (index >> 5)
     bit = 1 << (index & 31)
+    # Several keys may share a word, so bits are set and cleared atomically; relaxed order suffices, since only the
+    # next launch reads them.
     tl.atomic_or(above_ptr + word, bit, mask=is_there & (key > cut), sem="relaxed")
     tl.atomic_and(inside_ptr + word, ~bit, mask=is_there & (key != cut), sem="relaxed")
     is_equal = is_there & (key == cut)

@@ -12,8 +12,9 @@ from pst_ds.core.kernels.triton.launch import blocks, launch, serves
 from pst_ds.core.layout import Rect, WeightLayout
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MOST_PER_SHARD, _MOST_SHARDS = 1 << 30, 1 << 21
-"""Limits of the kernels' 32-bit positions in a shard and of their estimate of a shard's number."""
+# Limits of the kernels' 32-bit positions in a shard and of their estimate of a shard's number.
+_MOST_PER_SHARD = 1 << 30
+_MOST_SHARDS = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,10 @@ class Matrices:
     @classmethod
     def of_experts(cls, layout: WeightLayout, experts: range) -> Self:
         """Return all matrices of some experts of a stack; a layer that is not a stack is one expert."""
-        rect, parts = layout.matrices()[0].rect, layout.num_matrices // layout.num_experts
-        numel, part_step = layout.expert.numel, rect.shape[1] if layout.transposed else rect.numel
+        rect = layout.matrices()[0].rect
+        parts = layout.num_matrices // layout.num_experts
+        numel = layout.expert.numel
+        part_step = rect.shape[1] if layout.transposed else rect.numel
         return cls(rect.shape, experts.start * numel, len(experts) * parts, parts, numel, part_step)
 
 
@@ -94,8 +97,10 @@ def merge_layer(weight: Tensor, mask: MaskBits, layout: WeightLayout, factors: F
     from pst_ds.core.kernels.triton import merge_kernels as kernels
 
     weight = weight.contiguous()
-    matrices, matrix = Matrices.of_experts(layout, range(layout.num_experts)), layout.matrices()[0]
-    tile, merged = tile_factors(factors, layout, matrix, matrix.rect), torch.empty_like(weight)
+    matrices = Matrices.of_experts(layout, range(layout.num_experts))
+    matrix = layout.matrices()[0]
+    tile = tile_factors(factors, layout, matrix, matrix.rect)
+    merged = torch.empty_like(weight)
     block = kernels.TILE_ROWS, kernels.TILE_COLS
     grid, arguments, shapes = _merged(weight, mask, matrices, tile, constants, block, matrices.count > 1)
     launch(kernels.merge, grid, *arguments, merged, merged.stride(0), fuse=True, **shapes)
@@ -151,7 +156,9 @@ def _merged(
     """Return the grid, the kernels' arguments for the merged weight, and their constants."""
     from pst_ds.core.kernels.triton import merge_kernels as kernels
 
-    left, right, m = tile.update_left, tile.update_right, matrices
+    left = tile.update_left
+    right = tile.update_right
+    m = matrices
     grid = blocks(m.shape[0], block[0]), blocks(m.shape[1], block[1]), m.count
     # without a pad it does not matter where shards end
     per_shard = mask.per_shard if mask.pad else _MOST_PER_SHARD

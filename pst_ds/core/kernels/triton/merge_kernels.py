@@ -10,8 +10,10 @@ import triton.language as tl
 
 from pst_ds.core.kernels.triton.launch import is_interpreted
 
-TILE_ROWS, TILE_COLS = 32, 128
-GRADIENT_ROWS, GRADIENT_COLS = 32, 64
+TILE_ROWS = 32
+TILE_COLS = 128
+GRADIENT_ROWS = 32
+GRADIENT_COLS = 64
 LEAST_RANK = 16
 """Inner size of a product on tensor cores; lower ranks are padded with zeros."""
 _INTERPRETED = tl.constexpr(is_interpreted())
@@ -98,7 +100,8 @@ def merge(
 ):
     """out = M . (W0 + beta U V) of each matrix of a layer; +0.0 where the mask prunes."""
     start = _start(parts, expert_step, part_step)
-    first_row, first_col = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
+    first_row = tl.program_id(0) * ROWS
+    first_col = tl.program_id(1) * COLS
     row = first_row + tl.arange(0, ROWS)[:, None]
     col = first_col + tl.arange(0, COLS)[None, :]
     is_in = (row < rows) & (col < cols)
@@ -131,7 +134,8 @@ def gradients(
     matrix, or None. ``ends_ptr``: ends of the rows of all experts, or None; G counts as 0 for experts without rows.
     """
     start = _start(parts, expert_step, part_step)
-    first_row, first_col = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
+    first_row = tl.program_id(0) * ROWS
+    first_col = tl.program_id(1) * COLS
     row = first_row + tl.arange(0, ROWS)[:, None]
     col = first_col + tl.arange(0, COLS)[None, :]
     is_in = (row < rows) & (col < cols)
@@ -154,7 +158,8 @@ def gradients(
     grad = tl.load(grad_ptr + start + row.to(tl.int64) * grad_row + col, mask=has_grad, other=0.0)
     zero = tl.zeros((ROWS, COLS), held.dtype)
     tl.store(merged_ptr + start + row.to(tl.int64) * merged_row + col, tl.where(keep, merged, zero), mask=is_in)
-    wide, slope = merged.to(tl.float32), grad.to(tl.float32)
+    wide = merged.to(tl.float32)
+    slope = grad.to(tl.float32)
     of_matrix = row.to(tl.int64)
     if parts is not None:
         of_matrix += tl.program_id(2).to(tl.int64) * rows

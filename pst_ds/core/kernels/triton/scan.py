@@ -21,7 +21,9 @@ class KernelScans:
         """``brackets``: (low, high) per matrix. ``rooms``: most keys inside that are stored per matrix."""
         from pst_ds.core.kernels.triton import cut_kernels as kernels
 
-        self._matrices, self._device, table = matrices, matrices[0].values.device, Table(matrices)
+        self._matrices = matrices
+        self._device = matrices[0].values.device
+        table = Table(matrices)
         words = torch.tensor([blocks(n, 32 * kernels.WORDS) for n in (m.num_bits for m in matrices)])
         keys = torch.tensor([blocks(room, kernels.KEYS) for room in rooms])
         self._first_word = [kernels.WORDS * first for first in (words.cumsum(0) - words).tolist()]
@@ -37,13 +39,17 @@ class KernelScans:
             own.diff(dim=1),
         ]
         sizes = [part.numel() for part in tables]
+        # one copy to the device for all tables
         there = upload(torch.cat([part.flatten() for part in tables]).int(), self._device).split(sizes)
-        self._table, self._of_words, self._of_keys = there[0].view(-1, kernels.COLUMNS), there[1], there[2]
+        self._table = there[0].view(-1, kernels.COLUMNS)
+        self._of_words = there[1]
+        self._of_keys = there[2]
         num_words = int(words.sum()) * kernels.WORDS
         self.above, self.inside = torch.zeros(2, num_words, dtype=torch.int32, device=self._device)
-        self._found = torch.zeros(len(matrices), 3, dtype=torch.int64, device=self._device)
-        self._num_own, first_words = there[4], self._table[:, kernels.FIRST_WORDS].contiguous()
-        _sort(table, there[3], first_words, self.above, self.inside, self._found)
+        self._counts = torch.zeros(len(matrices), 3, dtype=torch.int64, device=self._device)
+        self._num_own = there[4]
+        first_words = self._table[:, kernels.FIRST_WORDS].contiguous()
+        _sort(table, there[3], first_words, self.above, self.inside, self._counts)
         self._index, self._keys = torch.empty(2, int(keys.sum()) * kernels.KEYS, dtype=torch.int32, device=self._device)
         launch(kernels.collect, (self._of_words.numel(),), self._table, self._of_words, self.inside, self._index)
         slots = self._table[:, kernels.FIRST_KEYS].long() * kernels.KEYS
@@ -53,7 +59,7 @@ class KernelScans:
     def counts(self) -> Tensor:
         from pst_ds.core.kernels.triton.cut_kernels import NUM_INSIDE, ROOM
 
-        above, not_finite, inside = self._found.unbind(1)
+        above, not_finite, inside = self._counts.unbind(1)
         overflowed = self._table[:, NUM_INSIDE] > self._table[:, ROOM]
         return torch.stack([self._num_own - above - inside, not_finite, overflowed, inside], 1)
 
@@ -70,7 +76,10 @@ class KernelScans:
         from pst_ds.core.kernels.triton import cut_kernels as kernels
 
         most = torch.iinfo(torch.int32).max
-        cuts = torch.tensor([thresholds, [max(-most, min(n, most)) for n in ties]], dtype=torch.int32).t().contiguous()
+        # Ties may exceed 32 bits, or be negative where lower ranks prune them all. A matrix here has fewer keys than
+        # ``most``, so the clamped numbers decide in the same way.
+        clamped = [max(-most, min(count, most)) for count in ties]
+        cuts = torch.tensor([thresholds, clamped], dtype=torch.int32).t().contiguous()
         cuts = upload(cuts, self._device)
         equal = torch.zeros(max(1, self._of_words.numel()), dtype=torch.int32, device=self._device)
         keys = self._table, self._of_keys, self._keys, self._index, cuts
@@ -81,16 +90,17 @@ class KernelScans:
 
     def bits_of(self, words: Tensor) -> list[Tensor]:
         """Split ``words``, the bits of all matrices, by matrix."""
-        found = [words[first:].view(torch.uint8) for first in self._first_word]
+        bits_of_matrix = [words[first:].view(torch.uint8) for first in self._first_word]
+        # Bits of these do not start at a byte's first bit: they are shifted to where their consumers expect them.
         late = [i for i, m in enumerate(self._matrices) if m.lead and m.count]
         shards = []
         for i in late:
             count = self._matrices[i].count
-            run = MatrixBits(found[i], Rect(0, 1, 0, count), count, lead=self._matrices[i].lead)
+            run = MatrixBits(bits_of_matrix[i], Rect(0, 1, 0, count), count, lead=self._matrices[i].lead)
             shards.append(BitsOfShard(0, count, blocks(count, 8), [run]))
         for i, bits in zip(late, placed_bits(shards, self._device), strict=True):
-            found[i] = bits
-        return [bits[: blocks(m.count, 8)] for bits, m in zip(found, self._matrices, strict=True)]
+            bits_of_matrix[i] = bits
+        return [bits[: blocks(m.count, 8)] for bits, m in zip(bits_of_matrix, self._matrices, strict=True)]
 
 
 def _sort(table: Table, brackets: Tensor, words: Tensor, above: Tensor, inside: Tensor, counts: Tensor) -> None:

@@ -1,7 +1,17 @@
 """Kernels that score weights: bits of those above and inside a bracket, and keys of individual weights.
 
 One launch serves many matrices: a program finds the number of its matrix in ``matrix_ptr``, and in the table what
-:meth:`pst_ds.core.kernels.triton.scan.OwnKeys.row` wrote about it. ``starts_ptr`` has its first program.
+:class:`pst_ds.core.kernels.triton.table.Table` wrote about it. ``starts_ptr`` has its first program.
+
+Layout of the data:
+
+* ``table_ptr``: (matrices, COLUMNS) int64. The constants below name the columns.
+* weights: fp32, fp16 or bf16, or int32 keys. Rows are ROW_LENGTH elements apart. The address of a matrix is that of its
+  first weight, which may be outside of this rank's shard; only positions in [FIRST, END) are read.
+* ``above_ptr``, ``inside_ptr``: a bit per weight, little-endian. Bytes start at multiples of 8 of a matrix's
+  positions, so a rank's first byte may have leading bits of another rank.
+* ``brackets_ptr``: (matrices, 2) int32, the lowest and the highest key inside.
+* ``counts_ptr``: (matrices, 3) int64, keys above, rows of tiles with a key that is not finite, and keys inside.
 
 A score is computed as in masks.cpp, one component of a product after another, with separate rounding of products and
 sums (``enable_fp_fusion=False``), so it is bit-identical to the CPU's. A layer lacks a product if its rank is 0, and a
@@ -15,20 +25,31 @@ import triton.language as tl
 
 from pst_ds.core.kernels.triton.launch import is_interpreted
 
-TILE_ROWS, TILE_COLS = 32, 64
-"""A thread has 8 columns of two rows: their mask bits are two bytes, and a load of V or B serves both rows."""
+# A thread has 8 columns of two rows: their mask bits are two bytes, and a load of V or B serves both rows.
+TILE_ROWS = 32
+TILE_COLS = 64
 FLAT = 256
 """Weights, or keys inside a bracket, of a program that has no rows."""
 INTERPRETED = tl.constexpr(is_interpreted())
-LOWEST_FINITE, HIGHEST_FINITE = tl.constexpr(-0x7F800000), tl.constexpr(0x7F7FFFFF)
+LOWEST_FINITE = tl.constexpr(-0x7F800000)
+HIGHEST_FINITE = tl.constexpr(0x7F7FFFFF)
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 COLUMNS = tl.constexpr(30)
-"""Numbers of a matrix in the table; their places follow, and those after an address are the strides behind it."""
-WEIGHT, UPDATE, SCORE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(6)
-VECTORS, FACTOR = tl.constexpr(11), tl.constexpr(15)
-FIRST, END, OWN_FIRST, OWN_END = tl.constexpr(16), tl.constexpr(17), tl.constexpr(18), tl.constexpr(19)
-HEIGHT, WIDTH, ROW_LENGTH = tl.constexpr(20), tl.constexpr(21), tl.constexpr(22)
-ROW0, TILES_DOWN = tl.constexpr(23), tl.constexpr(24)
+# Columns of the table. Columns 25 to 29 are only read by the kernels of units, which name them.
+WEIGHT = tl.constexpr(0)  # address of the matrix's first weight
+UPDATE = tl.constexpr(1)  # U: address, strides of rows and ranks; V: address, stride of ranks
+SCORE = tl.constexpr(6)  # A and B in the same way
+VECTORS = tl.constexpr(11)  # addresses of score_rows, score_cols, row_norms, col_norms; 0 for a missing one
+FACTOR = tl.constexpr(15)  # 1 / weight_scale, as the bits of an fp32
+FIRST = tl.constexpr(16)  # first position of this rank's weights in the matrix; of units: the first number
+END = tl.constexpr(17)  # the last + 1
+OWN_FIRST = tl.constexpr(18)  # first position that this rank counts
+OWN_END = tl.constexpr(19)  # the last + 1
+HEIGHT = tl.constexpr(20)
+WIDTH = tl.constexpr(21)
+ROW_LENGTH = tl.constexpr(22)  # of the stored weight, which may hold several matrices side by side
+ROW0 = tl.constexpr(23)  # first row of the matrix that has weights of this rank
+TILES_DOWN = tl.constexpr(24)  # tiles in a column of tiles
 
 
 @triton.jit
@@ -123,7 +144,8 @@ def _popcount_of_byte(bits):
 @triton.jit
 def bits_between(at, first, end):
     """Return the byte of bits whose positions from ``at`` on are in [first, end)."""
-    below, up_to = tl.minimum(tl.maximum(first - at, 0), 8), tl.minimum(tl.maximum(end - at, 0), 8)
+    below = tl.minimum(tl.maximum(first - at, 0), 8)
+    up_to = tl.minimum(tl.maximum(end - at, 0), 8)
     return (1 << up_to) - 1 & ~((1 << below) - 1)
 
 
@@ -138,7 +160,8 @@ def _store_bits(
     """
     first = tl.load(table + FIRST).to(tl.int32)
     valid = bits_between(at, first, tl.load(table + END).to(tl.int32))
-    low, high = tl.load(brackets_ptr + 2 * number), tl.load(brackets_ptr + 2 * number + 1)
+    low = tl.load(brackets_ptr + 2 * number)
+    high = tl.load(brackets_ptr + 2 * number + 1)
     places = tl.arange(0, 8)[None, None, :]
     above = tl.sum(tl.reshape((keys > high).to(tl.int32), (ROWS, COLS // 8, 8)) << places, 2) & valid
     up_from = tl.sum(tl.reshape((keys >= low).to(tl.int32), (ROWS, COLS // 8, 8)) << places, 2) & valid
@@ -148,7 +171,8 @@ def _store_bits(
     tl.store(inside_ptr + byte, inside.to(tl.uint8), mask=valid > 0)
     if NEIGHBOURS:  # which other ranks count
         valid = bits_between(at, tl.load(table + OWN_FIRST).to(tl.int32), tl.load(table + OWN_END).to(tl.int32))
-        above, inside = above & valid, inside & valid
+        above = above & valid
+        inside = inside & valid
     magnitudes = tl.reshape(keys ^ (keys >> 31), (ROWS, COLS // 8, 8))
     bad_rows = tl.max(((tl.max(magnitudes, 2) > HIGHEST_FINITE) & (valid > 0)).to(tl.int32), 1)
     both = tl.sum(_popcount_of_byte(above) + (_popcount_of_byte(inside) << 12), 1)
@@ -174,10 +198,14 @@ def bracket_rows(
     number = tl.load(matrix_ptr + tl.program_id(0))
     tile = tl.program_id(0) - tl.load(starts_ptr + number).to(tl.int32)
     table = table_ptr + number * COLUMNS
-    first, end = tl.load(table + FIRST).to(tl.int32), tl.load(table + END).to(tl.int32)
-    width, row_length = tl.multiple_of(tl.load(table + WIDTH).to(tl.int32), 8), tl.load(table + ROW_LENGTH)
+    first = tl.load(table + FIRST).to(tl.int32)
+    end = tl.load(table + END).to(tl.int32)
+    width = tl.multiple_of(tl.load(table + WIDTH).to(tl.int32), 8)
+    row_length = tl.load(table + ROW_LENGTH)
     if ALIGNED_WEIGHT:
-        first, end, row_length = tl.multiple_of(first, 8), tl.multiple_of(end, 8), tl.multiple_of(row_length, 8)
+        first = tl.multiple_of(first, 8)
+        end = tl.multiple_of(end, 8)
+        row_length = tl.multiple_of(row_length, 8)
     down = tl.load(table + TILES_DOWN).to(tl.int32)
     across = tile // down
     row = tl.load(table + ROW0).to(tl.int32) + (tile - across * down) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -209,7 +237,8 @@ def _keys(
     """Return the keys of the weights at positions ``at``, (1, SIZE) or (SIZE,), where ``is_own``."""
     width = tl.load(table + WIDTH).to(tl.int32)
     at = tl.where(is_own, at, tl.load(table + FIRST).to(tl.int32))
-    row, col = at // width, at % width
+    row = at // width
+    col = at % width
     weight_ptr = address(table + WEIGHT, False, TYPE) + row * tl.load(table + ROW_LENGTH) + col
     weight = tl.load(weight_ptr, mask=is_own, other=0)
     if tl.int32 == TYPE:
@@ -230,7 +259,8 @@ def bracket_flat(
     """Do the same as :func:`bracket_rows` for matrices of any width. Values of type int32 are the keys themselves."""
     number = tl.load(matrix_ptr + tl.program_id(0))
     table = table_ptr + number * COLUMNS
-    first, end = tl.load(table + FIRST).to(tl.int32), tl.load(table + END).to(tl.int32)
+    first = tl.load(table + FIRST).to(tl.int32)
+    end = tl.load(table + END).to(tl.int32)
     start = (first >> 3 << 3) + (tl.program_id(0) - tl.load(starts_ptr + number).to(tl.int32)) * SIZE
     at = start + tl.arange(0, SIZE)[None, :]
     is_own = (at >= first) & (at < end)
@@ -259,13 +289,16 @@ def keys_at(
     limit = tl.load(limits_ptr + number).to(tl.int32)
     asked = tile * SIZE + lanes < limit
     slot = tl.load(slots_ptr + number) + tile * SIZE + lanes
-    first, end = tl.load(table + FIRST).to(tl.int32), tl.load(table + END).to(tl.int32)
+    first = tl.load(table + FIRST).to(tl.int32)
+    end = tl.load(table + END).to(tl.int32)
     if index_ptr is None:
         numel = tl.load(table + HEIGHT) * tl.load(table + WIDTH)
         stratum = (tile * SIZE + lanes).to(tl.int64)
-        edge, next_edge = stratum * numel // limit, (stratum + 1) * numel // limit
+        edge = stratum * numel // limit
+        next_edge = (stratum + 1) * numel // limit
         at = (edge + ((stratum * 0x9E3779B1 & 0xFFFFFFFF) * (next_edge - edge) >> 32)).to(tl.int32)
-        first, end = tl.load(table + OWN_FIRST).to(tl.int32), tl.load(table + OWN_END).to(tl.int32)
+        first = tl.load(table + OWN_FIRST).to(tl.int32)
+        end = tl.load(table + OWN_END).to(tl.int32)
     else:
         at = tl.load(index_ptr + slot, mask=asked, other=0) + (first >> 3 << 3)
     is_own = asked & (at >= first) & (at < end)

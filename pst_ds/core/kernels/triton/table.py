@@ -36,7 +36,8 @@ class OwnUnits:
     @property
     def tile(self) -> tuple[int, int]:
         """Return the rows and columns of a tile: every weight of N:M is compared with all of its group."""
-        (rows, cols), size = self.shape, 1024
+        rows, cols = self.shape
+        size = 1024
         if self.lost:
             size = min(size, 8192 // (rows * cols))
         width = max(cols, min(64, max(16, size // rows)))
@@ -149,7 +150,8 @@ class Table:
     """Many matrices as rows of numbers in the memory of their device, to launch a kernel once for all of a kind."""
 
     def __init__(self, matrices: Sequence[OwnKeys]):
-        self.matrices, self.device = matrices, matrices[0].values.device
+        self.matrices = matrices
+        self.device = matrices[0].values.device
         self._held = list[Tensor]()  # what the addresses in the table point to
         self.kinds: dict[Kind, set[int]] = {}
         rows = [self._row(i, m) for i, m in enumerate(matrices)]
@@ -157,7 +159,9 @@ class Table:
 
     def _row(self, number: int, own: OwnKeys) -> list[int]:
         """Return what the kernels read about a matrix, in the order of score_kernels.py; remember its kind."""
-        tile, constants, rect = own.tile, own.constants, own.rect
+        tile = own.tile
+        constants = own.constants
+        rect = own.rect
         update = (None, None) if constants.frozen_magnitude else (tile.update_left, tile.update_right)
         pairs = [self._pair(*update), self._pair(tile.score_left, tile.score_right)]
         vectors = [
@@ -174,11 +178,14 @@ class Table:
         aligned = in_order and not any(at % 16 for at in by_col), starts_at_8 and weight % 16 == 0
         terms = sum(1 << i for i, v in enumerate(vectors) if v is not None)
         numbers = constants.beta, constants.alpha1, constants.alpha2
-        in_rows, unit = own.width % 8 == 0 and own.values.is_floating_point(), None
-        ends, beside = [own.first, own.end, *(own.counted or (own.first, own.end))], [0] * 5
+        in_rows = own.width % 8 == 0 and own.values.is_floating_point()
+        unit = None
+        ends = [own.first, own.end, *(own.counted or (own.first, own.end))]
+        beside = [0] * 5
         if own.units is not None:
             unit = own.units.shape, own.units.lost, own.units.before.numel() + own.units.after.numel() > 0
-            ends, beside = [own.units.first, own.units.end, 0, 0], self._beside(own, own.units, weight)
+            ends = [own.units.first, own.units.end, 0, 0]
+            beside = self._beside(own, own.units, weight)
         kind = Kind(numbers, own.values.dtype, (pairs[0][1], pairs[1][1]), terms, in_rows, aligned, unit)
         self.kinds.setdefault(kind, set()).add(number)
         factor = int(torch.tensor(1.0 / own.weight_scale, dtype=torch.float32).view(torch.int32))

@@ -2,6 +2,10 @@
 
 They read the table of :mod:`pst_ds.core.kernels.triton.score_kernels`, with numbers of units in place of positions. A
 rank also has the weights of other ranks in its first and last units, from right before and after its shard.
+
+Layout: a unit is (rows, cols) weights of a matrix, and its number counts units from left to right, then down. Keys of
+units are int32, one per unit. BEFORE and AFTER are addresses as if the weights of the neighbours continued the whole
+matrix, so one flat index reads this rank's weights, those before and those after.
 """
 
 from __future__ import annotations
@@ -26,10 +30,15 @@ from pst_ds.core.kernels.triton.score_kernels import (
     score,
 )
 
-TILE_COLS, ROW_SIZE = 64, 512
-"""Columns of a tile of small units, and weights of a row that are processed in one step."""
-BEFORE, AFTER = tl.constexpr(25), tl.constexpr(26)
-OWN_START, OWN_STOP, PRUNE = tl.constexpr(27), tl.constexpr(28), tl.constexpr(29)
+# Columns of a tile of small units, and weights of a row that are processed in one step.
+TILE_COLS = 64
+ROW_SIZE = 512
+# Further columns of the table of score kernels.
+BEFORE = tl.constexpr(25)  # address for flat indices below OWN_START
+AFTER = tl.constexpr(26)  # address for flat indices from OWN_STOP on
+OWN_START = tl.constexpr(27)  # flat index of this rank's first weight, counted from the matrix's first weight
+OWN_STOP = tl.constexpr(28)  # the last + 1
+PRUNE = tl.constexpr(29)  # weights that a row loses
 _LOWEST = tl.constexpr(-(1 << 31))
 
 
@@ -40,11 +49,13 @@ def _scores(
 ):  # fmt: skip
     """Return the scores of the weights that are there, of whichever rank, fp32; elsewhere anything."""
     flat = row.to(tl.int64) * tl.load(table + ROW_LENGTH) + col
-    start, stop = tl.load(table + OWN_START), tl.load(table + OWN_STOP)
+    start = tl.load(table + OWN_START)
+    stop = tl.load(table + OWN_STOP)
     is_own = is_there & (flat >= start) & (flat < stop)
     weight = tl.load(address(table + WEIGHT, False, TYPE) + flat, mask=is_own, other=0.0)
     if HALO:
-        before, after = is_there & (flat < start), is_there & (flat >= stop)
+        before = is_there & (flat < start)
+        after = is_there & (flat >= stop)
         weight = tl.where(before, tl.load(address(table + BEFORE, False, TYPE) + flat, mask=before, other=0.0), weight)
         weight = tl.where(after, tl.load(address(table + AFTER, False, TYPE) + flat, mask=after, other=0.0), weight)
     row = tl.minimum(row, tl.load(table + HEIGHT).to(tl.int32) - 1)
@@ -72,7 +83,9 @@ def _kept(keys, PRUNE: tl.constexpr, UNIT_ROWS: tl.constexpr, M: tl.constexpr, R
     if UNIT_ROWS > 1:
         keys = tl.trans(keys)
     groups = tl.reshape(keys, (ROWS * COLS // M, M))
-    own, other, place = groups[:, :, None], groups[:, None, :], tl.arange(0, M)
+    own = groups[:, :, None]
+    other = groups[:, None, :]
+    place = tl.arange(0, M)
     is_before = (other < own) | ((other == own) & (place[None, None, :] < place[None, :, None]))
     kept = (tl.sum(is_before.to(tl.int32), 2) >= PRUNE).to(tl.int32)
     if UNIT_ROWS > 1:
@@ -84,7 +97,8 @@ def _kept(keys, PRUNE: tl.constexpr, UNIT_ROWS: tl.constexpr, M: tl.constexpr, R
 @triton.jit
 def _tile(tile, table, UNIT_ROWS: tl.constexpr, UNIT_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Return rows, columns (0 beyond the last) and units of a tile of whole units, and which are this rank's."""
-    width, down = tl.multiple_of(tl.load(table + WIDTH).to(tl.int32), 8), tl.load(table + TILES_DOWN).to(tl.int32)
+    width = tl.multiple_of(tl.load(table + WIDTH).to(tl.int32), 8)
+    down = tl.load(table + TILES_DOWN).to(tl.int32)
     across = tile // down
     row = tl.load(table + ROW0).to(tl.int32) + (tile - across * down) * ROWS + tl.arange(0, ROWS)[:, None]
     col = across * COLS + tl.arange(0, COLS)[None, :]
@@ -144,7 +158,8 @@ def keep_n_of_m(
         _scores(row, col, is_there, table, beta, alpha1, alpha2, TYPE, UPDATE_RANK, SCORE_RANK, TERMS, ALIGNED, HALO)
     )
     kept = _kept(keys, LOST, UNIT_ROWS, UNIT_ROWS * UNIT_COLS, ROWS, COLS)
-    first, end = tl.load(table + FIRST).to(tl.int32), tl.load(table + END).to(tl.int32)
+    first = tl.load(table + FIRST).to(tl.int32)
+    end = tl.load(table + END).to(tl.int32)
     if units_ptr is not None:
         at = unit - first
         byte = tl.load(address(units_ptr + number, False, tl.uint8) + (at >> 3), mask=is_there, other=0).to(tl.int32)
@@ -153,7 +168,8 @@ def keep_n_of_m(
         bad = is_there & ((keys ^ (keys >> 31)) > HIGHEST_FINITE)
         num_bad = tl.max(tl.max(bad.to(tl.int32), 1), 0)
         tl.atomic_add(bad_ptr + number, num_bad.to(tl.int64), mask=num_bad > 0, sem="relaxed")
-    first, end = first * UNIT_ROWS * UNIT_COLS, end * UNIT_ROWS * UNIT_COLS
+    first = first * UNIT_ROWS * UNIT_COLS
+    end = end * UNIT_ROWS * UNIT_COLS
     width = tl.load(table + WIDTH).to(tl.int32)
     byte_col = tile // tl.load(table + TILES_DOWN).to(tl.int32) * COLS + 8 * tl.arange(0, COLS // 8)[None, :]
     at = tl.where(byte_col < width, row * width + byte_col, -8)
@@ -179,7 +195,8 @@ def keep_in_rows(
     for at in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         number = tl.load(matrix_ptr + at)
         table = table_ptr + number * COLUMNS
-        width, prune = tl.load(table + WIDTH).to(tl.int32), tl.load(table + PRUNE).to(tl.int32)
+        width = tl.load(table + WIDTH).to(tl.int32)
+        prune = tl.load(table + PRUNE).to(tl.int32)
         row_here = at - tl.load(starts_ptr + number).to(tl.int32)
         row = tl.load(table + FIRST).to(tl.int32) + row_here
         lanes = tl.arange(0, SIZE)
@@ -199,7 +216,9 @@ def keep_in_rows(
         tl.atomic_add(bad_ptr + number, is_bad.to(tl.int64), mask=is_bad, sem="relaxed")
         tl.debug_barrier()
         step = _LOWEST + 0 * prune
-        cut, below = step, 0 * prune  # the largest key with fewer than ``prune`` keys below it, bit by bit
+        # the largest key with fewer than ``prune`` keys below it, bit by bit
+        cut = step
+        below = 0 * prune
         for _ in range(32):
             higher = cut + step  # at first 0
             step = tl.where(step < 0, 1 << 30, step >> 1)
@@ -210,7 +229,8 @@ def keep_in_rows(
                 smaller += (is_there & (keys < higher)).to(tl.int32)
             number_below = tl.sum(smaller, 0)
             is_cut = number_below < prune
-            cut, below = tl.where(is_cut, higher, cut), tl.where(is_cut, number_below, below)
+            cut = tl.where(is_cut, higher, cut)
+            below = tl.where(is_cut, number_below, below)
         ties = prune - below
         for col0 in range(0, width, SIZE):
             is_there = col0 + lanes < width

@@ -20,7 +20,8 @@ def unit_keys(matrices: Sequence[OwnKeys]) -> list[Tensor]:
     from pst_ds.core.kernels.triton import unit_kernels as kernels
 
     sizes = [m.units.end - m.units.first for m in matrices if m.units is not None]
-    table, slots = Table(matrices), upload(torch.tensor([0, *accumulate(sizes)]), matrices[0].values.device)
+    table = Table(matrices)
+    slots = upload(torch.tensor([0, *accumulate(sizes)]), matrices[0].values.device)
     keys = torch.empty(sum(sizes), dtype=torch.int32, device=slots.device)
     for kind, members in table.kinds.items():
         table.launch(kernels.unit_keys, kind, _tiles(table, members), slots, keys, **_constants(table, kind, members))
@@ -71,7 +72,8 @@ def _constants(table: Table, kind: Kind, members: set[int]) -> dict[str, Any]:
 
 def _outputs(matrices: Sequence[OwnKeys]) -> tuple[Table, Tensor, Tensor, Tensor]:
     """Return the table, each matrix's first byte, the bytes of all, and room for what is not finite."""
-    device, sizes = matrices[0].values.device, _num_bytes(matrices)
+    device = matrices[0].values.device
+    sizes = _num_bytes(matrices)
     slots = upload(torch.tensor([0, *accumulate(sizes)]), device)
     bits = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     return Table(matrices), slots, bits, torch.zeros(len(matrices), dtype=torch.int64, device=device)

@@ -20,7 +20,8 @@ X_ROWS = 33
 _X_ROWS = tl.constexpr(X_ROWS)
 _INTERPRETED = tl.constexpr(is_interpreted())
 _TWO_TO_23 = tl.constexpr(0x4B000000)  # 2**23 as fp32
-_SIGNS_OF_8, _SIGNS_OF_4 = tl.constexpr(-0x7F7F7F80), tl.constexpr(-0x77777778)  # 0x80808080, 0x88888888
+_SIGNS_OF_8 = tl.constexpr(-0x7F7F7F80)  # 0x80808080
+_SIGNS_OF_4 = tl.constexpr(-0x77777778)  # 0x88888888
 
 
 @triton.jit
@@ -74,7 +75,8 @@ def _take_highest(word):
 @triton.jit
 def _from_bit(low, high, shift):
     """Return 32 bits of two words, from bit ``shift`` of the lower on."""
-    low, high = low.to(tl.uint32, bitcast=True).to(tl.uint64), high.to(tl.uint32, bitcast=True).to(tl.uint64)
+    low = low.to(tl.uint32, bitcast=True).to(tl.uint64)
+    high = high.to(tl.uint32, bitcast=True).to(tl.uint64)
     return (((high << 32) | low) >> shift).to(tl.int32)
 
 
@@ -115,7 +117,8 @@ def _sum_of_floats(values, x, bits, most, UNROLL: tl.constexpr):
 def _sum_of_codes(words, end, count, x, bits, most, UNROLL: tl.constexpr, BITS: tl.constexpr):
     """Return the same for the codes before code number ``end`` of ``words``, without their scale."""
     IN_WORD: tl.constexpr = 32 // BITS
-    word, shift = end * BITS >> 5, (end * BITS & 31).to(tl.uint64)
+    word = end * BITS >> 5
+    shift = (end * BITS & 31).to(tl.uint64)
     high = tl.load(words + word, mask=shift != 0, other=0)
     # a count is at most 32, so this adds 0 and keeps the number in a register
     two_to_23 = _TWO_TO_23 + (count >> 6)
@@ -146,7 +149,8 @@ def packed_vector(
     x: (words / WARP, X_ROWS, WARP) per vector. ``experts_ptr``: the expert of each vector, whose rows start at y_vector
     times its number; None for a single weight.
     """
-    output, vector = tl.program_id(0), tl.program_id(1)
+    output = tl.program_id(0)
+    vector = tl.program_id(1)
     row = output
     if experts_ptr is not None:
         row += tl.load(experts_ptr + vector).to(tl.int32) * y_vector
@@ -164,7 +168,8 @@ def packed_vector(
     while start * 32 < columns:
         bits = mask_word(bits_ptr, row, start + lanes, columns, True)
         count = count_bits(bits)
-        end, most = before + tl.cumsum(count, 0), tl.max(count, 0)
+        end = before + tl.cumsum(count, 0)
+        most = tl.max(count, 0)
         if BITS:
             at = start + lanes
             group = row * GROUPS + (at // GROUP_WORDS if GROUP_WORDS else at * 0)
