@@ -58,6 +58,7 @@ def of_main(action: Callable[[], T]) -> T:
 
 def of_rank(source: int, action: Callable[[], T], kinds: tuple[type[Exception], ...] = (InputError, OSError)) -> T:
     """Run ``action`` on a rank; return its result, or raise its error of these ``kinds``, on every rank. Collective."""
+    # the result and the error travel in one broadcast: the other ranks do not know which to expect
     outcome: list[object] = [None, None]
     if rank() == source:
         try:
@@ -66,9 +67,10 @@ def of_rank(source: int, action: Callable[[], T], kinds: tuple[type[Exception], 
             outcome[1] = error
     if world_size() > 1:
         dist.broadcast_object_list(outcome, source)
-    if isinstance(outcome[1], Exception):
-        raise outcome[1]
-    return outcome[0]  # type: ignore[return-value]
+    result, problem = outcome
+    if isinstance(problem, Exception):
+        raise problem
+    return result  # type: ignore[return-value]
 
 
 def of_main_at_length(action: Callable[[], T]) -> T:
@@ -168,10 +170,13 @@ def raise_on_all_ranks(action: Callable[[], T], kinds: tuple[type[Exception], ..
 
     Unless all ranks fail, the message names the lowest rank that does, and its host.
     """
+    result: T | None = None
+    problem: Exception | None = None
     try:
-        result, problem = action(), None
+        result = action()
     except kinds as error:
-        result, problem = None, error
+        problem = error
+    # outside the except clause, and on every rank: those without an error must take part in the exchange
     raise_together(problem)
     return result  # type: ignore[return-value]
 
@@ -179,11 +184,16 @@ def raise_on_all_ranks(action: Callable[[], T], kinds: tuple[type[Exception], ..
 def raise_together(problem: Exception | None) -> None:
     """Raise ``problem``, if any rank has one, on all ranks, as :func:`raise_on_all_ranks` does. Collective."""
     if world_size() > 1:
-        own = None if problem is None else (type(problem), str(problem), socket.gethostname())
-        problems = all_gather_objects(own)
-        found = [(i, *entry) for i, entry in enumerate(problems) if entry is not None]
-        if 0 < len(found) < len(problems):
-            first, kind, text, host = found[0]
+        # the type and the text, since not every error can be pickled
+        facts = None if problem is None else (type(problem), str(problem), socket.gethostname())
+        facts_by_rank = all_gather_objects(facts)
+        failed = [number for number, entry in enumerate(facts_by_rank) if entry is not None]
+        # if all ranks fail, each raises its error without the prefix
+        if 0 < len(failed) < len(facts_by_rank):
+            first = failed[0]
+            facts = facts_by_rank[first]
+            assert facts is not None
+            kind, text, host = facts
             if not issubclass(kind, InputError):
                 raise kind(f"rank {first} on {host}: {text}") from problem
             raise InputError(f"rank {first} on {host}: {text}") from problem
@@ -200,21 +210,22 @@ def all_ranks() -> Ranks:
         return broadcast(value.contiguous(), source)
 
     def scatter(values: Tensor) -> Tensor:
-        own = values.new_empty(values.shape[1:])
-        dist.reduce_scatter(own, list(values))
-        return own
+        part = values.new_empty(values.shape[1:])
+        dist.reduce_scatter(part, list(values))
+        return part
 
     sums = _rank_sums(lambda values: sum_over_ranks(values.clone()), rank(), world_size())
     return Ranks(rank(), world_size(), sums, send, scatter, all_gather_numbers)
 
 
-def _rank_sums(all_sum: Callable[[Tensor], Tensor], own: int, number: int) -> RankSums:
-    """Return the sums over ``number`` ranks, and over those below rank ``own``, by ``all_sum``."""
+def _rank_sums(all_sum: Callable[[Tensor], Tensor], rank: int, number: int) -> RankSums:
+    """Return the sums over ``number`` ranks, and over those below ``rank``, by ``all_sum``."""
 
     def sum_of_lower_ranks(counts: Tensor) -> Tensor:
+        # every rank fills its row, so that one sum over ranks is a gather, for any backend
         table = counts.new_zeros((number, *counts.shape))
-        table[own] = counts
-        return all_sum(table)[:own].sum(0)
+        table[rank] = counts
+        return all_sum(table)[:rank].sum(0)
 
     return RankSums(all_sum, sum_of_lower_ranks)
 
@@ -249,5 +260,5 @@ def rank_sums(param: nn.Parameter, *, owners: bool = False) -> RankSums:
     number = sharding.num_shards(param) if owners else sharding.num_holders(param)
     if number == 1:
         return RankSums()
-    own = dist.get_rank(sharding.process_group(param) if owners else sharding.holders(param))
-    return _rank_sums(lambda counts: group_sum(counts, param, owners=owners), own, number)
+    rank_in_group = dist.get_rank(sharding.process_group(param) if owners else sharding.holders(param))
+    return _rank_sums(lambda counts: group_sum(counts, param, owners=owners), rank_in_group, number)

@@ -17,7 +17,8 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
-        self._tokenizer, self._stops = tokenizer, tuple(stops)
+        self._tokenizer = tokenizer
+        self._stops = tuple(stops)
         self._last: list[int] = []
         """Tokens of the last piece."""
         self._last_text = ""
@@ -25,8 +26,10 @@ class TextStream:
         """Tokens after the last piece."""
         self._held = ""
         """Text that may be the start of a stop string."""
-        self.count, self.stopped = 0, False
-        """Tokens so far, and whether a stop string was found; the text after it is not returned."""
+        self.count = 0
+        """Tokens so far."""
+        self.stopped = False
+        """True once a stop string was found; the text after it is not returned."""
 
     def add(self, token: int) -> str:
         """Return the text that is final now; "" while a character or a stop string may be incomplete."""
@@ -37,7 +40,8 @@ class TextStream:
         if not is_complete and len(self._pending) < _MOST_PENDING:
             return ""
         piece = text[len(self._last_text) :]
-        self._last, self._pending = self._pending, []
+        self._last = self._pending
+        self._pending = []
         self._last_text = self._decoded(self._last)
         return self._give(piece)
 
@@ -52,12 +56,23 @@ class TextStream:
     def _give(self, piece: str, is_last: bool = False) -> str:
         if self.stopped:
             return ""
-        text, self._held = self._held + piece, ""
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if places:
+        text = self._held + piece
+        self._held = ""
+        starts = [text.find(stop) for stop in self._stops if stop in text]
+        if starts:
             self.stopped = True
-            return text[: min(places)]
-        sizes = [size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
-        upto = len(text) if is_last else len(text) - max(sizes, default=0)
-        self._held = text[upto:]
-        return text[:upto]
+            return text[: min(starts)]
+        if is_last:
+            return text
+        # hold back the longest end of the text that a stop string may continue
+        held = max((self._overlap(text, stop) for stop in self._stops), default=0)
+        final = len(text) - held
+        self._held = text[final:]
+        return text[:final]
+
+    def _overlap(self, text: str, stop: str) -> int:
+        """Return the length of the longest end of ``text`` with which ``stop`` starts."""
+        for size in range(len(stop) - 1, 0, -1):
+            if text.endswith(stop[:size]):
+                return size
+        return 0
