@@ -75,20 +75,24 @@ class Decoder:
             raise DecoderError(f"prompt_bits={prompt_bits!r}: activations of a prompt have 8 or 16 bits")
         require_library()
         self.threads = threads or torch.get_num_threads()
-        self.context, self.sequences = table.shape["context"], sequences
+        self.context = table.shape["context"]
+        self.sequences = sequences
         if cache_bytes is not None:
             fitting = cache_bytes // (sequences * table.position_bytes(CACHES[cache]))
             if fitting < PROBE_TOKENS:
                 raise DecoderError(f"{cache_bytes} bytes hold {fitting} positions of each of {sequences} sequences")
             self.context = min(self.context, fitting)
-        self._lengths, self._prompts_in_bytes = [0] * sequences, prompt_bits == 8
+        self._lengths = [0] * sequences
+        self._prompts_in_bytes = prompt_bits == 8
         self._adapters: list[Adapter | None] = [None] * sequences
         table.updated({} if users is None else users.common.shapes)
         self._beta = 1.0 if users is None else users.common.beta
         self.most = max(TOKENS_IN_A_PASS, sequences)
         """Most tokens of a pass."""
-        self.vocabulary, self.weight_bytes = table.embedding[0].shape[0], table.weight_bytes
-        """Number of tokens, and the bytes of weights read for each that is generated."""
+        self.vocabulary = table.embedding[0].shape[0]
+        """Number of tokens that the model knows."""
+        self.weight_bytes = table.weight_bytes
+        """Bytes of weights read for each token that is generated."""
         self._table = table
         self._loop = table.loop(self.context, sequences, self.most, cache_bits=CACHES[cache])
 
@@ -136,8 +140,12 @@ class Decoder:
 
         ``first``: position in the model of the sequence's first token.
         """
+        # a shallow copy shares the weights; what belongs to the sequences is replaced
         other = copy.copy(self)
-        other.context, other.sequences, other._lengths, other._adapters = context, 1, [0], [None]
+        other.context = context
+        other.sequences = 1
+        other._lengths = [0]
+        other._adapters = [None]
         other._loop = self._table.loop(context, 1, self.most, cache_bits=32, first=first)
         return other
 
@@ -157,10 +165,18 @@ class Decoder:
 
         Do not change the tensors of a state afterwards. Raises DecoderError if it does not fit the model.
         """
-        if state is not self._state(sequence):
-            others = (adapter for adapter in self._adapters if adapter is not None and adapter.state is state)
-            adapter = None if state is None else next(others, None) or self._table.adapter(state, self._beta)
-            self._adapters[sequence], self._lengths[sequence] = adapter, 0
+        if state is self._state(sequence):
+            return
+        self._adapters[sequence] = None if state is None else self._adapter(state)
+        # the cached keys and values are those of another model
+        self._lengths[sequence] = 0
+
+    def _adapter(self, state: State) -> Adapter:
+        """Return the adapter of a state, which the sequences of one user share."""
+        for adapter in self._adapters:
+            if adapter is not None and adapter.state is state:
+                return adapter
+        return self._table.adapter(state, self._beta)
 
     def _state(self, sequence: int) -> object:
         adapter = self._adapters[sequence]
@@ -175,25 +191,31 @@ class Decoder:
         if not tokens:
             raise ValueError("forward takes at least one token")
         self._require_room(self._lengths[sequence] + len(tokens))
-        found: list[Tensor] = []
+        logits: list[Tensor] = []
         for first in range(0, len(tokens), self.most):
             part = tokens[first : first + self.most]
-            last = [len(part) - 1] if first + len(part) == len(tokens) else []
+            wanted: Sequence[int] = []
+            if all_logits:
+                wanted = range(len(part))
+            elif first + len(part) == len(tokens):
+                wanted = [len(part) - 1]
             in_bytes = self._prompts_in_bytes and len(part) >= PROMPT_TOKENS
-            found.append(self._pass(part, [sequence] * len(part), range(len(part)) if all_logits else last, in_bytes))
-        return torch.cat(found) if all_logits else found[-1][0]
+            logits.append(self._pass(part, [sequence] * len(part), wanted, in_bytes))
+        return torch.cat(logits) if all_logits else logits[-1][0]
 
     def extend(self, added: Mapping[int, Sequence[int]], wanted: Collection[int]) -> Tensor:
         """Append tokens to several sequences, by their numbers, in one pass of at most :attr:`most` tokens.
 
         Returns fp32 logits of the last token of each of the ``wanted`` sequences, (wanted, vocabulary), in their order.
         """
-        ids, of, last = list[int](), list[int](), dict[int, int]()
+        ids: list[int] = []
+        sequences: list[int] = []
+        last: dict[int, int] = {}
         for sequence, tokens in added.items():
             ids += tokens
-            of += [sequence] * len(tokens)
+            sequences += [sequence] * len(tokens)
             last[sequence] = len(ids) - 1
-        return self._pass(ids, of, [last[sequence] for sequence in wanted])
+        return self._pass(ids, sequences, [last[sequence] for sequence in wanted])
 
     def copy(self, source: int, to: int, length: int) -> None:
         """Replace the tokens of sequence ``to`` with the first ``length`` ones of ``source``, of the same user."""
@@ -207,21 +229,25 @@ class Decoder:
     def step(self, ids: Sequence[int] | Tensor, sequences: Sequence[int] | None = None) -> Tensor:
         """Append one token to each of ``sequences`` (default: the first ones). Return logits (tokens, vocabulary)."""
         tokens = _numbers(ids)
-        of = list(range(len(tokens)) if sequences is None else sequences)
-        if len(of) != len(tokens) or len(set(of)) != len(of):
-            raise ValueError(f"one token for each of different sequences, got {len(tokens)} for {of}")
-        return self._pass(tokens, of, range(len(tokens)))
+        numbers = list(range(len(tokens)) if sequences is None else sequences)
+        if len(numbers) != len(tokens) or len(set(numbers)) != len(numbers):
+            raise ValueError(f"one token for each of different sequences, got {len(tokens)} for {numbers}")
+        return self._pass(tokens, numbers, range(len(tokens)))
 
     def _pass(self, ids: list[int], sequences: list[int], wanted: Sequence[int], in_bytes: bool = False) -> Tensor:
+        """Append each of ``ids`` to its sequence; return the logits of those at the indices ``wanted``."""
+        # the layers below only assert this, and the C++ code reads these rows of the embedding unchecked
         if min(ids) < 0 or max(ids) >= self.vocabulary:
             raise ValueError(f"tokens are 0 to {self.vocabulary - 1}, got {min(ids)} to {max(ids)}")
-        positions, lengths = [], list(self._lengths)
+        positions: list[int] = []
+        lengths = list(self._lengths)
         for sequence in sequences:
             positions.append(lengths[sequence])
             lengths[sequence] += 1
         self._require_room(max(lengths))
         adapters = [self._adapters[sequence] for sequence in sequences]
         logits = self._loop.run(ids, sequences, positions, adapters, wanted, self.threads, in_bytes)
+        # only after a pass that succeeded, so that an error leaves the sequences as they were
         self._lengths = lengths
         return logits
 
@@ -242,7 +268,8 @@ class Decoder:
 
         Clears the first sequence. ``sampling``: the most likely token by default. Stops at the end of the context.
         """
-        sampling, generator = sampling or Sampling(), _generator(seed)
+        sampling = sampling or Sampling()
+        generator = _generator(seed)
         self.reset()
         logits = self.forward(prompt)
         for number in range(max_new_tokens):
@@ -264,18 +291,23 @@ class Decoder:
         """Return the tokens that follow each of up to ``sequences`` prompts, which are decoded concurrently."""
         if len(prompts) > self.sequences:
             raise ValueError(f"{len(prompts)} prompts for {self.sequences} sequences: open the decoder with more")
-        sampling, generator, logits = sampling or Sampling(), _generator(seed), []
+        sampling = sampling or Sampling()
+        generator = _generator(seed)
+        logits: list[Tensor] = []
         for number, prompt in enumerate(prompts):
             self.reset(sequence=number)
             logits.append(self.forward(prompt, sequence=number))
-        going, written = list(range(len(prompts))), [list[int]() for _ in prompts]
-        while going and max_new_tokens > 0:
-            chosen = dict(zip(going, sampling.choose(torch.stack(logits), generator).tolist(), strict=True))
+        active = list(range(len(prompts)))
+        written: list[list[int]] = [[] for _ in prompts]
+        while active and max_new_tokens > 0:
+            tokens = sampling.choose(torch.stack(logits), generator).tolist()
+            chosen = dict(zip(active, tokens, strict=True))
             for number, token in chosen.items():
                 written[number].append(token)
                 if token in end or len(written[number]) == max_new_tokens or self._lengths[number] == self.context:
-                    going.remove(number)
-            logits = list(self.step([chosen[number] for number in going], going)) if going else []
+                    active.remove(number)
+            if active:
+                logits = list(self.step([chosen[number] for number in active], active))
         return written
 
 
@@ -302,8 +334,9 @@ def _require_same(decoder: Decoder, model: Part) -> None:
         probe = decoder.with_fp32_cache(count, first)
         parts = [probe.forward(ids[: count // 2], all_logits=True)] if count > 1 else []
         parts += [probe.forward(ids[i : i + 1], all_logits=True) for i in range(count // 2, count)]
-        got = torch.cat(parts).double()
-        difference = ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).mean().item()
+        # in double precision, so that the norms do not round the small differences away
+        computed = torch.cat(parts).double()
+        difference = ((computed - expected).norm(dim=-1) / expected.norm(dim=-1)).mean().item()
         if not difference <= MOST_DIFFERENCE:
             raise DecoderError(
                 f"model_type = {model.config.model_type!r}: the native decoder's logits differ from those of "
