@@ -238,6 +238,10 @@ ROOMS_WITHOUT_MODULES = {
 }
 """Folders of tests that mirror no package, with what they test."""
 JOURNEYS = {
+    "parallel/test_fsdp2.py": "scripts that train under FSDP2",
+    "parallel/test_fsdp2_families.py": "scripts that train under FSDP2, by family",
+    "train/test_criteria.py": "runs whose criterion another package adds",
+    "train/test_update_forms.py": "runs whose update form another package adds",
     "cli/test_hub.py": "every verb that names a model of the hub",
     "hf/test_start.py": "prune_pretrained in a script, followed by a Trainer",
     "test_docs.py": "generated pages and tracked paths",

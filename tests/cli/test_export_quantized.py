@@ -134,7 +134,7 @@ def test_a_folder_for_compressed_tensors_is_checked_but_not_computed_with(folder
     assert said["kind"] == "compressed-tensors"
     assert "14 packed as compressed-tensors" in printed
     assert main(["verify", out, "--against", str(folders / "run")]) == 2
-    assert "Compare a --format dense export" in capsys.readouterr().err
+    assert "Compare a dense export" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("grid", [("int8", "32"), ("int4", "64")])

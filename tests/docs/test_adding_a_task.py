@@ -42,7 +42,7 @@ def _train_evaluate_export(verb, folder, setting):
 
 
 def test_a_task_is_one_file_and_one_line(tmp_path, monkeypatch, verb):
-    ((path, _, code),) = _blocks("python")
+    ((path, _, code),) = [block for block in _blocks("python") if block[0].startswith("pst_ds/")]
     assert path == "pst_ds/data/tasks/word_count.py"
     assert not (ROOT / path).exists()
     (tmp_path / "word_count.py").write_text(code, encoding="utf-8")

@@ -72,6 +72,8 @@ def test_imports_resolve_and_calls_fit(block):
 def _require_fit(function: Any, call: ast.Call) -> None:
     if any(isinstance(value, ast.Constant) and value.value is ... for value in call.args):
         return  # f(...): the arguments are left out
+    if isinstance(function, type) and issubclass(function, Exception):
+        return  # a builtin base class has no signature
     named = {keyword.arg: None for keyword in call.keywords if keyword.arg}
     inspect.signature(function).bind(*([None] * len(call.args)), **named)
 

@@ -119,7 +119,7 @@ def test_forms_do_not_train_the_weights_themselves():
 
 def test_the_form_of_the_documentation_trains_and_exports_exactly(tmp_path, monkeypatch, verb):
     page = Path("docs/background/architecture.md").read_text(encoding="utf-8")
-    section = page.partition("## Add an update form")[2]
+    section = page.partition("## Add an update form")[2].partition("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.S)
     ((name, module, form),) = re.findall(r'^([\w-]+) = "(my_package\.\w+):(\w+)"$', section, flags=re.M)
     file = tmp_path / "site" / f"{module.replace('.', '/')}.py"

@@ -17,7 +17,7 @@ from pst_ds.cli.main import main
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.resolved import load_model_config, load_tokenizer
+from pst_ds.train.resolved import dropout_of, load_model_config, load_tokenizer, set_dropout
 from pst_ds.train.run import prepare, train_prepared
 
 SPARSITY = 0.7
@@ -169,6 +169,7 @@ def test_dropout_and_the_padding_token_are_set_whatever_their_names(tmp_path, fa
     run = load_run("tests/data/world_size.toml", _settings(tmp_path, **{"model.dropout": 0.25}))
     tokenizer = load_tokenizer(run)
     config = load_model_config(run, ["a", "b"], tokenizer)
+    set_dropout(config, dict.fromkeys(dropout_of(config), run.model.dropout))
     assert config.pad_token_id == tokenizer.pad_token_id == 0
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)

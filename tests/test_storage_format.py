@@ -23,7 +23,7 @@ from tests.plugins import install
 from tests.writing.conftest import tiny_llama
 
 GROUP = "pst_ds.storage_formats"
-PAGE = Path(__file__).resolve().parents[2] / "docs/background/architecture.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs/background/architecture.md"
 (CODE,) = re.findall(r'```python\n("""Storage format "coo".*?)```', PAGE.read_text(encoding="utf-8"), flags=re.S)
 
 
