@@ -30,7 +30,9 @@ class Variant:
     """One way to run the model with transformers. ``file_bytes`` is None if it exists in memory only."""
 
     def __init__(self, model: PreTrainedModel, is_causal: bool, file_bytes: int | None = None):
-        self.model, self._is_causal, self.file_bytes = model, is_causal, file_bytes
+        self.model = model
+        self._is_causal = is_causal
+        self.file_bytes = file_bytes
 
     def facts(self) -> dict[str, int | None]:
         sparse = len(sparse_layers(self.model))
@@ -39,17 +41,19 @@ class Variant:
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
         """Return the logits of each token of a sequence (tokens,): (tokens, vocabulary)."""
-        found: Tensor = self.model(input_ids=ids[None], use_cache=False).logits[0]
-        return found
+        logits: Tensor = self.model(input_ids=ids[None], use_cache=False).logits[0]
+        return logits
 
     def timed(self, ids: Tensor, num_steps: int) -> tuple[list[float], list[float]]:
         """Return the seconds of the prefill of ``ids`` (batch, tokens), and of each step of a causal model."""
         if self._is_causal:
+            # each next() is one pass of the model: the prefill first, then the steps
             tokens = greedy(self.model, ids)
-            return [_seconds(next, tokens)], [_seconds(next, tokens) for _ in range(num_steps)]
-        inputs = {"input_ids": ids} | (
-            {"decoder_input_ids": ids[:, :1]} if self.model.config.is_encoder_decoder else {}
-        )
+            prefill = _seconds(next, tokens)
+            return [prefill], [_seconds(next, tokens) for _ in range(num_steps)]
+        inputs = {"input_ids": ids}
+        if self.model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = ids[:, :1]
         with torch.inference_mode():
             return [_seconds(self.model, **inputs)], []
 
@@ -58,7 +62,8 @@ class NativeLoop:
     """A folder with quantised values in the native decoder; its weights are loaded once."""
 
     def __init__(self, decoder: Decoder, file_bytes: int):
-        self.decoder, self._file_bytes = decoder, file_bytes
+        self.decoder = decoder
+        self._file_bytes = file_bytes
 
     @classmethod
     def of(cls, folder: ModelFolder, positions: int, sequences: int) -> Self | None:
@@ -79,13 +84,15 @@ class NativeLoop:
 
     def timed(self, ids: Tensor, num_steps: int) -> tuple[list[float], list[float]]:
         """Return the seconds of the prefill of ``ids`` (batch, tokens), and of each step."""
-        decoder, prompts = self.decoder, ids.tolist()
+        decoder = self.decoder
+        prompts = ids.tolist()
         decoder.threads = torch.get_num_threads()
         for sequence in range(len(prompts)):
             decoder.reset(sequence=sequence)
         start = time.perf_counter()
         logits = torch.stack([decoder.forward(prompt, sequence=number) for number, prompt in enumerate(prompts)])
-        prefill, steps = time.perf_counter() - start, []
+        prefill = time.perf_counter() - start
+        steps: list[float] = []
         for _ in range(num_steps):
             tokens = logits.argmax(-1).tolist()
             start = time.perf_counter()
@@ -99,23 +106,28 @@ def divergences(
 ) -> dict[str, dict[str, float]]:
     """Return how far the next-token predictions of each variant are from those of ``args.reference``, on pieces of
     ``args.prompt_tokens`` spread evenly over ``text``. Raises InputError."""
-    other, tokens = open_model_folder(args.reference), args.prompt_tokens
-    sizes = [one.config.get_text_config().vocab_size for one in (folder, other)]
+    other = open_model_folder(args.reference)
+    tokens = args.prompt_tokens
+    vocabulary = folder.config.get_text_config().vocab_size
+    other_vocabulary = other.config.get_text_config().vocab_size
     ids = torch.tensor(folder.tokenizer()(text)["input_ids"])
-    if sizes[0] != sizes[1]:
-        raise InputError(f"reference = {str(other.path)!r} has {sizes[1]:,} tokens, and {folder.path} {sizes[0]:,}")
+    if vocabulary != other_vocabulary:
+        raise InputError(
+            f"reference = {str(other.path)!r} has {other_vocabulary:,} tokens, and {folder.path} {vocabulary:,}"
+        )
     if len(ids) < tokens:
         raise InputError(
             f"text = {args.text!r} has {len(ids)} tokens, fewer than prompt_tokens = {tokens}. Name a longer one"
         )
-    reference, found = Variant(other.load("dense", "fp32"), is_causal=True), {name: KLDivergence() for name in by_name}
+    reference = Variant(other.load("dense", "fp32"), is_causal=True)
+    divergence_of = {name: KLDivergence() for name in by_name}
     count = min(_PIECES, len(ids) // tokens)
     for start in (number * len(ids) // count for number in range(count)):
         piece = ids[start : start + tokens]
-        wanted = reference.logits(piece)
+        expected = reference.logits(piece)
         for name, variant in by_name.items():
-            found[name].add(wanted, variant.logits(piece))
-    return {name: kl.result() for name, kl in found.items()}
+            divergence_of[name].add(expected, variant.logits(piece))
+    return {name: divergence.result() for name, divergence in divergence_of.items()}
 
 
 def variants(folder: ModelFolder, dtype: str) -> dict[str, Variant]:
@@ -153,10 +165,12 @@ def measure(
 
     A model that is not causal has only a forward pass, which counts as its prefill.
     """
-    ids, num_steps = _token_ids(folder, batch, args.prompt_tokens), max(1, args.new_tokens - 1)
+    ids = _token_ids(folder, batch, args.prompt_tokens)
+    num_steps = max(1, args.new_tokens - 1)  # the prefill gives the first token
     prefill: dict[str, list[float]] = {name: [] for name in by_name}
     decode: dict[str, list[float]] = {name: [] for name in by_name}
     with Progress("measure", (args.repeats + 1) * len(by_name), "times") as progress:
+        # in turns, so that a slow phase of the machine affects all variants alike
         for turn in range(args.repeats + 1):
             for name, variant in by_name.items():
                 timed = variant.timed(ids, num_steps)
@@ -189,11 +203,13 @@ def _token_ids(folder: ModelFolder, batch: int, tokens: int) -> Tensor:
 
 def greedy(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
     """Yield the most likely next tokens (batch, 1) of a transformers causal model after ``ids`` (batch, tokens)."""
-    accepted, cache = inspect.signature(type(model).forward).parameters, None
+    accepted = inspect.signature(type(model).forward).parameters
+    cache = None
     cache_name = "cache" if "cache" in accepted else "past_key_values"  # renamed in transformers 5
     options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
     while True:
         with torch.inference_mode():
             out = model(input_ids=ids, use_cache=True, **{cache_name: cache}, **options)
-            cache, ids = out[cache_name], out.logits[:, -1:].argmax(-1)
+            cache = out[cache_name]
+            ids = out.logits[:, -1:].argmax(-1)
         yield ids

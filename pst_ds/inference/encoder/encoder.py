@@ -23,11 +23,13 @@ Text = str | tuple[str, str]
 Features = Mapping[str, Sequence[int]]
 """Tokens of a text as the tokenizer returns them: ``input_ids`` and, for some models, ``token_type_ids``."""
 Arrays = dict[str, np.ndarray]
-CLASSIFIER, REGRESSOR, EMBEDDER = "classifier", "regressor", "embedder"
-MOST_TEXTS, MOST_TOKENS = 16, 2048
-"""Default number of texts of a batch, and the number of tokens with padding from which a batch has fewer."""
-
-
+CLASSIFIER = "classifier"
+REGRESSOR = "regressor"
+EMBEDDER = "embedder"
+MOST_TEXTS = 16
+"""Default number of texts of a batch."""
+MOST_TOKENS = 2048
+"""Tokens of a batch, with padding, above which it has fewer texts."""
 _SENTENCE_FILE = "sentence_bert_config.json"
 """File of sentence-transformers."""
 
@@ -50,10 +52,14 @@ class Encoder:
     ):
         """Open a model folder; :func:`pst_ds.load` has the arguments. Raises InputError."""
         folder = open_model_folder(path)
-        self.kind, config = kind_of(folder), folder.config
-        self.path, self.tokenizer = folder.path, folder.tokenizer()
-        names = sorted((config.id2label or {}).items()) if self.kind == CLASSIFIER else []  # "10" precedes "2" in files
-        self.labels = [str(name) for _, name in names]
+        config = folder.config
+        self.kind = kind_of(folder)
+        self.path = folder.path
+        self.tokenizer = folder.tokenizer()
+        self.labels: list[str] = []
+        if self.kind == CLASSIFIER:
+            # by number: "10" precedes "2" in files
+            self.labels = [str(name) for _, name in sorted((config.id2label or {}).items())]
         self.max_length = _length_limit(folder, self.tokenizer.model_max_length, max_length)
         self.batch = batch or MOST_TEXTS
         self._is_exclusive = config.problem_type != "multi_label_classification"
@@ -73,8 +79,10 @@ class Encoder:
         """
         features = self.tokenized(texts, self.max_length)
         rows: list[np.ndarray] = [np.empty(0)] * len(features)
-        for batch in batches([len(one["input_ids"]) for one in features], self.batch):
-            for index, row in zip(batch, self.compute([features[index] for index in batch]), strict=True):
+        lengths = [len(one["input_ids"]) for one in features]
+        for batch in batches(lengths, self.batch):
+            outputs = self.compute([features[index] for index in batch])
+            for index, row in zip(batch, outputs, strict=True):
                 rows[index] = row
         return np.array(rows, np.float32)
 
@@ -86,10 +94,13 @@ class Encoder:
         ``tokenizer``: a copy of the model's, which another thread may use at the same time.
         """
         is_single = all(isinstance(text, str) for text in texts)
-        are_pairs = all(isinstance(pair, tuple | list) and [type(one) for one in pair] == [str, str] for pair in texts)
+        are_pairs = all(_is_pair(text) for text in texts)
+        # a string is a sequence of strings too, so it would pass as a list of single letters
         if isinstance(texts, str) or not (is_single or are_pairs):
             raise InputError("texts: expected a list of strings, or of pairs of strings. Put a single text into a list")
-        columns: list[Sequence[str]] = [list(map(str, texts))] if is_single else list(zip(*texts, strict=True))
+        columns: list[Sequence[str]] = [list(map(str, texts))]
+        if not is_single:
+            columns = list(zip(*texts, strict=True))
         features = tokenized_columns(columns, max_length, tokenizer or self.tokenizer)
         for index, one in enumerate(features):
             if not one["input_ids"]:
@@ -105,19 +116,24 @@ class Encoder:
             for name, values in one.items():
                 feed[name][row, : len(values)] = values
             feed["attention_mask"][row, : len(one["input_ids"])] = 1
-        found = self._model(feed)
+        outputs = self._model(feed)
         if self._pool is not None:
-            found = self._pool(found, feed["attention_mask"])
+            outputs = self._pool(outputs, feed["attention_mask"])
         elif self.kind == CLASSIFIER:
-            logits = torch.from_numpy(found)
-            found = (logits.softmax(-1) if self._is_exclusive else logits.sigmoid()).numpy()
-        if not np.isfinite(found).all():
+            logits = torch.from_numpy(outputs)
+            probabilities = logits.softmax(-1) if self._is_exclusive else logits.sigmoid()
+            outputs = probabilities.numpy()
+        # JSON has no NaN, and a label chosen from NaNs would look like an answer
+        if not np.isfinite(outputs).all():
             raise FloatingPointError(f"{self.path}: the model's outputs are not finite. Export it in fp32")
-        return found
+        return outputs
 
     def plain(self, outputs: np.ndarray) -> list[list[float]]:
         """Return :meth:`outputs` as JSON values. Except numbers, they are rounded: fp32 has more digits in decimal."""
-        rows: list[list[float]] = (outputs if self.kind == REGRESSOR else outputs.astype(np.float64).round(7)).tolist()
+        if self.kind != REGRESSOR:
+            # fp32 would round to the nearest fp32 value, which has more digits again
+            outputs = outputs.astype(np.float64).round(7)
+        rows: list[list[float]] = outputs.tolist()
         return rows
 
     def described(self, outputs: np.ndarray) -> list[Prediction]:
@@ -127,20 +143,28 @@ class Encoder:
             return [{"number": number} for (number,) in rows]
         if self.kind == EMBEDDER:
             return [{"embedding": row} for row in rows]
-        best = outputs.argmax(-1) if len(outputs) else ()
-        probabilities = [dict(zip(self.labels, row, strict=True)) for row in rows]
-        return [{"label": self.labels[i], "probabilities": of} for i, of in zip(best, probabilities, strict=True)]
+        predictions: list[Prediction] = []
+        for index, row in enumerate(rows):
+            # of the unrounded probabilities: rounding may make two equal
+            label = self.labels[outputs[index].argmax()]
+            predictions.append({"label": label, "probabilities": dict(zip(self.labels, row, strict=True))})
+        return predictions
+
+
+def _is_pair(text: object) -> bool:
+    return isinstance(text, tuple | list) and [type(part) for part in text] == [str, str]
 
 
 def batches(lengths: Sequence[int], most_texts: int) -> Iterator[list[int]]:
     """Yield the indices of texts that are computed together, the longest first; none is half padding."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        longest = lengths[batch[0]] if batch else 0
-        is_full = len(batch) == most_texts or (len(batch) + 1) * longest > MOST_TOKENS
-        if batch and (is_full or 2 * lengths[index] < longest):
-            yield batch
-            batch = []
+        if batch:
+            longest = lengths[batch[0]]
+            is_full = len(batch) == most_texts or (len(batch) + 1) * longest > MOST_TOKENS
+            if is_full or 2 * lengths[index] < longest:
+                yield batch
+                batch = []
         batch.append(index)
     if batch:
         yield batch
@@ -148,7 +172,8 @@ def batches(lengths: Sequence[int], most_texts: int) -> Iterator[list[int]]:
 
 def kind_of(folder: ModelFolder) -> str:
     """Return what a model predicts. Raises InputError for a model that is none of the three."""
-    config, name = folder.config, (folder.config.architectures or ["nothing"])[0]
+    config = folder.config
+    name = (config.architectures or ["nothing"])[0]
     if name in known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
         if config.num_labels == 1:
             return REGRESSOR
@@ -189,8 +214,8 @@ def _onnx_model(folder: ModelFolder, output: str, threads: int | None) -> Callab
     names = [value.name for value in session.get_inputs()]
 
     def model(feed: Arrays) -> np.ndarray:
-        (found,) = session.run([output], {name: feed[name] for name in names})
-        return np.asarray(found)
+        (outputs,) = session.run([output], {name: feed[name] for name in names})
+        return np.asarray(outputs)
 
     return model
 
@@ -203,7 +228,8 @@ def _torch_model(folder: ModelFolder, output: str, threads: int | None) -> Calla
 
     @torch.inference_mode()
     def model(feed: Arrays) -> np.ndarray:
-        found = module(**{name: torch.from_numpy(feed[name]) for name in names}, return_dict=True)
-        return found[output].float().numpy()
+        inputs = {name: torch.from_numpy(feed[name]) for name in names}
+        outputs = module(**inputs, return_dict=True)
+        return outputs[output].float().numpy()  # numpy has no bf16
 
     return model

@@ -26,8 +26,10 @@ ROWS = 512
 """Rows of a piece of the file. Batches are made of the rows of one piece, so they do not depend on the processes."""
 FORMATS = (".jsonl", ".csv", ".parquet")
 _USUAL_COLUMNS = ("text", "sentence")
-_FORMULA, _NUMBER = re.compile(r"[=+\-@\t\r]"), re.compile(r"[+-]?[0-9.]+")
-"""Start of a cell that a spreadsheet computes, and those that are numbers."""
+_FORMULA = re.compile(r"[=+\-@\t\r]")
+"""Start of a cell that a spreadsheet computes."""
+_NUMBER = re.compile(r"[+-]?[0-9.]+")
+"""Cells that start like a formula and are numbers."""
 
 
 def require_no_formula(labels: Iterable[str], out: Path) -> None:
@@ -61,7 +63,9 @@ class TextFile:
             return row_place(self.rows, self.file, first + row)
 
         texts = [text_column(rows[column], column, self.file, place) for column in self.columns]
-        return self.model.predict(texts[0] if len(texts) == 1 else list(zip(*texts, strict=True)))
+        if len(texts) == 1:
+            return self.model.predict(texts[0])
+        return self.model.predict(list(zip(*texts, strict=True)))
 
     def pieces(self, processes: int) -> Iterator[list[Prediction]]:
         """Yield the predictions of all pieces in order. Raises InputError."""
@@ -69,6 +73,7 @@ class TextFile:
         if processes == 1:
             yield from map(self.piece, starts)
             return
+        # a forked process would inherit the locks of torch's threads, but not the threads
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(processes, len(starts)), spawn, _start_process, (self,)) as pool:
             try:
@@ -116,7 +121,11 @@ def _flat(prediction: Mapping[str, object]) -> dict[str, object]:
     """Return a prediction with a column for each label: "probabilities.good"."""
     flat: dict[str, object] = {}
     for name, value in prediction.items():
-        flat |= {f"{name}.{label}": of for label, of in value.items()} if isinstance(value, dict) else {name: value}
+        if not isinstance(value, dict):
+            flat[name] = value
+            continue
+        for label, probability in value.items():
+            flat[f"{name}.{label}"] = probability
     return flat
 
 
@@ -127,8 +136,11 @@ def _write_parquet(path: Path, pieces: Iterable[list[dict[str, object]]]) -> Non
     writer = None
     try:
         for piece in pieces:
-            table = pyarrow.Table.from_pylist(piece, None if writer is None else writer.schema)
-            writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema)
+            # all pieces get the schema of the first one, since a file has one schema
+            schema = None if writer is None else writer.schema
+            table = pyarrow.Table.from_pylist(piece, schema)
+            if writer is None:
+                writer = pyarrow.parquet.ParquetWriter(path, table.schema)
             writer.write_table(table)
     finally:
         if writer is not None:
@@ -144,9 +156,11 @@ def open_file(folder: str, file: str, columns: Sequence[str], open_model: Callab
     Raises InputError.
     """
     rows = read_local(file, "data", "line")
-    setting, recorded = f"columns = {list(columns)}", data_of_run(Path(folder)).text_columns
+    setting = f"columns = {list(columns)}"
+    recorded = data_of_run(Path(folder)).text_columns
     if not columns and recorded is not None:
-        setting, columns = f"data.text_columns of {folder}", recorded
+        setting = f"data.text_columns of {folder}"
+        columns = recorded
     columns = columns or [name for name in _USUAL_COLUMNS if name in rows.column_names][:1]
     if len(columns) not in (1, 2) or not len(rows):
         names = ", ".join(rows.column_names)
