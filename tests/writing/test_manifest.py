@@ -241,6 +241,7 @@ def test_a_folder_without_a_manifest_is_no_export(tmp_path):
     ("edit", "reason"),
     [
         (lambda table: table.pop("tensors"), "is damaged: tensors: Field required"),
+        (lambda table: table.update(tensors=[]), "is damaged: tensors = [], but every export has tensors. Export the"),
         (lambda table: table.pop("sparsity_requested"), "is damaged: sparsity_requested: Field required"),
         (lambda table: table.pop("files"), "is damaged: files: Field required"),
         (lambda table: table["files"].update({"../config.json": "0" * 64}), "files must map plain names"),
