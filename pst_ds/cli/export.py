@@ -132,6 +132,10 @@ def chosen_options(target: str, *, is_causal: bool, is_sparse: bool) -> dict[str
     if target == "cpu" and is_causal:
         packed = "bitmask", "the native decoder of pst-ds skips pruned weights"
         return {"format": packed if is_sparse else (DENSE, "the native decoder of pst-ds; nothing is pruned"), **small}
+    if target == "cpu" and not is_sparse:
+        # a graph with the operators of pst-ds is made of packed weights, and nothing would be packed
+        ours = ONNX, "for ONNX Runtime; nothing is pruned"
+        return {"format": ours, "plain": (True, "standard operators, without pst-ds")}
     if target == "cpu":
         ours = ONNX, "for ONNX Runtime with the operators of pst-ds, which skip pruned weights"
         return {"format": ours, "dtype": ("bf16", "what is not quantised"), **small}

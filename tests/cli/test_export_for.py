@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pst_ds.cli.export import TARGETS, chosen_options
 from pst_ds.cli.main import main
 from pst_ds.export.export_run import ExportSettings
 from pst_ds.inference.decoder import Decoder
+from tests.cli.conftest import ROOT
 from tests.cli.test_export_quantized import said_by
 from tests.pairs import every_pair
 
@@ -95,3 +97,20 @@ def test_an_export_without_its_data_says_so(folders, tmp_path, capsys):
     assert said["quantisation_loss"] is None
     assert "accuracy lost to quantisation is unknown: " in printed
     assert "moved.jsonl" in printed
+
+
+def test_an_encoder_of_a_run_without_masks_becomes_a_plain_graph(tmp_path, capsys, monkeypatch):
+    """A graph with sparse products needs pruned weights, and method "lora" prunes none."""
+    for package in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(package, reason="needs pip install 'pst-ds[onnx]'")
+    monkeypatch.chdir(ROOT)
+    run, out = tmp_path / "run", tmp_path / "onnx"
+    settings = {"output_dir": str(run), "deepspeed_config": "", "method": "lora", "train.num_steps": 2}
+    overrides = [word for name, value in settings.items() for word in ("--set", f"{name}={json.dumps(value)}")]
+    unpruned = ["--set", "schedule.final_sparsity=0.0"]
+    assert main(["train", "tests/data/world_size.toml", "--quiet", *overrides, *unpruned]) == 0
+    capsys.readouterr()
+    assert main(["export", str(run), "--for", "cpu", "--out", str(out), "--quiet"]) == 0, capsys.readouterr().err
+    chosen = [line.partition(": ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("--")]
+    assert chosen == ["--format onnx", "--plain"]
+    assert main(["verify", str(out), "--against", str(run)]) == 0
