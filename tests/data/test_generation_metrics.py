@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nltk.translate.bleu_score import corpus_bleu
 
 from pst_ds.config.run import ConfigError
 from pst_ds.data.generation import require_text_metrics, text_metrics
+from tests.lazy_module import lazy_module
+
+nltk = lazy_module("nltk")
 
 TEXTS = ["the cat sat on the old mat today", "a dog ran over the green hill", "birds sing in the early morning light"]
 REFERENCES = [
@@ -20,7 +22,8 @@ _words = st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=1, max_size=8)
 
 
 def test_bleu_is_that_of_the_corpus_with_all_references():
-    expected = corpus_bleu([[r.split() for r in wanted] for wanted in REFERENCES], [text.split() for text in TEXTS])
+    references = [[text.split() for text in texts] for texts in REFERENCES]
+    expected = nltk.translate.bleu_score.corpus_bleu(references, [text.split() for text in TEXTS])
     assert text_metrics(TEXTS, REFERENCES)["bleu"] == pytest.approx(100 * expected)
 
 

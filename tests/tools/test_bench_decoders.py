@@ -10,13 +10,14 @@ from math import exp
 import numpy as np
 import pytest
 import torch
-from scipy.special import softmax
-from scipy.stats import entropy
 
 from pst_ds.errors import InputError
+from tests.lazy_module import lazy_module
 from tools.bench.peers import __main__ as peers
 from tools.bench.peers import decoder_files, decoders, engines, predictions
 from tools.bench.ranks import medians_in_turn, working
+
+scipy = lazy_module("scipy")
 
 VOCABULARY = 11
 
@@ -96,9 +97,12 @@ def test_divergence_is_from_the_logits_in_the_file(tmp_path):
 
     predictions.write_logits(engine("reference"), 1, chunks, tmp_path / "kept.logits")
     references = {"kept": tmp_path / "kept.logits"}
-    p, q = (np.concatenate([softmax(logits[who, i][:-1], 1) for i in (1, 4)]) for who in ("reference", "other"))
+    p, q = (
+        np.concatenate([scipy.special.softmax(logits[who, i][:-1], 1) for i in (1, 4)])
+        for who in ("reference", "other")
+    )
     found = predictions.quality(engine("other"), 1, chunks, references)[1]["kept"]
-    assert found["kl_mean"] == pytest.approx(entropy(p, q, axis=1).mean(), rel=1e-5)
+    assert found["kl_mean"] == pytest.approx(scipy.stats.entropy(p, q, axis=1).mean(), rel=1e-5)
     assert found["same_top"] == np.mean(p.argmax(1) == q.argmax(1))
     assert predictions.quality(engine("reference"), 1, chunks, references)[1]["kept"]["kl_mean"] == 0.0
 

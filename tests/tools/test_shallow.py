@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from tools.quality import shallow
+from tests.lazy_module import lazy_module
+
+shallow = lazy_module("tools.quality.shallow")
 
 ENCODER = "tests/data/tiny-bert"
 NAMES = ("cold", "dull", "fine", "plot", "scene", "story")

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -71,6 +70,8 @@ def fitted_routers(model: LlamaForCausalLM, corpora: Sequence[Tensor]) -> list[T
             for row in rows:
                 model.model(row.unsqueeze(0))
     labels = torch.arange(len(corpora)).repeat_interleave(torch.tensor([rows.numel() for rows in corpora]))
+    from sklearn.linear_model import LogisticRegression  # half a second, which only this function needs
+
     classifier = LogisticRegression(fit_intercept=False, tol=1e-2)  # routers have no bias, and training follows
     return [torch.from_numpy(classifier.fit(torch.cat(tokens), labels).coef_).float() for tokens in inputs]
 

@@ -20,7 +20,6 @@ for _name in ("fastapi", "uvicorn", "openai", "llguidance", "prometheus_client")
 
 import httpx2 as httpx  # noqa: E402
 import jsonschema  # noqa: E402
-import openai  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 
@@ -32,6 +31,9 @@ from pst_ds.inference.serve.prompt_size import ReaderTokenizers  # noqa: E402
 from pst_ds.inference.serve.text import TextService  # noqa: E402
 from tests.inference.serve.byte_model import byte_model  # noqa: E402
 from tests.inference.serve.servers import start, stop  # noqa: E402
+from tests.lazy_module import lazy_module  # noqa: E402
+
+openai = lazy_module("openai")
 
 ASK = [{"role": "user", "content": "the film"}]
 SCHEMA = {

@@ -12,7 +12,6 @@ for _name in ("fastapi", "uvicorn", "openai"):
 
 import httpx2 as httpx  # noqa: E402
 import numpy as np  # noqa: E402
-import openai  # noqa: E402
 
 from pst_ds.cli.main import build_parser, main  # noqa: E402
 from pst_ds.cli.serve import service as serving  # noqa: E402
@@ -22,6 +21,9 @@ from pst_ds.inference.serve.encoders import Batcher  # noqa: E402
 from pst_ds.inference.serve.protocol import ProtocolError  # noqa: E402
 from tests.inference.encoder.conftest import DATA, LABELS, encoders, sentences  # noqa: E402, F401
 from tests.inference.serve.servers import start, stop  # noqa: E402
+from tests.lazy_module import lazy_module  # noqa: E402
+
+openai = lazy_module("openai")
 
 
 @pytest.fixture(scope="module")
