@@ -7,7 +7,7 @@ and the loaders ask the class, and compare no names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,6 +182,20 @@ class StorageFormat:
 
         Also raises it if a package that the writer needs is not installed.
         """
+
+    @property
+    def holds_additions(self) -> bool:
+        """True if what reads an export attaches its additions, such as a prompt."""
+        return self.has_manifest and not self.engine
+
+    def require_additions_fit(self, additions: Collection[str], source: Path) -> None:
+        """Raise ExportError if ``source`` has ``additions``, and what reads this format would ignore them."""
+        if additions and not self.holds_additions:
+            holding = (each.name for each in listed_formats().values() if each.holds_additions)
+            raise ExportError(
+                f"{source} has additions ({', '.join(additions)}), which programs that read {self.name} would ignore. "
+                f"Choose format = {' or '.join(map(repr, holding))}"
+            )
 
     writes_one_file = False
     """True if :meth:`write_file` writes the export, not the writer of folders."""

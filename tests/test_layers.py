@@ -18,7 +18,7 @@ LAYERS = [
     {"core", "atomic_files", "errors", "file_names", "json_text", "plugins", "progress", "text_table", "third_party"},
     {"config", "formats", "parallel"},
     {"data", "nn", "storage_format", "supervise"},
-    {"checkpoint", "masks", "prune"},
+    {"additions", "checkpoint", "masks", "prune"},
     {"runtime", "writing"},
     {"hf"},
     {"inference", "train"},

@@ -26,7 +26,8 @@ ANY_NUMBER = {"seed"}
 
 def _sections():
     run = {field.name: field for field in dataclasses.fields(RunConfig)}
-    return {name: field.default_factory for name, field in run.items() if callable(field.default_factory)}
+    kinds = {name: field.default_factory for name, field in run.items()}
+    return {name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)}
 
 
 CASES = [(getattr(pst_ds, name), good, field.name) for name, good in PUBLIC.items()

@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     folder = open_model_folder(args.model)
     positions = getattr(folder.config.get_text_config(), "max_position_embeddings", None)
     new_tokens = args.new_tokens if folder.is_causal else 0
+    if isinstance(positions, int):
+        positions -= folder.extra_tokens
     if isinstance(positions, int) and args.prompt_tokens + new_tokens > positions:
         what = f"--prompt-tokens and --new-tokens come to {args.prompt_tokens + new_tokens}"
         raise InputError(f"{args.model} has {positions} positions, and {what}. Lower them")

@@ -8,6 +8,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
+from pst_ds.config.additions import Additions, conflicts_of
 from pst_ds.config.data import DataConfig as DataConfig
 from pst_ds.config.data import EvalConfig
 from pst_ds.config.methods import METHODS, Method, method_conflicts
@@ -123,6 +124,9 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     layer_statistics: LayerStatisticsConfig = field(default_factory=LayerStatisticsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    additions: Additions = field(default_factory=dict, hash=False)
+    """Trained modules next to the layers, each a table ``[additions.NAME]``, such as ``[additions.prompt]``
+    (docs/how-to/methods.md)."""
 
     def problems(self) -> Iterator[str]:
         if not self.output_dir:
@@ -149,6 +153,7 @@ class RunConfig(Section):
             yield from self._conflicts_of_solves()
         if train.expert_parallel > 1:
             yield from self._conflicts_of_experts()
+        yield from conflicts_of(self.additions, self)
         try:
             self.finetuning()
         except ConfigError as error:

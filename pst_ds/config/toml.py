@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from pst_ds.config.additions import SECTION
 from pst_ds.config.data import DATA_PRESETS, PRESET_PLACES
 from pst_ds.config.pst import PAPER
 from pst_ds.config.run import ConfigError, RunConfig
@@ -203,8 +204,10 @@ def _require_utf8(table: dict[str, object]) -> None:
 def dump_run(run: RunConfig) -> str:
     """Return ``run`` as TOML, every setting written out; :func:`load_run` reads it back to an equal RunConfig."""
     table = _RUN.dump_python(run, exclude_none=True)  # TOML has no null; the default is None wherever None is allowed
+    additions = table.pop(SECTION)
     sections = {name: values for name, values in table.items() if isinstance(values, dict)}
     lines = [f"{name} = {toml_value(value)}" for name, value in table.items() if name not in sections]
+    sections |= {f"{SECTION}.{name}": values for name, values in additions.items()}
     for section, values in sections.items():
         lines += ["", f"[{section}]", *(f"{name} = {toml_value(value)}" for name, value in values.items())]
     return "\n".join(lines) + "\n"

@@ -23,6 +23,7 @@ from pst_ds.data.vocabulary import trim
 from pst_ds.errors import InputError
 from pst_ds.export.export_checks import require_place, require_pruned, require_representable, require_vocabulary
 from pst_ds.file_names import RUN_FILE
+from pst_ds.nn.addition import read_additions
 from pst_ds.storage_format import StorageFormat, listed_formats, storage_format
 from pst_ds.train.evaluate import evaluation_batches
 from pst_ds.train.resolved import ResolvedRun, build_shapes, resolve
@@ -155,6 +156,7 @@ def export_run(
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(config, checkpoint)
     resolved = resolve(config, labels=opened.state.labels)
     require_representable(resolved.shapes.model_to_export(), settings.format)
+    settings.storage.require_additions_fit(config.additions, opened.folder)
     export = partial(_export_resolved, resolved, opened)
     if _is_converted(settings):
         return _convert(export, Path(out), settings)
@@ -203,6 +205,7 @@ def export_model_folder(source: str | Path, out: str | Path, settings: ExportSet
         )
     require_vocabulary(settings.vocabulary, SEEN)
     require_representable(model_of(source), settings.format)
+    settings.storage.require_additions_fit(read_additions(source, with_tensors=False), source)
     if _is_converted(settings):
         return _convert(lambda at, how: export_model_folder(source, at, how), Path(out), settings)
     tokenizer, vocabulary = None, None

@@ -14,6 +14,7 @@ from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.errors import InputError
 from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.hf.config import LoadAs, PackedWeightsConfig
+from pst_ds.nn.addition import load_additions, read_additions
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 from pst_ds.nn.folder_facts import sparsity_of
 from pst_ds.storage_format import STORAGE_FORMATS, storage_format
@@ -60,6 +61,12 @@ class ModelFolder:
         packed = _quantization(self.config).get("weights_file") or ""
         return BaseWeights(self.path, "", str(packed)).file_bytes
 
+    @property
+    def extra_tokens(self) -> int:
+        """Positions of the model that its additions take in every sequence. Raises InputError for a damaged file."""
+        additions = read_additions(self.path, with_tensors=False)
+        return sum(saved.extra_tokens for saved in additions.values())
+
     def require_causal(self) -> None:
         """Raise InputError for a model that cannot generate text."""
         if not self.is_causal:
@@ -78,6 +85,7 @@ class ModelFolder:
             quantization_config=None if self.is_plain else PackedWeightsConfig(load_as=load_as),
             device_map=None if device == "cpu" else {"": device},
         )
+        load_additions(model, self.path)
         return model.eval()
 
     def end_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pst_ds.errors import InputError, first_line, shortened
+from pst_ds.file_names import ADDITIONS_FILE
 from pst_ds.formats import hub
 from pst_ds.nn.config_values import require_plausible_config, require_plausible_generation
 from pst_ds.nn.folder_facts import PRUNING_RECORD
@@ -89,7 +90,11 @@ class Pretrained:
             ) from error
 
     def require_dense(self, config: PreTrainedConfig) -> None:
-        """Raise InputError for a packed or quantised model."""
+        """Raise InputError for a packed or quantised model, or one with additions, such as a prompt."""
+        if (Path(self.path) / ADDITIONS_FILE).is_file():
+            raise InputError(
+                f"{self} has trained modules in {ADDITIONS_FILE}, which would be lost. Name a model without them"
+            )
         quantization = getattr(config, "quantization_config", None)
         if not quantization:
             return

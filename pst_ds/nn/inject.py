@@ -14,6 +14,7 @@ from pst_ds.core.quantization import Grid, StoredGrid
 from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
 from pst_ds.errors import InputError
 from pst_ds.nn import experts
+from pst_ds.nn.addition import AddedModule, added_modules
 from pst_ds.nn.base_codes import BaseCodes, encode_base, mean_magnitudes
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
@@ -175,12 +176,14 @@ def _magnitude_scales(
 def configured_parameters(model: nn.Module, config: PSTConfig) -> set[nn.Parameter]:
     """Return the parameters of an injected ``model`` that ``config`` trains, whether or not they have a gradient now.
 
-    They are the factors, modules trained in full and trained pruned weights.
+    They are the factors, modules trained in full, those of additions, and trained pruned weights.
     """
     own = {p: name.rpartition(".")[2] for name, p in model.named_parameters()}
     params = {p for p, part in own.items() if part.startswith("pst_") and part not in CONSTANT_PARTS}
     for module in modules_named_to_save(model, config).values():
         params.update(module.parameters())
+    for added in added_modules(model).values():
+        params.update(added.parameters())
     if config.train_weights:
         params.update(layer.weight for layer in pst_layers(model).values() if layer.weight is not None)
     return params
@@ -288,15 +291,17 @@ def layers_never_called(model: nn.Module) -> list[str]:
 
 @contextmanager
 def bypassed(model: nn.Module) -> Iterator[None]:
-    """Make ``model`` compute like its dense base inside the context: without masks and updates."""
-    layers: list[PSTLayer | UpdatedTable] = [*pst_layers(model).values(), *updated_tables(model).values()]
-    for layer in layers:
-        layer.bypassed = True
+    """Make ``model`` compute like its dense base inside the context: without masks, updates and additions."""
+    changing: list[PSTLayer | UpdatedTable | AddedModule] = [*pst_layers(model).values()]
+    changing += updated_tables(model).values()
+    changing += added_modules(model).values()
+    for module in changing:
+        module.bypassed = True
     try:
         yield
     finally:
-        for layer in layers:
-            layer.bypassed = False
+        for module in changing:
+            module.bypassed = False
 
 
 def freeze_scores(model: nn.Module, *, frozen: bool = True) -> None:

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from pst_ds.config.additions import SECTION
 from pst_ds.config.train import TrainConfig
 from pst_ds.core.factors import SCORE_FACTORS
 from pst_ds.core.forms.form import ParamSpec
 from pst_ds.core.schedule import USUAL_STEPS, default_learning_rates
 from pst_ds.errors import InputError
+from pst_ds.nn.addition import AddedModule, added_modules
 from pst_ds.nn.inject import settled_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.model_structure import model_width
@@ -46,7 +48,8 @@ def pst_parameter_groups(
         num_steps, epochs: length of the run, in optimizer steps and passes over the training data.
 
     Each group has "name", "lr" and "peak_lr" (the rate at the end of the warm-up). Parameters of an update form that
-    learn faster or slower are in a separate group, such as "updates x 3", at 3 times the rate of "updates".
+    learn faster or slower are in a separate group, such as "updates x 3", at 3 times the rate of "updates". Each
+    addition has a group, such as "additions.prompt", with the rate in its settings.
     """
     settled_layers(model)
     rates = _default_rates(model, num_steps, epochs)
@@ -60,8 +63,15 @@ def pst_parameter_groups(
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     embeddings = pst_embeddings(model)
     specs = _update_specs(model)
+    added = _added_parameters(model)
     for name, param in model.named_parameters():
         if not param.requires_grad:
+            continue
+        if param in added:
+            module = added[param]
+            group = f"{SECTION}.{module.addition}"
+            rates[group] = module.settings.learning_rate
+            groups.setdefault(group, []).append(param)
             continue
         spec = specs.get(param)
         group = _group_of(name, embeddings) if spec is None else spec.group
@@ -106,6 +116,15 @@ def _update_specs(model: nn.Module) -> dict[nn.Parameter, ParamSpec]:
             for name, param in module.update_parameters().items():
                 specs[param] = module.update_specs[name]
     return specs
+
+
+def _added_parameters(model: nn.Module) -> dict[nn.Parameter, AddedModule]:
+    """Return the module of every parameter that an addition trains."""
+    owners = {}
+    for module in added_modules(model).values():
+        for param in module.parameters():
+            owners[param] = module
+    return owners
 
 
 def _rate_factor(model: nn.Module) -> float:

@@ -24,7 +24,7 @@ from pst_ds.nn.tables.coded import coded_tables
 from pst_ds.nn.targets import modules_to_save
 from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import raise_on_all_ranks
-from pst_ds.train.resolved import dropout_of, load_model_config, prepare_for_method, set_dropout
+from pst_ds.train.resolved import attach_to_model, dropout_of, load_model_config, prepare_for_method, set_dropout
 from pst_ds.train.sequences import keep_documents_apart
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ def build_model(
     outputs = _scaled_outputs(module, missing, config.num_labels, mean, unit) if label_scale else []
     _keep_statistics(module)
     prepare_for_method(module, run, num_shards=None if keep_alive else 1)
+    attach_to_model(module, run, tokenizer)
     _refuse_untrained(module, missing, run)
     module.config.use_cache = False  # no run generates text; a cache would hold every layer's keys and values
     keep_documents_apart(module)

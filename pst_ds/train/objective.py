@@ -14,6 +14,7 @@ from pst_ds.core.head_loss import Teacher, head_loss
 from pst_ds.data.tasks import task_of
 from pst_ds.data.tasks.task import IGNORED
 from pst_ds.errors import shortened
+from pst_ds.nn.addition import load_additions
 from pst_ds.nn.base_model import DTYPES, Pretrained
 from pst_ds.nn.folder_facts import PRUNING_RECORD
 from pst_ds.nn.inject import bypassed
@@ -214,5 +215,6 @@ def load_frozen(place: Pretrained, context: RunContext, quantization_config: obj
     place.require_whole(model, missing, fix)
     model.config.use_cache = False
     keep_documents_apart(model)
+    load_additions(model, place.path)
     whole: nn.Module = model.requires_grad_(False)
     return whole.to(context.device).eval()

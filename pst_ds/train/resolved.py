@@ -16,9 +16,11 @@ from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.data.conversations import read_template
+from pst_ds.data.model_limits import positions_of
 from pst_ds.data.tasks import ExampleSet, Task, task_of
 from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.errors import first_line
+from pst_ds.nn.addition import attach_additions, extra_tokens_of
 from pst_ds.nn.base_model import DTYPES, Pretrained
 from pst_ds.nn.cut_config import cut_config, set_num_experts
 from pst_ds.nn.inject import inject_pst, pst_layers
@@ -172,6 +174,8 @@ def build_shapes(
     only_fp32 = _why_only_fp32(run, labels, model) if checks_precision else ""
     with torch.device("meta"):
         prepare_for_method(model, run, num_shards=num_shards)
+        if run.additions:
+            attach_to_model(model, run, tokenizer or load_tokenizer(run))
     if not num_trainable(model):
         raise ConfigError(
             f"method = {run.method!r} with pst.update_rank = {run.pst.update_rank} would train nothing of model.path = "
@@ -259,6 +263,22 @@ def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | N
             param.requires_grad_(param.dtype.is_floating_point)
     if run.quantization.embeddings:
         set_table_grid(module, grid_of(run.quantization.embeddings, run.quantization.group))
+
+
+def attach_to_model(module: nn.Module, run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Attach the run's additions. Works on the meta device; collective under ``zero.Init``.
+
+    Raises InputError for a model that cannot have them, or whose positions they exceed.
+    """
+    attach_additions(module, run.additions, tokenizer, seed=run.seed)
+    extra_tokens = extra_tokens_of(module)
+    positions = positions_of(module.config)  # type: ignore[arg-type]
+    if extra_tokens and 0 < positions < extra_tokens + run.data.max_length:
+        raise ConfigError(
+            f"data.max_length = {run.data.max_length}: with the {extra_tokens} tokens of {', '.join(run.additions)} "
+            f"that is more than the {positions} positions of the model (max_position_embeddings). Set it to at most "
+            f"{positions - extra_tokens}"
+        )
 
 
 def grid_of_run(run: RunConfig) -> Grid | None:

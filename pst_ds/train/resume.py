@@ -9,6 +9,7 @@ from typing import Self
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError
 from pst_ds.checkpoint.restore import base_fingerprint, load_optimizer, same_base
+from pst_ds.config.additions import resume_rules_of
 from pst_ds.config.model import QuantizationConfig
 from pst_ds.config.one_shot import OneShotConfig
 from pst_ds.config.run import ConfigError, RunConfig
@@ -99,7 +100,7 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
     unset["schedule.solves"] = 0
     before, now = unset | flatten(progress.run), flat_table(run)
     changed = [key for key in now | before if before.get(key) != now.get(key)]  # pst.seed after the seed it may follow
-    rules = resume_rules(RunConfig)
+    rules = resume_rules(RunConfig) | resume_rules_of(run.additions)
     for key in changed:
         if key not in rules and key not in REMOVED:
             raise ConfigError(

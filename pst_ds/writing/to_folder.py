@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,8 @@ from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.data.vocabulary import Vocabulary
 from pst_ds.file_names import CARD_FILE
 from pst_ds.formats.base_weights import BaseWeights, is_text_part
+from pst_ds.nn.addition import SavedAddition, read_additions, saved_additions, write_additions
+from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.folder_facts import origin_of
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.model_structure import is_linear
@@ -122,7 +124,9 @@ def export_checkpoint(
     facts = _facts_of_run(checkpoint, encoding, run)
     if whole is not None:
         facts |= {"sparsity_requested": 0.0, "experts_removed": checkpoint.state.sparsity}
-    write_small_files = partial(_write_small_files_of_run, model, base, tokenizer)
+    additions = saved_additions(model, checkpoint.trained, DTYPES[checkpoint.state.precision])
+    encoding.storage.require_additions_fit(additions, checkpoint.folder)
+    write_small_files = partial(_write_small_files_of_run, model, base, tokenizer, additions)
     contents = _Contents(model, jobs, source, facts, write_small_files)
     if vocabulary:
         contents = _trimmed(contents, tokenizer, vocabulary)
@@ -146,9 +150,14 @@ def _facts_of_run(checkpoint: Checkpoint, encoding: Encoding, run: dict[str, obj
 
 
 def _write_small_files_of_run(
-    model: PreTrainedModel, base: BaseWeights, tokenizer: PreTrainedTokenizerBase, folder: Path
+    model: PreTrainedModel,
+    base: BaseWeights,
+    tokenizer: PreTrainedTokenizerBase,
+    additions: Mapping[str, SavedAddition],
+    folder: Path,
 ) -> None:
-    """Write the config, the base's small files and the tokenizer to ``folder``."""
+    """Write the config, the base's small files, the tokenizer and the additions to ``folder``."""
+    write_additions(folder, additions)
     if is_text_part(model, base.folder):
         base.copy_if_there(CONFIG_FILE, folder)
     else:
@@ -184,13 +193,20 @@ def export_folder(
     if out.resolve() == source.resolve():
         raise ExportError(f"out = {str(out)!r} is the folder to read. Name another folder")
     folder = open_folder(source)
+    additions = read_additions(source)
+    encoding.storage.require_additions_fit(additions, source)
     jobs, origin = plan_folder(folder, encoding, options.dtype)
     facts = {"kind": encoding.packing, **{key: folder.facts.get(key) for key in _KEPT_FACTS}}
     facts["metrics"] = facts["metrics"] or {}
     if "pruned_from" in folder.facts:
         facts["pruned_from"] = folder.facts["pruned_from"]
     recorded_zeros = {} if folder.facts else zeros_in_record(folder.path)
-    contents = _Contents(folder.model, jobs, origin, facts, partial(copy_small_files, folder.path), recorded_zeros)
+
+    def write_small_files(out: Path) -> None:
+        copy_small_files(folder.path, out)
+        write_additions(out, additions)
+
+    contents = _Contents(folder.model, jobs, origin, facts, write_small_files, recorded_zeros)
     if vocabulary:
         assert tokenizer is not None
         contents = _trimmed(contents, tokenizer, vocabulary)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from pst_ds.additions.prompt import PromptSettings
 from pst_ds.config.data import DATA_PRESETS, DataConfig, DataSource, EvalConfig
 from pst_ds.config.methods import METHODS
 from pst_ds.config.model import ModelConfig, QuantizationConfig
@@ -30,13 +31,13 @@ TABLES = {
     "finetune": FinetuneConfig, "start": OneShotConfig, "schedule": ScheduleConfig, "pst": PSTConfig,
     "[pst.overrides]": Override, "quantization": QuantizationConfig,
     "distillation": DistillationConfig, "eval": EvalConfig, "checkpoint": CheckpointConfig,
-    "layer_statistics": LayerStatisticsConfig, "tracking": TrackingConfig,
+    "layer_statistics": LayerStatisticsConfig, "tracking": TrackingConfig, "additions.prompt": PromptSettings,
 }  # fmt: skip
 KINDS = {"string": "a string", "integer": "a whole number", "number": "a number", "boolean": "true or false"}
 GROUPS = {
     "The run and its model": ("", "model"),
     "Data": ("data", "[data.sources]"),
-    "Training": ("train", "finetune", "distillation", "quantization"),
+    "Training": ("train", "finetune", "distillation", "quantization", "additions.prompt"),
     "Pruning": ("schedule", "start", "pst", "[pst.overrides]"),
     "Evaluation, checkpoints and monitoring": ("eval", "checkpoint", "layer_statistics", "tracking"),
 }
@@ -91,7 +92,21 @@ def schema() -> dict[str, Any]:
         setting = table["properties"][key]
         setting |= {"enum": list(choices), "description": f"{setting['description']} {_in_one_sentence(choices)}"}
     table["$defs"]["DataConfig"].pop("required", None)  # a preset may have them
+    _add_additions(table)
     return _in_markdown(table)
+
+
+def _add_additions(table: dict[str, Any]) -> None:
+    """Describe the settings of the additions of pst-ds; those of other packages may have any."""
+    del table["$defs"]["AdditionSettings"]
+    properties = {}
+    for name, kind in TABLES.items():
+        section, _, addition = name.partition(".")
+        if section == "additions":
+            table["$defs"][kind.__name__] = TypeAdapter(kind).json_schema()
+            properties[addition] = {"$ref": f"#/$defs/{kind.__name__}"}
+    description = table["properties"]["additions"]["description"]
+    table["properties"]["additions"] = {"description": description, "properties": properties, "type": "object"}
 
 
 def _first_line(module: str) -> str:
@@ -124,7 +139,10 @@ def page(table: dict[str, Any]) -> str:
             section = table["$defs"][TABLES[name].__name__] if name else table
             lead = f"[{name}] " if name.startswith("[") else f"{name}." if name else ""
             entries = section["properties"].items()
-            rows += [_row(lead + key, entry) for key, entry in entries if "$ref" not in entry and key != "preset"]
+            for key, entry in entries:
+                is_section = "$ref" in entry or entry.get("type") == "object"
+                if not is_section and key != "preset":
+                    rows.append(_row(lead + key, entry))
         parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)
 

@@ -117,6 +117,7 @@ def _new_tokens(args: argparse.Namespace, ids: list[int], folder: ModelFolder) -
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int):
         return int(args.max_new_tokens)
+    positions -= folder.extra_tokens
     if len(ids) >= positions:
         raise InputError(f"--prompt has {len(ids)} tokens, and the model has {positions} positions. Shorten it")
     return min(args.max_new_tokens, positions - len(ids))

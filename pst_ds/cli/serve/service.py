@@ -137,6 +137,8 @@ def service_of(args: argparse.Namespace, folder: ModelFolder, tokenizer: Tokeniz
         torch.set_num_threads(args.threads)
     device = device_of(LaunchEnvironment(0, 1, 0)) if store is None else "cpu"
     positions = positions_of(folder.config)
+    if positions:
+        positions -= folder.extra_tokens
     ends = folder.end_tokens(tokenizer)
     cache_bytes = round(1e9 * (args.memory or _memory_of_cache()) / args.workers)
     decoder = native_decoder(

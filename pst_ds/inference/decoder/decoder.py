@@ -14,6 +14,7 @@ from pst_ds.hf.tables import StoredTable, stored_tables
 from pst_ds.inference.decoder.sampling import Sampling
 from pst_ds.inference.decoder.table import USE_OTHER, DecoderError, DecoderTable, Part, table_of
 from pst_ds.inference.decoder.users import require_fitting
+from pst_ds.nn.addition import added_modules
 from pst_ds.runtime.native_loop import Adapter, require_library
 
 MOST_DIFFERENCE = 0.03
@@ -111,6 +112,10 @@ class Decoder:
         ``context``: positions of a sequence, at most as many as the model has. ``tables``: embeddings that its folder
         stores quantised. With ``verify``, compares the logits of some tokens with the model's. Raises DecoderError.
         """
+        additions = added_modules(model)
+        if additions:
+            names = ", ".join(module.addition for module in additions.values())
+            raise DecoderError(f"{type(model).__name__} has {names}, which the native decoder does not compute")
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         context = min(context, limit) if isinstance(limit, int) else context
         decoder = cls(table_of(model, context, tables), **options)

@@ -197,7 +197,7 @@ class _SentenceConfig(BaseModel):
 
 def _length_limit(folder: ModelFolder, of_tokenizer: int, asked: int | None) -> int:
     """Return the maximum tokens of a text. Raises InputError if ``asked`` is more than the positions."""
-    positions = positions_of(folder.config) or 1 << 20
+    positions = (positions_of(folder.config) or 1 << 20) - folder.extra_tokens
     if asked:
         if asked > positions:
             raise InputError(f"max_length = {asked}: {folder.path} has {positions} positions. Set at most as many")
