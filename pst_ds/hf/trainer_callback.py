@@ -163,7 +163,7 @@ class PSTCallback(_LogFigures, ExportableState):
         masters. Collective."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         layers = settled_layers(given["model"]).values()
-        is_split = any(sharding.mesh_of(layer.pst_mask) is not None for layer in layers)
+        is_split = any(sharding.is_partitioned(layer.pst_mask) for layer in layers)
         if (is_split or _deepspeed_config() is not None) and all_gather_objects(folder.is_dir())[0]:
             save_pretrained(given["model"], folder, step=self._step, writes=args.should_save)
 

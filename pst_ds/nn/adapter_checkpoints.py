@@ -56,7 +56,7 @@ def _leave_out(model: nn.Module, state: State, prefix: str, _metadata: object) -
     for name, layer in pst_layers(model).items():
         for part, (full_key, shard_key) in _PARTS.items():
             param = getattr(layer, part)
-            if param is None or sharding.mesh_of(param) is not None:  # any number of ranks can load a DTensor
+            if param is None or sharding.reshards_state_dicts(param):
                 continue
             del state[f"{prefix}{name}.{part}"]
             own = sharding.shard_of(param).values
@@ -82,7 +82,8 @@ def _load(
     for name, layer in settled_layers(model).items():
         for part, keys in _PARTS.items():
             param = getattr(layer, part)
-            if sharding.mesh_of(state.get(f"{prefix}{name}.{part}")) is not None:
+            saved = state.get(f"{prefix}{name}.{part}")
+            if saved is not None and sharding.reshards_state_dicts(saved):
                 continue
             full, shard = (state.pop(f"{prefix}{name}.{key}", None) for key in keys)
             if param is None or (full is None and shard is None):

@@ -252,27 +252,18 @@ def _is_split_alike(layers: dict[str, PSTLayer]) -> bool:
     """Return whether FSDP2 splits the layers. Raises InputError unless it splits all parameters of all layers over the
     same ranks, or none.
     """
-    meshes = {
-        f"{name}.{part}": sharding.mesh_of(param)
-        for name, layer in layers.items()
-        for part, param in layer.named_parameters(recurse=False)
-    }
-    split = [name for name, mesh in meshes.items() if mesh is not None]
-    whole = [name for name, mesh in meshes.items() if mesh is None]
-    if split and whole:
-        raise InputError(
-            f"FSDP2 has split {split[0]}, and not {whole[0]}: masks need all pruned layers over the same ranks. Call "
-            "fully_shard on the whole model too, without ignored_params"
-        )
-    if len(set(meshes.values())) > 1:
-        raise InputError("FSDP2 has split pruned layers over several meshes. Give every fully_shard the same mesh")
+    params: list[tuple[str, nn.Parameter]] = []
+    for name, layer in layers.items():
+        params.extend((f"{name}.{part}", param) for part, param in layer.named_parameters(recurse=False))
+    sharding.require_alike(params)
+    split_by_rows = any(sharding.splits_rows(param) for _, param in params)
     flat = [name for name, layer in layers.items() if not layer.mask_rows]
-    if split and flat:
+    if split_by_rows and flat:
         raise InputError(
             f"FSDP2 has split {flat[0]}, whose mask or quantised base is laid out for other shards. Call inject_pst "
             "without num_shards and base_grid, or train under DeepSpeed ZeRO-3"
         )
-    return bool(split)
+    return split_by_rows
 
 
 def plain_name(name: str, layer: PSTLayer) -> str:

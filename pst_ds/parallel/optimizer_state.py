@@ -1,86 +1,42 @@
 """Read and write the optimizer's fp32 masters and Adam moments in place, for every engine. No collectives.
 
-Every engine holds the values of a trainable parameter in flat fp32 tensors, its *owners*: ZeRO-3 in one per sub-group
-with this rank's shards, ZeRO-1 and 2 (and DeepSpeed's bf16 optimizer) in one per parameter group with an arbitrary
-range of it, others in one per parameter.
+Every engine holds the values of a trainable parameter in fp32 tensors, its *owners*: ZeRO-3 in one per sub-group with
+this rank's shards, ZeRO-1 and 2 (and DeepSpeed's bf16 optimizer) in one per parameter group with an arbitrary range of
+it, others in one per parameter. :meth:`pst_ds.parallel.sharding.Sharding.fragment` finds them.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import Engine, inner_optimizer
+from pst_ds.parallel.sharding import Fragment, sharding_of
 
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
 KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
 """Kinds of state of every trainable value: its fp32 master and Adam's two moments."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fragment:
-    """Flat values [start, stop) of a parameter, stored from index ``offset`` of ``owner``."""
-
-    name: str
-    start: int
-    stop: int
-    owner: Tensor
-    offset: int
-
-    def cut(self, start: int, stop: int) -> "Fragment":
-        """Return the part within [start, stop), which may be empty."""
-        start = max(start, self.start)
-        stop = max(start, min(stop, self.stop))
-        offset = self.offset + start - self.start
-        return Fragment(name=self.name, start=start, stop=stop, owner=self.owner, offset=offset)
-
-
 def is_replicated(params: Iterable[nn.Parameter]) -> bool:
     """Return whether every rank holds the full optimizer state of all ``params``."""
-    return not any(sharding.is_partitioned(p) or hasattr(p, "_hp_mapping") for p in params)
+    return all(sharding.replicates_optimizer(param) for param in params)
 
 
 def is_cut_evenly(params: Iterable[nn.Parameter]) -> bool:
-    """Return whether rank r holds shard r of every parameter as partitioned by ZeRO-3, not by ZeRO-1 or 2."""
-    return not any(hasattr(p, "_hp_mapping") for p in params)
+    """Return whether rank r holds equal share r of every parameter, as under ZeRO-3, and not as at ZeRO-1 or 2."""
+    return all(sharding.cuts_optimizer_evenly(param) for param in params)
 
 
 def local_fragments(engine: Engine, named: Sequence[tuple[str, nn.Parameter]]) -> list[Fragment]:
     """Return the fragments of trainable parameters in this rank's optimizer, in their order, without padding."""
-    inner = inner_optimizer(engine)
+    optimizer = inner_optimizer(engine)
     fragments: list[Fragment] = []
     for name, param in named:
-        if sharding.is_partitioned(param):  # ZeRO-3
-            optimizer = param._z3_optimizer
-            shard = sharding.shard_of(param)
-            group, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
-            fragment = Fragment(
-                name=name,
-                start=shard.start,
-                stop=shard.start + shard.values.numel(),
-                owner=optimizer.fp32_partitioned_groups_flat[group],
-                offset=offset,
-            )
-        elif hasattr(param, "_hp_mapping"):  # ZeRO-1 and 2, and DeepSpeed's bf16 optimizer
-            mapping = param._hp_mapping
-            if mapping is None:  # no value of the parameter lies in this rank's range
-                continue
-            # DeepSpeed says high and low precision for the fp32 master and the parameter
-            in_owner = mapping.hp_fragment_address
-            in_param = mapping.lp_fragment_address
-            fragment = Fragment(
-                name=name,
-                start=in_param.start,
-                stop=in_param.start + in_param.numel,
-                owner=inner.param_groups[mapping.param_group_index]["params"][0],
-                offset=in_owner.start,
-            )
-        else:
-            owner = getattr(param, "fp32_master", param)
-            fragment = Fragment(name=name, start=0, stop=param.numel(), owner=owner, offset=0)
-        fragments.append(fragment)
+        fragment = sharding.fragment_of(name, param, optimizer)
+        if fragment is not None:
+            fragments.append(fragment)
     return fragments
 
 
@@ -91,11 +47,12 @@ def values(engine: Engine, fragments: Sequence[Fragment], kind: str) -> list[Ten
     for fragment in fragments:
         count = fragment.stop - fragment.start
         # get(), because the optimizer's state is a defaultdict, in which a lookup would create an entry
-        flat = fragment.owner if kind == MASTER else state.get(fragment.owner, {}).get(kind)
-        if flat is None:
+        held = fragment.owner if kind == MASTER else state.get(fragment.owner, {}).get(kind)
+        if held is None:
             views.append(torch.zeros(count))
         else:
-            views.append(flat.detach().view(-1).narrow(0, fragment.offset, count))
+            flat = sharding_of(held).rows(held).view(-1)  # under FSDP2 owners and moments are DTensors
+            views.append(flat.narrow(0, fragment.offset, count))
     return views
 
 

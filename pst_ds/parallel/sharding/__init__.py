@@ -5,14 +5,15 @@ FSDP2 have a file each, and other packages can add shardings, see :class:`Shardi
 holds a single shard, the whole parameter.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from pst_ds.parallel.sharding.base import Shard, Sharding, Split
+from pst_ds.parallel.sharding.base import Fragment, Shard, Sharding, Split
 from pst_ds.parallel.sharding.masters import differs_from_master, kept_masters, let_differ
 from pst_ds.parallel.sharding.registry import SHARDINGS, sharding_of, shardings
 from pst_ds.parallel.sharding.whole import Whole  # now, since a later import would hide the function of that name
@@ -21,12 +22,14 @@ from pst_ds.parallel.sharding.zero3 import ExpertShare, copying_frozen, expert_s
 __all__ = [
     "SHARDINGS",
     "ExpertShare",
+    "Fragment",
     "Shard",
     "Sharding",
     "Split",
     "Whole",
     "bytes_split_as",
     "copying_frozen",
+    "cuts_optimizer_evenly",
     "differs_from_master",
     "divides_experts",
     "drop",
@@ -34,6 +37,7 @@ __all__ = [
     "finish_writes",
     "first_index",
     "fp32_masters",
+    "fragment_of",
     "full_numel",
     "full_shape",
     "gathered",
@@ -47,15 +51,17 @@ __all__ = [
     "let_go",
     "make_shard",
     "master_shard",
-    "mesh_of",
     "num_holders",
     "num_shards",
     "own_part",
     "process_group",
     "refuse_dtensors",
     "release",
+    "replicates_optimizer",
+    "require_alike",
     "require_supported",
     "require_weights_everywhere",
+    "reshards_state_dicts",
     "shard_changed",
     "shard_index",
     "shard_of",
@@ -98,6 +104,16 @@ def require_supported(params: Iterable[tuple[str, nn.Parameter]]) -> None:
         sharding_of(param).require_supported(name, param)
 
 
+def require_alike(params: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raise InputError for named parameters of pruned layers that are divided so that they cannot share masks."""
+    named = list(params)
+    divided_by = {name: sharding_of(param) for name, param in named}
+    for sharding in shardings():
+        alike = [(name, param) for name, param in named if divided_by[name] is sharding]
+        others = [name for name, _ in named if divided_by[name] is not sharding]
+        sharding.require_alike(alike, others)
+
+
 def release(model: nn.Module) -> None:
     """Release parameters of ``model`` that stayed gathered after a pass, as FSDP2 leaves them. Not collective."""
     for sharding in shardings():
@@ -127,9 +143,9 @@ def divides_experts(param: nn.Parameter) -> bool:
     return sharding_of(param).divides_experts
 
 
-def mesh_of(tensor: Tensor | None) -> Hashable | None:
-    """Return the mesh over which FSDP2 splits ``tensor``; None if it does not."""
-    return None if tensor is None else sharding_of(tensor).mesh(tensor)
+def reshards_state_dicts(tensor: Tensor) -> bool:
+    """Return whether any number of ranks can load ``tensor`` from a module's state dict, as with FSDP2."""
+    return sharding_of(tensor).reshards_state_dicts
 
 
 def full_shape(param: nn.Parameter) -> torch.Size:
@@ -325,3 +341,18 @@ def fp32_masters(params: Sequence[nn.Parameter], device: torch.device | None = N
     for sharding, alike in _by_sharding(params).items():
         masters.update(zip(alike, sharding.masters(alike, device), strict=True))
     return [masters[param] for param in params]
+
+
+def fragment_of(name: str, param: nn.Parameter, optimizer: Optimizer) -> Fragment | None:
+    """Return where torch's ``optimizer`` holds this rank's values of a trained ``param``; None if it holds no value."""
+    return sharding_of(param).fragment(name, param, optimizer)
+
+
+def replicates_optimizer(param: nn.Parameter) -> bool:
+    """Return whether every rank holds the full optimizer state of ``param``."""
+    return sharding_of(param).replicates_optimizer(param)
+
+
+def cuts_optimizer_evenly(param: nn.Parameter) -> bool:
+    """Return whether rank r holds the optimizer state of equal share r of ``param``, as under ZeRO-3, or all of it."""
+    return sharding_of(param).cuts_optimizer_evenly(param)

@@ -4,13 +4,15 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +38,37 @@ class Split:
         return min(rank * self.share, self.numel), min((rank + 1) * self.share, self.numel)
 
 
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """Flat values [start, stop) of a trained parameter in this rank's optimizer.
+
+    They are stored from index ``offset`` of ``owner``, and the moments from the same index of what the optimizer keeps
+    for ``owner``.
+    """
+
+    name: str
+    """Name of the parameter."""
+    start: int
+    stop: int
+    owner: Tensor
+    """fp32 tensor in the parameter groups of torch's optimizer."""
+    offset: int
+
+    def cut(self, start: int, stop: int) -> "Fragment":
+        """Return the part within [start, stop), which may be empty."""
+        start = max(start, self.start)
+        stop = max(start, min(stop, self.stop))
+        offset = self.offset + start - self.start
+        return Fragment(name=self.name, start=start, stop=stop, owner=self.owner, offset=offset)
+
+
 class Sharding(ABC):
     """One way to divide parameters over ranks. It has no state: a parameter carries what it needs.
 
     A subclass must define :meth:`owns`, :meth:`ranks`, :meth:`rank`, :meth:`local` and :meth:`gather`. With the
     defaults of the other methods, rank i of n holds the flat values [i * p, (i + 1) * p) with p = ceil(numel / n), the
-    ranks are those of the default process group, and what :meth:`local` returns is where a parameter is stored.
+    ranks are those of the default process group, and what :meth:`local` returns is where a parameter is stored. If
+    the optimizer trains another tensor than the parameter, :meth:`optimized` must return it.
 
     A package adds a sharding by an entry point in the group "pst_ds.shardings", see :mod:`pst_ds.plugins`. Its
     :meth:`owns` is asked before those of pst-ds.
@@ -53,6 +80,8 @@ class Sharding(ABC):
     """True if ranks hold whole rows of the first dimension, also of a mask, which has a row for each of the weight."""
     divides_experts = False
     """True if other ranks may hold other experts of a stack, see :class:`pst_ds.parallel.sharding.ExpertShare`."""
+    reshards_state_dicts = False
+    """True if any number of ranks can load what a module's state dict has of a parameter, as with DTensors."""
 
     @abstractmethod
     def owns(self, param: Tensor) -> bool:
@@ -103,10 +132,6 @@ class Sharding(ABC):
         """Return the ranks that ``param`` is divided over; None for the default group."""
         return None
 
-    def mesh(self, param: Tensor) -> Hashable | None:
-        """Return the mesh that all pruned layers must share; None if they may have different ones."""
-        return None
-
     # Written values
 
     def write(self, param: nn.Parameter, values: Tensor) -> None:
@@ -153,6 +178,13 @@ class Sharding(ABC):
     def require_whole(self, name: str, param: nn.Parameter, remedy: str) -> None:
         """Raise InputError, with the ``remedy``, if code that reads all values of ``param`` would see a part."""
 
+    def require_alike(self, params: Sequence[tuple[str, nn.Parameter]], others: Sequence[str]) -> None:
+        """Raise InputError if pruned layers cannot share masks over these ranks.
+
+        ``params``: the named parameters of all pruned layers that are divided in this way. ``others``: the names of
+        those that are not.
+        """
+
     # New parameters
 
     def split_as(self, like: nn.Parameter, params: Sequence[nn.Parameter]) -> None:
@@ -169,23 +201,47 @@ class Sharding(ABC):
         """Return whether ``param`` has no memory for its values yet."""
         return False
 
-    # fp32 masters
+    # fp32 masters, and the optimizer's moments
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Return this rank's part of a ``tensor`` that is divided in this way, in its shape; detached."""
         return tensor.detach()
 
+    def optimized(self, param: nn.Parameter) -> Tensor:
+        """Return the fp32 tensor that torch's optimizer trains for ``param`` on this rank: a master, or itself."""
+        return getattr(param, "fp32_master", param)
+
     def own_master(self, param: nn.Parameter) -> Tensor:
         """Return this rank's flat values of the fp32 master of a trained ``param``, or its values without one."""
-        return self.local(param)
+        master = self.optimized(param)
+        return self.local(param) if master is param else master.detach().view(-1)
 
     def masters(self, params: Sequence[nn.Parameter], device: torch.device | None) -> list[Tensor]:
         """Return the full fp32 masters of trained ``params`` in their shapes, on ``device`` (None: unchanged).
 
-        A parameter without a master is returned as an fp32 copy. Collective.
+        A parameter without a master is returned as an fp32 copy. Collective: one all-gather.
         """
-        masters = [self.gather(param).to(torch.float32, copy=True) for param in params]
-        return masters if device is None else [master.to(device) for master in masters]
+        own: list[Tensor] = []
+        for param in params:
+            values = self.own_master(param).float()
+            own.append(functional.pad(values, (0, self.split(param).share - values.numel())))
+        return self.all_gathered(params, own, device)
+
+    def fragment(self, name: str, param: nn.Parameter, optimizer: Optimizer) -> Fragment | None:
+        """Return where torch's ``optimizer`` holds this rank's values of ``param``; None if it holds no value."""
+        split = self.split(param)
+        start, stop = split.range_of(split.own)
+        first = self.first_index(param)
+        return Fragment(name=name, start=first + start, stop=first + stop, owner=self.optimized(param), offset=0)
+
+    def replicates_optimizer(self, param: nn.Parameter) -> bool:
+        """Return whether every rank holds the full optimizer state of ``param``."""
+        return not self.is_partitioned
+
+    def cuts_optimizer_evenly(self, param: nn.Parameter) -> bool:
+        """Return whether rank r of n holds the state of the flat values [r * p, (r + 1) * p), p = ceil(numel / n)."""
+        split = self.split(param)
+        return split.share == -(-split.numel // split.ranks)
 
     def all_gathered(
         self, params: Sequence[nn.Parameter], own: Sequence[Tensor], device: torch.device | None

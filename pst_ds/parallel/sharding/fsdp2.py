@@ -19,7 +19,6 @@ from pst_ds.parallel.sharding.base import Sharding
 from pst_ds.parallel.sharding.masters import kept_masters
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -27,21 +26,19 @@ class FSDP2(Sharding):
     """DTensors split by rows over one dimension of their mesh. HSDP replicates them over another."""
 
     splits_rows = True
+    reshards_state_dicts = True
 
     def owns(self, param: Tensor) -> bool:
         return hasattr(param, "placements")  # importing the class DTensor takes two seconds
 
     def ranks(self, param: nn.Parameter) -> int:
-        return self.mesh(param).size(_dimension(param))
+        return _dtensor(param).device_mesh.size(_dimension(param))
 
     def rank(self, param: nn.Parameter) -> int:
-        return self.mesh(param).get_local_rank(_dimension(param))
+        return _dtensor(param).device_mesh.get_local_rank(_dimension(param))
 
     def group(self, param: nn.Parameter) -> dist.ProcessGroup:
-        return self.mesh(param).get_group(_dimension(param))
-
-    def mesh(self, param: Tensor) -> "DeviceMesh":
-        return _dtensor(param).device_mesh
+        return _dtensor(param).device_mesh.get_group(_dimension(param))
 
     def share(self, param: nn.Parameter, numel: int) -> int:
         """Return the number of values of ``param`` on every rank but the last ones: those of whole rows."""
@@ -95,6 +92,16 @@ class FSDP2(Sharding):
 
     def require_whole(self, name: str, param: nn.Parameter, remedy: str) -> None:
         raise InputError(f"{name} is a DTensor: FSDP2 (fully_shard) or tensor parallelism has split it. {remedy}")
+
+    def require_alike(self, params: Sequence[tuple[str, nn.Parameter]], others: Sequence[str]) -> None:
+        """Raise InputError unless all parameters of pruned layers are split, over one mesh."""
+        if params and others:
+            raise InputError(
+                f"FSDP2 has split {params[0][0]}, and not {others[0]}: masks need all pruned layers over the same "
+                "ranks. Call fully_shard on the whole model too, without ignored_params"
+            )
+        if len({_dtensor(param).device_mesh for _, param in params}) > 1:
+            raise InputError("FSDP2 has split pruned layers over several meshes. Give every fully_shard the same mesh")
 
     def own_master(self, param: nn.Parameter) -> Tensor:
         (kept,) = kept_masters([param])

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from pst_ds.parallel.sharding.base import Sharding
+from pst_ds.parallel.sharding.base import Fragment, Sharding
 from pst_ds.parallel.sharding.masters import kept_masters
 
 
@@ -39,10 +40,41 @@ class Whole(Sharding):
             masters.append(master if device is None else master.to(device))
         return masters
 
+    def fragment(self, name: str, param: nn.Parameter, optimizer: Optimizer) -> Fragment | None:
+        if not _is_in_flat_master(param):
+            return super().fragment(name, param, optimizer)
+        mapping = param._hp_mapping
+        if mapping is None:  # no value of the parameter lies in this rank's range
+            return None
+        # DeepSpeed says high and low precision for the fp32 master and the parameter
+        in_owner = mapping.hp_fragment_address
+        in_param = mapping.lp_fragment_address
+        return Fragment(
+            name=name,
+            start=in_param.start,
+            stop=in_param.start + in_param.numel,
+            owner=optimizer.param_groups[mapping.param_group_index]["params"][0],
+            offset=in_owner.start,
+        )
+
+    def replicates_optimizer(self, param: nn.Parameter) -> bool:
+        return not _is_in_flat_master(param)
+
+    def cuts_optimizer_evenly(self, param: nn.Parameter) -> bool:
+        return not _is_in_flat_master(param)
+
+
+def _is_in_flat_master(param: nn.Parameter) -> bool:
+    """Return whether DeepSpeed keeps the master of ``param`` in a flat tensor of its parameter group.
+
+    ZeRO-1 and 2, and DeepSpeed's bf16 optimizer, cut that tensor at arbitrary places into ranges of the ranks.
+    """
+    return hasattr(param, "_hp_mapping")
+
 
 def _master_of(param: nn.Parameter) -> Tensor:
     """Return the master that DeepSpeed keeps of ``param`` at stages 1 and 2, or an fp32 copy. Collective there."""
-    if hasattr(param, "_hp_mapping"):
+    if _is_in_flat_master(param):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(param).detach()

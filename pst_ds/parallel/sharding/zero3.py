@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from pst_ds.parallel.sharding.base import Sharding
+from pst_ds.parallel.sharding.base import Fragment, Sharding
 from pst_ds.third_party import Code, patched, require
 
 _EXPERTS = "pst_experts"
@@ -149,7 +150,8 @@ class ZeRO3(Sharding):
     def masters(self, params: Sequence[nn.Parameter], device: torch.device | None) -> list[Tensor]:
         """Return the full fp32 masters. Collective: one all-gather and copy, or two if experts are on ranks."""
         if not all(_has_master(param) for param in params):  # before deepspeed.initialize
-            return super().masters(params, device)
+            values = [self.gather(param).to(torch.float32, copy=True) for param in params]
+            return values if device is None else [value.to(device) for value in values]
         # Experts of a rank are partitioned over other ranks than the parameters that all share.
         shared = [param for param in params if expert_share(param) is None]
         of_experts = [param for param in params if expert_share(param) is not None]
@@ -160,6 +162,22 @@ class ZeRO3(Sharding):
                 masters.update(zip(alike, values, strict=True))
         return [masters[param] for param in params]
 
+    def fragment(self, name: str, param: nn.Parameter, optimizer: Optimizer) -> Fragment:
+        flat = _place_of_master(param)
+        split = self.split(param)
+        start, stop = split.range_of(split.own)
+        first = self.first_index(param)
+        return Fragment(name=name, start=first + start, stop=first + stop, owner=flat.owner, offset=flat.offset)
+
+
+@dataclass(frozen=True, slots=True)
+class _PlaceOfMaster:
+    """Where ZeRO-3 keeps this rank's shard of a master: ``count`` values with padding, from ``offset`` of ``owner``."""
+
+    owner: Tensor
+    offset: int
+    count: int
+
 
 def _has_master(param: nn.Parameter) -> bool:
     return param.requires_grad and hasattr(param, "_z3_optimizer")
@@ -167,9 +185,14 @@ def _has_master(param: nn.Parameter) -> bool:
 
 def _master(param: nn.Parameter) -> Tensor:
     """Return this rank's shard of the master of ``param``: a flat view with padding, in host memory if offloaded."""
+    place = _place_of_master(param)
+    return place.owner.detach().narrow(0, place.offset, place.count)
+
+
+def _place_of_master(param: nn.Parameter) -> _PlaceOfMaster:
     optimizer = param._z3_optimizer
     group, offset, count = optimizer.grad_position[optimizer.get_param_id(param)]
-    return optimizer.fp32_partitioned_groups_flat[group].detach().narrow(0, offset, count)
+    return _PlaceOfMaster(owner=optimizer.fp32_partitioned_groups_flat[group], offset=offset, count=count)
 
 
 @contextmanager
