@@ -1,5 +1,18 @@
-// Apply masks and low-rank updates to bf16 weights: plain C functions for ctypes. The torch versions are apply_mask_ in
-// core/bits.py and updated_weight in core/scores.py, whose sums may have another order.
+// Apply masks and low-rank updates to weights: plain C functions for ctypes, compiled for this processor.
+//
+// Layout
+//   values       (n,) numbers of 2 or 4 bytes, handled as unsigned integers; bit i % 8 of byte i / 8 of `bits` keeps
+//                value i. A pruned value becomes +0.0, also if it is NaN or infinite: bits are masked, not multiplied.
+//   weight, out  (rows, cols) bf16, columns contiguous, rows a stride apart; they may be the same array
+//   left, right  (rows, rank) and (rank, cols) bf16 with any strides, such as those of a transposed factor
+//   bits         (rows, row_bytes) uint8: each row starts at a byte
+//
+// No array needs an alignment. The caller owns all of them. pst_merge repacks the factors (Product) for one call, and
+// splits rows over `threads` OpenMP threads; threads write different rows, and the result does not depend on their number.
+//
+// The order of a sum over components is fixed per weight, so a weight is bit-identical in every rectangle and for every
+// number of rows. It is not that of a BLAS: updated_weight in core/scores.py may differ in the last bit, apply_mask_ in
+// core/bits.py never does.
 
 #include <algorithm>
 #include <cstdint>
@@ -14,7 +27,7 @@
 
 namespace {
 
-// As many weights of type T as fit in a 32-byte vector, with one mask bit each.
+// A 32-byte vector of weights of type T, and in lane i of `each` the mask bit of weight i.
 template <class T> struct Lanes;
 template <> struct Lanes<uint16_t> {
     typedef uint16_t words __attribute__((vector_size(32)));
@@ -43,14 +56,16 @@ template <class T> inline void keep_vector(T* values, const uint8_t* bits) {
     constexpr int num_bytes = 32 / sizeof(T) / 8;
     uint32_t kept = 0;
     std::memcpy(&kept, bits, num_bytes);
-    words found, spread = Lanes<T>::each - Lanes<T>::each + T(kept);
-    std::memcpy(&found, values, sizeof found);
-    found &= words((spread & Lanes<T>::each) != 0);
-    std::memcpy(values, &found, sizeof found);
+    const words spread = Lanes<T>::each - Lanes<T>::each + T(kept);  // all mask bits in every lane
+    words vector;
+    std::memcpy(&vector, values, sizeof vector);
+    vector &= words((spread & Lanes<T>::each) != 0);  // a comparison is all ones or zero
+    std::memcpy(values, &vector, sizeof vector);
 }
 constexpr int VECTOR_BYTES = 32;
 #endif
 
+// Keep n values: whole vectors, then the rest one by one. A vector's bits are whole bytes.
 template <class T> void keep(T* values, const uint8_t* bits, int64_t n) {
     constexpr int64_t step = VECTOR_BYTES / sizeof(T);
     int64_t i = 0;
@@ -64,7 +79,9 @@ constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
 #endif
-constexpr int64_t ROWS = 4, CHUNK = 2 * LANES;  // rows and columns of a block: eight sums in registers
+// A block of ROWS rows and CHUNK columns: eight vectors of sums, which stay in registers.
+constexpr int64_t ROWS = 4;
+constexpr int64_t CHUNK = 2 * LANES;
 typedef float floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
@@ -73,8 +90,8 @@ using pst::load;
 
 #ifdef __AVX512BW__
 inline floats widen_many(const uint16_t* from) {
-    const __m256i found = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(found), 16));
+    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
 }
 #else
 inline floats widen_many(const uint16_t* from) { return floats(__builtin_convertvector(load<halves>(from), words) << 16); }
@@ -82,13 +99,15 @@ inline floats widen_many(const uint16_t* from) { return floats(__builtin_convert
 
 // Round to nearest, ties to even; a NaN stays NaN.
 inline void narrow_many(floats values, uint16_t* to) {
-    const words bits = words(values), is_nan = words(values != values);
-    const words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, wide = is_nan ? (bits >> 16 | 0x40) : rounded;
+    const words bits = words(values);
+    const words is_nan = words(values != values);
+    const words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const words wide = is_nan ? (bits >> 16 | 0x40) : rounded;
 #ifdef __AVX512BW__
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(__m512i(wide)));
 #else
-    const halves found = __builtin_convertvector(wide, halves);
-    std::memcpy(to, &found, sizeof found);
+    const halves narrow = __builtin_convertvector(wide, halves);
+    std::memcpy(to, &narrow, sizeof narrow);
 #endif
 }
 
@@ -97,16 +116,18 @@ inline floats add_products(floats sum, uint32_t left, words right) {
 #ifdef __AVX512BF16__
     return _mm512_dpbf16_ps(sum, __m512bh(_mm512_set1_epi32(int(left))), __m512bh(right));
 #else
-    const uint32_t low = left << 16, high = left & 0xffff0000;
+    const uint32_t low = left << 16;
+    const uint32_t high = left & 0xffff0000;
     return sum + load<float>(&low) * floats(right << 16) + load<float>(&high) * floats(right & 0xffff0000);
 #endif
 }
 
-// Factors of an update, two components per word: left (rows, words), row by row; right in panels of CHUNK columns, each
-// (words, CHUNK). Elements beyond the last component or column are zero.
+// Factors of an update, two components per word of 32 bits, the first in the lower half. Elements beyond the last
+// component or column are zero, so that they add nothing and loops need no special case.
 struct Product {
-    int64_t pairs;
-    std::vector<uint32_t> left, right;
+    int64_t pairs;                // words per row: ceil(rank / 2)
+    std::vector<uint32_t> left;   // (rows, pairs)
+    std::vector<uint32_t> right;  // (panels of CHUNK columns, pairs, CHUNK)
 
     Product(int64_t rows, int64_t cols, int64_t rank, const uint16_t* of_left, const int64_t* left_strides,
             const uint16_t* of_right, const int64_t* right_strides)
@@ -126,10 +147,12 @@ template <int64_t N>
 inline void add_chunk(const Product& product, float beta, int64_t row, int64_t col, const uint16_t* from, int64_t stride,
                       uint16_t* to, int64_t to_stride) {
     const int64_t pairs = product.pairs;
-    const uint32_t *left = product.left.data() + row * pairs, *right = product.right.data() + col * pairs;
+    const uint32_t* left = product.left.data() + row * pairs;
+    const uint32_t* right = product.right.data() + col * pairs;
     floats sums[N][2] = {};
     for (int64_t k = 0; k < pairs; ++k) {
-        const words first = load<words>(right + k * CHUNK), second = load<words>(right + k * CHUNK + LANES);
+        const words first = load<words>(right + k * CHUNK);
+        const words second = load<words>(right + k * CHUNK + LANES);
         for (int64_t i = 0; i < N; ++i) {
             sums[i][0] = add_products(sums[i][0], left[i * pairs + k], first);
             sums[i][1] = add_products(sums[i][1], left[i * pairs + k], second);
@@ -140,13 +163,14 @@ inline void add_chunk(const Product& product, float beta, int64_t row, int64_t c
             narrow_many(widen_many(from + i * stride + j * LANES) + beta * sums[i][j], to + i * to_stride + j * LANES);
 }
 
-// Row `row` and the N - 1 after it.
+// Row `row` and the N - 1 after it: all their columns, chunk by chunk.
 template <int64_t N>
 void add_rows(const Product& product, float beta, int64_t row, int64_t cols, const uint16_t* from, int64_t stride,
               uint16_t* to, int64_t to_stride) {
     int64_t c = 0;
     for (; c + CHUNK <= cols; c += CHUNK) add_chunk<N>(product, beta, row, c, from + c, stride, to + c, to_stride);
     if (c == cols) return;
+    // The last columns are padded to a chunk in a copy: neither loads nor stores pass the end of a row.
     uint16_t rest[N * CHUNK] = {};
     for (int64_t i = 0; i < N; ++i) std::memcpy(rest + i * CHUNK, from + i * stride + c, size_t(cols - c) * 2);
     add_chunk<N>(product, beta, row, c, rest, CHUNK, rest, CHUNK);
@@ -177,7 +201,7 @@ extern "C" void pst_merge(const uint16_t* weight, int64_t stride, uint16_t* out,
         if (end - row == ROWS)
             add_rows<ROWS>(product, beta, row, cols, weight + row * stride, stride, out + row * out_stride, out_stride);
         for (int64_t r = row; r < end; ++r) {
-            if (end - row < ROWS)
+            if (end - row < ROWS)  // the last rows are fewer than a block
                 add_rows<1>(product, beta, r, cols, weight + r * stride, stride, out + r * out_stride, out_stride);
             if (bits) keep(out + r * out_stride, bits + r * row_bytes, cols);
         }

@@ -1,6 +1,20 @@
-// Loops of a mask update: plain C functions for ctypes. Every function has a torch version in core/keys.py with
-// bit-identical results: products and sums are rounded separately (-ffp-contract=off), in the same order.
-// Scores become 32-bit keys of the same order; -0 equals +0.
+// Loops of a mask update: plain C functions for ctypes, compiled for this processor. Every function has a torch version
+// in core/keys.py, core/units.py or core/bits.py with bit-identical results.
+//
+// Layout
+//   weight   (rows, cols) fp32 or bf16, columns contiguous, rows `stride` elements apart
+//   factors  fp32; left (rows, rank) with any strides, right (rank, cols) with contiguous columns
+//   keys     int32, one per weight, row by row. A key orders like its fp32 score: the bits of a score order correctly as
+//            integers where it is positive, and all but the sign are flipped where it is negative. -0 becomes +0 before.
+//   keep     uint8 per weight, 1 keeps it
+//   bits     one bit per weight: weight i has bit i % 8 of byte i / 8
+//   indices  uint32 positions in a run of keys, so runs have fewer than 2^32 keys
+//
+// No array needs an alignment: vectors are copied in and out of registers. The caller owns all arrays; nothing is kept
+// between calls, no thread is started, and calls on different outputs may run at the same time.
+//
+// Scores are bit-identical on every processor and in torch: for each weight, components are added in increasing order,
+// and products and sums are rounded separately (-ffp-contract=off). How many columns a vector has does not matter.
 
 #include <algorithm>
 #include <cmath>
@@ -19,9 +33,9 @@ namespace {
 #ifdef __AVX512F__
 constexpr int LANES = 16;
 #else
-constexpr int LANES = 8;  // wider vectors than the processor's would go through memory
+constexpr int LANES = 8;  // wider vectors than the processor has would go through memory
 #endif
-constexpr int CHUNK = 4;  // vectors of columns per step, for two rows: eight sums in registers
+constexpr int CHUNK = 4;  // vectors of columns per step, for two rows: eight sums stay in registers
 typedef float floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t ints __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
@@ -36,28 +50,33 @@ inline floats widen_many(const uint16_t* from) {
 }
 
 inline int32_t key_of(float score) {
-    score += 0.0f;
+    score += 0.0f;  // -0 + 0 is +0
     int32_t bits;
     std::memcpy(&bits, &score, 4);
-    return bits ^ ((bits >> 31) & 0x7fffffff);
+    return bits ^ ((bits >> 31) & 0x7fffffff);  // the shift repeats the sign: negative numbers are flipped
 }
 inline ints keys_of(floats scores) {
     ints bits = ints(scores + 0.0f);
     return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
-// left @ right, one component at a time: left is (rows, rank) with any strides, right (rank, cols) with consecutive
-// rows.
+// scale * left @ right, one component at a time.
 struct Product {
-    const float *left, *right;
-    int64_t rank, left_row, left_rank, right_rank;
+    const float* left;   // (rows, rank)
+    const float* right;  // (rank, cols)
+    int64_t rank;
+    int64_t left_row;    // stride of left from row to row
+    int64_t left_rank;   // stride of left from component to component
+    int64_t right_rank;  // stride of right from component to component
     float scale;
+    // A factor of left. The scale multiplies it before the product, as in torch, and a scale of 1 changes no bit.
     float at(int64_t row, int64_t k) const {
         float value = left[row * left_row + k * left_rank];
         return scale == 1.0f ? value : value * scale;
     }
 };
 
+// sum += the product for ROWS rows and CHUNK vectors of columns.
 template <int ROWS>
 inline void add_product(floats (&sum)[2][CHUNK], const Product& p, int64_t row, int64_t col) {
     for (int64_t k = 0; k < p.rank; ++k) {
@@ -70,13 +89,20 @@ inline void add_product(floats (&sum)[2][CHUNK], const Product& p, int64_t row, 
     }
 }
 
+// The score of a weight W0: |W0 + update| * inverse_scale * row_norm * col_norm + score + row + col.
 struct Terms {
-    Product update, score;
-    float inverse_scale;
-    const float *rows, *cols;  // R and C, multiplied by alpha2; null if absent
-    const float *row_norms, *col_norms;  // factors of |W|; null if absent
+    Product update;  // beta U V
+    Product score;   // alpha1 A B
+    float inverse_scale;  // 1 / mean |W0| of the matrix
+    // R and C, multiplied by alpha2: one number per row and per column. Null if absent.
+    const float* rows;
+    const float* cols;
+    // Factors of |W|, such as norms of inputs. Null if absent.
+    const float* row_norms;
+    const float* col_norms;
 };
 
+// Keys of ROWS rows and CHUNK vectors of columns.
 template <int ROWS, class T>
 inline void chunk_keys(const T* weight, int64_t stride, int64_t row, int64_t col, const Terms& t, int32_t* out,
                        int64_t out_stride) {
@@ -101,6 +127,7 @@ inline void chunk_keys(const T* weight, int64_t stride, int64_t row, int64_t col
         }
 }
 
+// The key of one weight, by the operations of chunk_keys in the same order: a row's last columns have the same bits.
 template <class T> inline int32_t one_key(T weight, int64_t row, int64_t col, const Terms& t) {
     float sum = widen(weight);
     for (int64_t k = 0; k < t.update.rank; ++k)
@@ -116,10 +143,12 @@ template <class T> inline int32_t one_key(T weight, int64_t row, int64_t col, co
     return key_of(sum);
 }
 
+// Keys of a rectangle: two rows at a time, then an odd last row, then the last columns of all rows.
 template <class T>
 void rect_keys(const T* weight, int64_t stride, int64_t rows, int64_t cols, const Terms& t, int32_t* out) {
     constexpr int64_t step = LANES * CHUNK;
-    int64_t whole = cols / step * step, row = 0;
+    int64_t whole = cols / step * step;
+    int64_t row = 0;
     for (; row + 2 <= rows; row += 2)
         for (int64_t col = 0; col < whole; col += step) chunk_keys<2>(weight, stride, row, col, t, out, cols);
     for (; row < rows; ++row)
@@ -129,12 +158,15 @@ void rect_keys(const T* weight, int64_t stride, int64_t rows, int64_t cols, cons
             out[row * cols + col] = one_key(weight[row * stride + col], row, col, t);
 }
 
-// Store the keys in [low, high] and their indices, without branches; writes up to LANES more of each.
+// Store the keys in [low, high] and their indices, without branches: every key is written, and the place advances only
+// behind keys inside. This writes up to LANES more of each than are inside, for which callers have room.
 void collect(const int32_t* keys, int64_t start, int64_t stop, int32_t low, int32_t high, int64_t first,
              int32_t* inside_keys, uint32_t* inside_index) {
-    int64_t at = 0, i = start;
+    int64_t at = 0;
+    int64_t i = start;
 #ifdef __AVX512F__
-    const __m512i lows = _mm512_set1_epi32(low), highs = _mm512_set1_epi32(high);
+    const __m512i lows = _mm512_set1_epi32(low);
+    const __m512i highs = _mm512_set1_epi32(high);
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     for (; i + LANES <= stop; i += LANES) {
         const __m512i values = _mm512_loadu_si512(keys + i);
@@ -152,10 +184,12 @@ void collect(const int32_t* keys, int64_t start, int64_t stop, int32_t low, int3
     }
 }
 
+// The key of +infinity; that of -infinity is -INFINITE_KEY - 1. Keys of NaN lie beyond these.
 constexpr int32_t INFINITE_KEY = 0x7f800000;
 
 struct Bracket {
-    int32_t low, high;
+    int32_t low;
+    int32_t high;
     int64_t room;  // limit for stored keys
 };
 
@@ -166,43 +200,56 @@ Bracket sampled_bracket(const int32_t* keys, int64_t n, int64_t prune) {
     if (size >= n) return {INT32_MIN, INT32_MAX, n};
     std::vector<int32_t> sample(size);
     for (int64_t i = 0; i < size; ++i) {
-        int64_t from = i * n / size, width = (i + 1) * n / size - from;
+        int64_t from = i * n / size;
+        int64_t width = (i + 1) * n / size - from;
+        // a multiplicative hash of i as a fraction of 2^32: a place in the stratum that follows no pattern of the weights
         sample[i] = keys[from + (((i * 0x9E3779B1ll & 0xffffffff) * width) >> 32)];
     }
+    // Five standard deviations of the cut's rank in the sample, to either side.
     double share = double(prune) / n;
-    int64_t half = int64_t(5 * std::sqrt(share * (1 - share) * size)) + 2, middle = int64_t(share * size);
-    int64_t first = middle - half, last = middle + half;
-    Bracket found{INT32_MIN, INT32_MAX, 4 * half * n / size + 512};
+    int64_t half = int64_t(5 * std::sqrt(share * (1 - share) * size)) + 2;
+    int64_t middle = int64_t(share * size);
+    int64_t first = middle - half;
+    int64_t last = middle + half;
+    Bracket bracket{INT32_MIN, INT32_MAX, 4 * half * n / size + 512};  // room for twice the keys expected inside
     if (first > 0) {
         std::nth_element(sample.begin(), sample.begin() + first, sample.end());
-        found.low = sample[first];
+        bracket.low = sample[first];
     }
     if (last < size) {
+        // the first call moved the smaller elements in front of `first`
         std::nth_element(sample.begin() + std::max<int64_t>(first, 0), sample.begin() + last, sample.end());
-        found.high = sample[last];
+        bracket.high = sample[last];
     }
-    return found;
+    return bracket;
 }
 
+// The keys inside a bracket, and their indices, in increasing order of indices.
 struct Inside {
     std::vector<int32_t> keys;
     std::vector<uint32_t> index;
 };
 
 struct Counts {
-    int64_t below = 0, inside = 0, not_finite = 0;
+    int64_t below = 0;
+    int64_t inside = 0;
+    int64_t not_finite = 0;
 };
 
-// Write the bits of the n keys above the bracket. Store the keys inside in `found` while there is room.
-Counts sort_about(const int32_t* keys, int64_t n, const Bracket& bracket, uint8_t* bits, Inside& found) {
-    constexpr int64_t BLOCK = 1024;
-    uint8_t above[BLOCK] = {}, inside[BLOCK] = {};
+// Write the bits of the n keys above the bracket. Store the keys inside in `stored` while there is room.
+Counts sort_about(const int32_t* keys, int64_t n, const Bracket& bracket, uint8_t* bits, Inside& stored) {
+    constexpr int64_t BLOCK = 1024;  // so that the flags of a block stay in the first-level cache
+    uint8_t above[BLOCK] = {};
+    uint8_t inside[BLOCK] = {};
     Counts counts;
-    found.keys.resize(bracket.room);
-    found.index.resize(bracket.room);
+    stored.keys.resize(bracket.room);
+    stored.index.resize(bracket.room);
     for (int64_t start = 0; start < n; start += BLOCK) {
-        int64_t count = std::min(BLOCK, n - start), padded = (count + 7) / 8 * 8;
-        int32_t below = 0, bad = 0;
+        int64_t count = std::min(BLOCK, n - start);
+        int64_t padded = (count + 7) / 8 * 8;
+        int32_t below = 0;
+        int32_t bad = 0;
+        // without branches, so that the compiler vectorises it
         for (int64_t i = 0; i < count; ++i) {
             int32_t key = keys[start + i];
             above[i] = key > bracket.high;
@@ -211,13 +258,14 @@ Counts sort_about(const int32_t* keys, int64_t n, const Bracket& bracket, uint8_
             bad += (key >= INFINITE_KEY) | (key <= -INFINITE_KEY - 1);
         }
         for (int64_t i = count; i < padded; ++i) above[i] = inside[i] = 0;
-        for (int64_t i = 0; i < padded; i += 8) {  // the lowest bits of eight bytes, side by side
+        for (int64_t i = 0; i < padded; i += 8) {
+            // the product moves the lowest bits of eight bytes next to each other, into the highest byte
             bits[(start + i) >> 3] = uint8_t(load<uint64_t>(above + i) * 0x0102040810204080ull >> 56);
             for (uint64_t word = load<uint64_t>(inside + i); word; word &= word - 1) {
                 int64_t at = start + i + (__builtin_ctzll(word) >> 3);
                 if (counts.inside < bracket.room) {
-                    found.keys[counts.inside] = keys[at];
-                    found.index[counts.inside] = uint32_t(at);
+                    stored.keys[counts.inside] = keys[at];
+                    stored.index[counts.inside] = uint32_t(at);
                 }
                 ++counts.inside;
             }
@@ -229,22 +277,23 @@ Counts sort_about(const int32_t* keys, int64_t n, const Bracket& bracket, uint8_
 }
 
 // Set the bits of all but the `prune` smallest of the n keys inside; of equal keys, the first are pruned.
-void keep_inside(const Inside& found, int64_t n, int64_t prune, uint8_t* bits) {
+void keep_inside(const Inside& inside, int64_t n, int64_t prune, uint8_t* bits) {
     int32_t threshold = INT32_MIN;
     int64_t ties = 0;  // this many keys equal to the threshold are pruned
     if (prune > 0) {
-        std::vector<int32_t> sorted(found.keys.begin(), found.keys.begin() + n);
+        std::vector<int32_t> sorted(inside.keys.begin(), inside.keys.begin() + n);
         std::nth_element(sorted.begin(), sorted.begin() + (prune - 1), sorted.end());
         threshold = sorted[prune - 1];
         ties = prune;
-        for (int64_t i = 0; i < n; ++i) ties -= found.keys[i] < threshold;
+        for (int64_t i = 0; i < n; ++i) ties -= inside.keys[i] < threshold;
     }
     for (int64_t i = 0; i < n; ++i) {
-        bool kept = found.keys[i] > threshold || (found.keys[i] == threshold && ties-- <= 0);
-        bits[found.index[i] >> 3] |= uint8_t(kept << (found.index[i] & 7));
+        bool kept = inside.keys[i] > threshold || (inside.keys[i] == threshold && ties-- <= 0);
+        bits[inside.index[i] >> 3] |= uint8_t(kept << (inside.index[i] & 7));
     }
 }
 
+// The finaliser of splitmix64 (Steele et al., 2014), as in core/bits.py.
 uint64_t splitmix64(uint64_t x) {
     x *= 0x9E3779B97F4A7C15ull;
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -275,11 +324,15 @@ void pst_score_keys(const void* weight, int64_t is_bf16, int64_t stride, int64_t
 // were inside, stored or not.
 int64_t pst_classify(const int32_t* keys, int64_t n, int32_t low, int32_t high, int64_t first, uint8_t* keep,
                      int32_t* inside_keys, uint32_t* inside_index, int64_t room, int64_t* counts) {
-    constexpr int64_t STEP = 256;
-    int64_t below = 0, not_finite = 0, inside = 0;
+    constexpr int64_t STEP = 256;  // most steps have no key inside and skip `collect`
+    int64_t below = 0;
+    int64_t not_finite = 0;
+    int64_t inside = 0;
     for (int64_t start = 0; start < n; start += STEP) {
         int64_t stop = std::min(start + STEP, n);
-        int32_t small = 0, bad = 0, between = 0;
+        int32_t small = 0;
+        int32_t bad = 0;
+        int32_t between = 0;
         for (int64_t i = start; i < stop; ++i) {
             int32_t key = keys[i];
             keep[i] = key > high;
@@ -290,6 +343,7 @@ int64_t pst_classify(const int32_t* keys, int64_t n, int32_t low, int32_t high, 
         below += small;
         not_finite += bad;
         if (!between) continue;
+        // beyond the room only the count matters: the caller then starts again with a wider bracket
         if (inside + between <= room) collect(keys, start, stop, low, high, first, inside_keys + inside, inside_index + inside);
         inside += between;
     }
@@ -328,10 +382,10 @@ void pst_keep_n_of_m(const int32_t* keys, int64_t groups, int64_t m, int64_t str
         uint8_t* out = keep + g * m * stride;
         for (int64_t c = 0; c < stride; ++c)
             for (int64_t i = 0; i < m; ++i) {
-                int64_t smaller = 0;
-                int32_t own = base[i * stride + c];
-                for (int64_t j = 0; j < i; ++j) smaller += base[j * stride + c] <= own;
-                for (int64_t j = i + 1; j < m; ++j) smaller += base[j * stride + c] < own;
+                int64_t smaller = 0;  // the rank of the key in its group; of equal keys, the first has the lowest
+                int32_t key = base[i * stride + c];
+                for (int64_t j = 0; j < i; ++j) smaller += base[j * stride + c] <= key;
+                for (int64_t j = i + 1; j < m; ++j) smaller += base[j * stride + c] < key;
                 out[i * stride + c] = smaller >= prune;
             }
     }
@@ -359,15 +413,19 @@ void pst_keep_in_rows(const int32_t* keys, int64_t rows, int64_t cols, int64_t p
     }
 }
 
+// Set the bits with these indices.
 void pst_set_bits(uint8_t* bits, const uint32_t* index, int64_t n) {
     for (int64_t i = 0; i < n; ++i) bits[index[i] >> 3] |= uint8_t(1u << (index[i] & 7));
 }
 
 // Count the bits that differ, and the bits set in `after`: {differ, set}.
 void pst_count_bits(const uint8_t* before, const uint8_t* after, int64_t n, int64_t* counts) {
-    int64_t differ = 0, set = 0, i = 0;
+    int64_t differ = 0;
+    int64_t set = 0;
+    int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
-        uint64_t a = load<uint64_t>(before + i), b = load<uint64_t>(after + i);
+        uint64_t a = load<uint64_t>(before + i);
+        uint64_t b = load<uint64_t>(after + i);
         differ += __builtin_popcountll(a ^ b);
         set += __builtin_popcountll(b);
     }
@@ -382,10 +440,14 @@ void pst_count_bits(const uint8_t* before, const uint8_t* after, int64_t n, int6
 // The checksum of core/bits.py over `count` bits, the first of which is bit `start` of the whole mask.
 uint64_t pst_checksum(const uint8_t* bits, int64_t count, int64_t start, int64_t seed) {
     uint64_t total = 0;
-    int64_t lead = start & 7, num_bytes = (count + 7) / 8, last = (start + count + 7) / 8;
+    int64_t lead = start & 7;
+    int64_t num_bytes = (count + 7) / 8;
+    int64_t last = (start + count + 7) / 8;
     for (int64_t byte = start / 8; byte < last; ++byte) {
-        int64_t own = byte - start / 8;  // a byte of the whole mask combines bits of our bytes own - 1 and own
-        uint32_t low = own < num_bytes ? bits[own] : 0, before = own > 0 ? bits[own - 1] : 0;
+        // A byte of the whole mask combines bits of two of our bytes, unless `start` is a multiple of 8.
+        int64_t place = byte - start / 8;
+        uint32_t low = place < num_bytes ? bits[place] : 0;
+        uint32_t before = place > 0 ? bits[place - 1] : 0;
         uint64_t value = ((low << lead) | (before >> (8 - lead))) & 0xff;
         total += value * splitmix64(uint64_t(byte) + uint64_t(seed) + 1);
     }

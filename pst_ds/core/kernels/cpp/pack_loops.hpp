@@ -1,12 +1,21 @@
 // Loops between a dense matrix and its kept values. Included by pack.cpp once per instruction set, inside a region
 // compiled for it and a namespace, with PST_WIDE 1 for AVX-512 with VBMI2: no #pragma once.
+//
+// Arrays are described in pack.cpp. A vector holds LANES = 64 / sizeof(T) weights and their bits are LANES / 8 whole
+// bytes, so that a vector of weights and its word of bits always start together. The last columns of a row, fewer than
+// LANES, are handled byte by byte: the next row's bits start at a new byte.
+//
+// A packed array ends at `total` values, and neither a load nor a store may pass its end, since the memory behind it may
+// belong to another tensor of a file. Inside the array whole vectors are written: the places behind the kept values are
+// overwritten by the next vector.
 
+// The bits of -0.
 template <class T> constexpr T SIGN = T(T(1) << (sizeof(T) * 8 - 1));
 
 inline int64_t bytes_of_row(int64_t columns) { return (columns + 7) / 8; }
 
 #if PST_WIDE
-// A register of whole bytes of bits: 64, 32, 16 or 8 weights.
+// Operations on a register of 64, 32, 16 or 8 weights, and on the mask register that holds their bits.
 template <class T> struct Wide;
 
 #define PST_WIDE_OF(TYPE, MASK, BITS, LOADED)                                                                          \
@@ -55,9 +64,11 @@ template <class T> inline int64_t put(T* out, int64_t room, typename Wide<T>::Ma
 // Visit the columns from ``col`` on whose bits are set, byte by byte.
 template <class F> inline void each_set(const uint8_t* bits, int64_t col, int64_t columns, F visit) {
     for (; col < columns; col += 8)
+        // byte & (byte - 1) clears the lowest set bit
         for (unsigned byte = bits[col / 8]; byte; byte &= byte - 1) visit(col + __builtin_ctz(byte));
 }
 
+// The bits of all weights that are not +0 or -0, which differ from zero in more than their sign.
 template <class T> void row_bits(const T* weight, int64_t rows, int64_t columns, uint8_t* bits) {
     const T magnitude = T(~SIGN<T>);
     for (int64_t row = 0; row < rows; ++row, weight += columns, bits += bytes_of_row(columns)) {
@@ -80,7 +91,7 @@ template <class T> void row_bits(const T* weight, int64_t rows, int64_t columns,
 template <class T>
 void gather(const T* weight, const uint8_t* bits, int64_t rows, int64_t columns, T* out, int64_t total) {
     const T* end = out + total;
-    (void)end;
+    (void)end;  // read in wide loops only
     for (int64_t row = 0; row < rows; ++row, weight += columns, bits += bytes_of_row(columns)) {
         int64_t col = 0;
 #if PST_WIDE
@@ -96,7 +107,7 @@ void gather(const T* weight, const uint8_t* bits, int64_t rows, int64_t columns,
 template <class T>
 void scatter(const T* values, const uint8_t* bits, int64_t rows, int64_t columns, T* out, int64_t total) {
     const T* end = values + total;
-    (void)end;
+    (void)end;  // read in wide loops only
     for (int64_t row = 0; row < rows; ++row, out += columns, bits += bytes_of_row(columns)) {
         int64_t col = 0;
 #if PST_WIDE
@@ -109,18 +120,20 @@ void scatter(const T* values, const uint8_t* bits, int64_t rows, int64_t columns
             values += count;
         }
 #endif
-        if (col < columns) std::memset(out + col, 0, (columns - col) * sizeof(T));
+        if (col < columns) std::memset(out + col, 0, (columns - col) * sizeof(T));  // then the kept ones are written
         each_set(bits, col, columns, [&](int64_t at) { out[at] = *values++; });
     }
 }
 
 template <class C> void columns_of(const uint8_t* bits, int64_t rows, int64_t columns, C* out, int64_t total) {
     const C* end = out + total;
-    (void)end;
+    (void)end;  // read in wide loops only
 #if PST_WIDE
+    // a register of consecutive column numbers is compressed in place of weights
     C counting[LANES<C>];
     for (int64_t j = 0; j < LANES<C>; ++j) counting[j] = C(j);
-    const __m512i one_to_next = Wide<C>::all(C(LANES<C>)), from_zero = _mm512_loadu_si512(counting);
+    const __m512i one_to_next = Wide<C>::all(C(LANES<C>));
+    const __m512i from_zero = _mm512_loadu_si512(counting);
 #endif
     for (int64_t row = 0; row < rows; ++row, bits += bytes_of_row(columns)) {
         int64_t col = 0;
@@ -135,9 +148,11 @@ template <class C> void columns_of(const uint8_t* bits, int64_t rows, int64_t co
     }
 }
 
+// Bits of each row, eight bytes per step.
 inline void row_counts(const uint8_t* bits, int64_t rows, int64_t row_bytes, int64_t* counts) {
     for (int64_t row = 0; row < rows; ++row, bits += row_bytes) {
-        int64_t count = 0, at = 0;
+        int64_t count = 0;
+        int64_t at = 0;
         for (; at + 8 <= row_bytes; at += 8) {
             uint64_t word;
             std::memcpy(&word, bits + at, 8);
@@ -147,6 +162,8 @@ inline void row_counts(const uint8_t* bits, int64_t rows, int64_t row_bytes, int
         counts[row] = count;
     }
 }
+
+// The same loops for a size that is known at run time.
 
 inline void row_bits(const void* weight, int64_t size, int64_t rows, int64_t columns, uint8_t* bits) {
     for_size(size, [&](auto zero) { row_bits(static_cast<const decltype(zero)*>(weight), rows, columns, bits); });

@@ -1,5 +1,19 @@
-// Loops of quantisation: plain C functions for ctypes. Each has a torch version in core/quantization with bit-identical
-// results: divisions, products and roundings are IEEE's (-ffp-contract=off), and sums are over integers.
+// Loops of quantisation: plain C functions for ctypes, compiled for this processor. Each has a torch version in
+// core/quantization.py or core/coded_weight.py.
+//
+// Layout
+//   weight, out  a rectangle (rows, cols) of a stored weight, fp32 or bf16; columns contiguous, rows `stride` apart
+//   scales       bf16. A group is `tall` rows by `wide` columns of the stored weight, one of which is 1 (a stored weight
+//                may be transposed); its scale is scales[row / tall * stride + column / wide].
+//   codes        int8, or two signed 4-bit codes per byte: flat weight i has the lower half of byte i / 2 if i is even
+//   weights      (groups, size) fp32, contiguous, for sums over each group; `scales` is then (groups,) fp32
+//
+// No array needs an alignment. The caller owns all of them. Rows or groups are split over `threads` OpenMP threads;
+// each writes its own results.
+//
+// Codes and weights are bit-identical to torch: division, product and rounding (half to even) are those of IEEE, one
+// after the other (-ffp-contract=off). pst_grid_moments sums integers, which is exact in any order; pst_grid_losses adds
+// doubles in a different order from torch.
 
 #include <cmath>
 #include <cstdint>
@@ -19,8 +33,10 @@ inline void narrow(float value, uint16_t* to) {  // half to even, and NaN to tor
     *to = uint16_t(value == value ? rounded : 0x7fc0u);
 }
 
-struct Range {  // of codes
-    float least, largest;
+// The smallest and the largest code.
+struct Range {
+    float least;
+    float largest;
 };
 
 inline float code_of(float weight, float scale, Range range) {
@@ -36,10 +52,15 @@ template <class T> inline void round_one(T* weight, float scale, Range range) {
 // Groups in the stored weight: `tall` rows by `wide` columns, one of which is 1.
 struct Groups {
     const uint16_t* scales;
-    int64_t stride, tall, wide, first_row, first_col;
+    int64_t stride;
+    int64_t tall;
+    int64_t wide;
+    int64_t first_row;
+    int64_t first_col;
     Range range;
 };
 
+// Quantise one row of a rectangle in place. Groups may start before the rectangle's first column.
 template <class T> void round_row(T* weight, int64_t row, int64_t cols, const Groups& g) {
     const uint16_t* scales = g.scales + (g.first_row + row) / g.tall * g.stride;
     if (g.wide == 1) {
@@ -47,7 +68,7 @@ template <class T> void round_row(T* weight, int64_t row, int64_t cols, const Gr
         return;
     }
     for (int64_t col = 0, group = g.first_col / g.wide; col < cols; ++group) {
-        int64_t stop = (group + 1) * g.wide - g.first_col;
+        int64_t stop = (group + 1) * g.wide - g.first_col;  // the group's end, counted from the rectangle's first column
         stop = stop < cols ? stop : cols;
         const float scale = widen(scales[group]);
         for (int64_t i = col; i < stop; ++i) round_one(weight + i, scale, g.range);
@@ -68,7 +89,12 @@ template <class T> void expand_run(const uint8_t* codes, int64_t bits, int64_t f
         return;
     }
     int64_t done = 0;
-    if (first % 2 && count) narrow(float(int8_t(codes[first / 2]) >> 4) * scale, out), done = 1;
+    // A run may start at the upper half of a byte and end at a lower half. Shifting an int8 left and right extends the
+    // sign of a 4-bit code.
+    if (first % 2 && count) {
+        narrow(float(int8_t(codes[first / 2]) >> 4) * scale, out);
+        done = 1;
+    }
     const uint8_t* pairs = codes + (first + done) / 2;
     const int64_t whole = (count - done) / 2;
     for (int64_t i = 0; i < whole; ++i) {
@@ -78,15 +104,18 @@ template <class T> void expand_run(const uint8_t* codes, int64_t bits, int64_t f
     if ((count - done) % 2) narrow(float(int8_t(pairs[whole] << 4) >> 4) * scale, out + count - 1);
 }
 
-// Codes of flat weights from weight `first` on, of a stored weight with rows of `length`.
+// Codes of flat weights of a stored weight.
 struct Codes {
     const uint8_t* data;
-    int64_t bits, first, length;
+    int64_t bits;    // per code: 4 or 8
+    int64_t first;   // index of the first flat weight in `data`
+    int64_t length;  // of a row of the stored weight
 };
 
+// Weights of one row of a rectangle, group by group.
 template <class T> void expand_row(const Codes& codes, T* out, int64_t row, int64_t cols, const Groups& g) {
     const uint16_t* scales = g.scales + (g.first_row + row) / g.tall * g.stride;
-    const int64_t number = (g.first_row + row) * codes.length + g.first_col - codes.first;
+    const int64_t number = (g.first_row + row) * codes.length + g.first_col - codes.first;  // of the row's first code
     for (int64_t col = 0, group = g.first_col / g.wide; col < cols; ++group) {
         int64_t stop = (group + 1) * g.wide - g.first_col;
         stop = stop < cols ? stop : cols;
@@ -126,7 +155,8 @@ void pst_round_to_grid(void* weight, int64_t is_bf16, int64_t stride, int64_t ro
     else round_rows(static_cast<float*>(weight), stride, rows, cols, g, threads);
 }
 
-// Weights as integers: w times its group's factor, a power of two, rounded half to even.
+// Weights as integers: w times its group's factor, a power of two that makes |w| at most about 2^28, rounded half to
+// even. Sums of their products with codes are then exact in 64 bits.
 void pst_whole_weights(const float* weights, int64_t groups, int64_t size, const double* factors, int32_t* whole,
                        int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -141,18 +171,24 @@ void pst_grid_losses(const float* weights, int64_t groups, int64_t size, const f
     const Range range{float(least), float(largest)};
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t g = 0; g < groups; ++g) {
-        const float* own = weights + g * size;
-        double error[LANES] = {}, square[LANES] = {};
+        const float* of_group = weights + g * size;
+        // one sum per lane, for the compiler to vectorise
+        double error[LANES] = {};
+        double square[LANES] = {};
         for (int64_t first = 0; first < size; first += LANES) {
             const int64_t count = size - first < LANES ? size - first : LANES;
             for (int64_t i = 0; i < count; ++i) {
-                const float weight = own[first + i], rounded = code_of(weight, scales[g], range) * scales[g];
+                const float weight = of_group[first + i];
+                const float rounded = code_of(weight, scales[g], range) * scales[g];
                 const double off = double(weight) - double(rounded);
                 error[i] += off * off;
                 square[i] += double(weight) * double(weight);
             }
         }
-        for (int64_t i = 1; i < LANES; ++i) error[0] += error[i], square[0] += square[i];
+        for (int64_t i = 1; i < LANES; ++i) {
+            error[0] += error[i];
+            square[0] += square[i];
+        }
         errors[g] = error[0];
         squares[g] = square[0];
     }
@@ -164,11 +200,12 @@ void pst_grid_moments(const float* weights, const int32_t* whole, int64_t groups
     const Range range{float(least), float(largest)};
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t g = 0; g < groups; ++g) {
-        const float* own = weights + g * size;
+        const float* of_group = weights + g * size;
         const int32_t* integers = whole + g * size;
-        int64_t weight_sum = 0, code_sum = 0;
+        int64_t weight_sum = 0;
+        int64_t code_sum = 0;
         for (int64_t i = 0; i < size; ++i) {
-            const int32_t code = int32_t(code_of(own[i], scales[g], range));
+            const int32_t code = int32_t(code_of(of_group[i], scales[g], range));
             weight_sum += int64_t(integers[i]) * code;
             code_sum += code * code;
         }

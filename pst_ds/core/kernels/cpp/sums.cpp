@@ -1,5 +1,15 @@
 // Sums over the weights of a tile for the statistics of a layer: plain C functions for ctypes. The torch versions are
-// in core/stats.py; both add in double precision, in different orders.
+// in core/stats.py.
+//
+// Layout
+//   keys     (n,) int32, keys of scores (masks.cpp)
+//   weights  (n,) fp32 in the same order
+//   values   (rows, cols) fp32 or bf16, columns contiguous, rows `stride` elements apart
+//   sums     (5,) double
+//
+// No array needs an alignment, and none is read past its end: the last values of a run are copied into a padded vector.
+// The caller owns all arrays; no thread is started. Sums are in double precision, in which a product
+// of two fp32 numbers is exact. Torch adds in another order, so the last bits may differ.
 
 #include <cstdint>
 #include <cstring>
@@ -32,10 +42,16 @@ inline double total(doubles sum) {
     return all;
 }
 
+// Eight partial sums of each moment.
 struct Moments {
-    doubles x{}, y{}, xx{}, yy{}, xy{};
+    doubles x{};
+    doubles y{};
+    doubles xx{};
+    doubles yy{};
+    doubles xy{};
     void add(ints key, ints weight) {
-        doubles score = wide(floats(key ^ ((key >> 31) & 0x7fffffff))), magnitude = wide(floats(weight & 0x7fffffff));
+        doubles score = wide(floats(key ^ ((key >> 31) & 0x7fffffff)));  // the inverse of key_of in masks.cpp
+        doubles magnitude = wide(floats(weight & 0x7fffffff));           // without the sign
         x += score;
         y += magnitude;
         xx += score * score;
@@ -44,13 +60,17 @@ struct Moments {
     }
 };
 
+// The sum of squares of a rectangle. V: a vector of LANES elements of type T.
 template <class V, class T> double squares(const T* values, int64_t stride, int64_t rows, int64_t cols) {
-    doubles even{}, odd{};  // two sums: each addition to one sum would wait for the previous
+    // Two sums: each addition to one sum would wait for the previous one.
+    doubles even{};
+    doubles odd{};
     for (int64_t row = 0; row < rows; ++row) {
         const T* from = values + row * stride;
         int64_t col = 0;
         for (; col + 2 * LANES <= cols; col += 2 * LANES) {
-            doubles first = wide(load<V>(from + col)), second = wide(load<V>(from + col + LANES));
+            doubles first = wide(load<V>(from + col));
+            doubles second = wide(load<V>(from + col + LANES));
             even += first * first;
             odd += second * second;
         }
@@ -68,11 +88,12 @@ extern "C" {
 
 // For n scores x, given by their keys, and magnitudes y = |weights|: the sums of x, y, x x, y y, x y.
 void pst_moments(const int32_t* keys, const float* weights, int64_t n, double* sums) {
-    Moments found;
+    Moments moments;
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) found.add(load<ints>(keys + i), load<ints>(weights + i));
-    if (i < n) found.add(load_rest<ints>(keys + i, n - i), load_rest<ints>(weights + i, n - i));
-    const doubles each[] = {found.x, found.y, found.xx, found.yy, found.xy};
+    for (; i + LANES <= n; i += LANES) moments.add(load<ints>(keys + i), load<ints>(weights + i));
+    // padding is key 0 and weight 0, a score and a magnitude of 0, which add nothing
+    if (i < n) moments.add(load_rest<ints>(keys + i, n - i), load_rest<ints>(weights + i, n - i));
+    const doubles each[] = {moments.x, moments.y, moments.xx, moments.yy, moments.xy};
     for (int k = 0; k < 5; ++k) sums[k] = total(each[k]);
 }
 

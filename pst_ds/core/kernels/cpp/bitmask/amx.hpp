@@ -1,6 +1,15 @@
 // Intel AMX: pieces of the weight are expanded and multiplied with tiles of x. The next piece is expanded while one is
 // multiplied, so the tile unit, the vector unit and the memory work at the same time. Included inside a region that is
 // compiled for AVX-512 and AMX, after amx_expand.hpp.
+//
+// Layout, per thread unless noted; all aligned to 64 bytes
+//   x       tiles of all vectors, packed once per call and read by all threads (pack_x)
+//   pieces  two pieces of the weight (Plan::piece), in turn expanded and multiplied
+//   sums    fp32 [pair of column tiles][group of 32 rows][4 tiles][16 rows][16 vectors], kept in memory between the
+//           pieces of a row
+// Tile registers: 0 .. 3 are sums (row tile + 2 * column tile), 4 and 5 are 16 rows each of a piece, 6 and 7 are x. A row of
+// a piece's tile has 32 bf16 weights; a row of an x tile has 16 vectors of a pair of columns. TDPBF16PS adds the products
+// to fp32 sums. The registers belong to a thread while a Tiles object exists.
 #pragma once
 
 #include "amx_expand.hpp"
@@ -13,12 +22,16 @@ class Tiles {
    public:
     Tiles() {
         TileConfig config;
-        for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
+        for (int i = 0; i < 8; ++i) {
+            config.bytes[i] = 64;
+            config.rows[i] = 16;
+        }
         _tile_loadconfig(&config);
     }
     ~Tiles() { _tile_release(); }
 };
 
+// Load the sums of a group, or clear them for its first piece.
 template <int COLUMN_TILES> inline void load_sums(const float* from, bool none) {
     if (none) {
         _tile_zero(0);
@@ -55,16 +68,18 @@ inline void multiply_blocks(const bf16* piece, int64_t stride, const bf16* x, in
             _tile_dpbf16ps(2, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
         }
-        if (k % 4 == 3) next.run(slice);
+        if (k % 4 == 3) next.run(slice);  // vector instructions between tile instructions
     }
 }
 
+// Multiplies some rows of the weight with all vectors, in one thread.
 template <int LINES> class Worker {
    public:
     Worker(const Job<bf16>& job, const Plan& plan, const bf16* x, bf16* pieces, float* sums)
         : job_(job), plan_(plan), x_(x), pieces_{pieces, pieces + plan.piece()}, sums_(sums), next_(job.weight, plan) {}
 
-    // Rows [first, last) of the weight: columns of y.
+    // Rows [first, last) of the weight: columns of y. The first piece is expanded before anything is multiplied; from
+    // then on each piece is expanded during the product before it, also across the end of a row.
     void rows(int64_t first, int64_t last) {
         begin_rows(first, last);
         next_.begin_piece(0, pieces_[0]);
@@ -84,20 +99,22 @@ template <int LINES> class Worker {
     }
 
    private:
+    // Let the expansion continue with the rows from `row` on, if any are left before `last`.
     void begin_rows(int64_t row, int64_t last) {
         const int64_t left = row < last ? last - row : 0;
         next_.begin_rows(row, left < plan_.rows() ? left : plan_.rows());
     }
 
     void multiply_piece(const bf16* piece, int64_t rows, int64_t first) {
-        const int64_t groups = (rows + GROUP - 1) / GROUP, turns = plan_.pairs * groups;
+        const int64_t groups = (rows + GROUP - 1) / GROUP;
+        const int64_t turns = plan_.pairs * groups;
         const int64_t slice = (4 * plan_.rows() + turns - 1) / turns;  // so that the next piece is ready at the end
         for (int64_t pair = 0; pair < plan_.pairs; ++pair)
             for (int64_t g = 0; g < groups; ++g) {
                 const bf16* a = piece + g * GROUP * plan_.stride();
                 float* sums = sums_ + (pair * plan_.groups + g) * 4 * SUMS;
-                tiles_in_pair(job_.n, pair) == 2 ? multiply_group<2>(a, pair, first, sums, slice)
-                                                 : multiply_group<1>(a, pair, first, sums, slice);
+                if (tiles_in_pair(job_.n, pair) == 2) multiply_group<2>(a, pair, first, sums, slice);
+                else multiply_group<1>(a, pair, first, sums, slice);
             }
     }
 
@@ -109,6 +126,7 @@ template <int LINES> class Worker {
         store_sums<COLUMN_TILES>(sums);
     }
 
+    // Write the finished sums to y, tile by tile.
     void store(int64_t row0, int64_t rows) {
         for (int64_t first = 0; first < job_.n; first += 16)
             for (int64_t r = 0; r < rows; r += 16) {
@@ -118,6 +136,7 @@ template <int LINES> class Worker {
             }
     }
 
+    // A tile is [row][vector] and y is (vectors, rows): transpose it, add the bias, round to bf16. here: rows that exist.
     void store_tile(const float* sums, int64_t first, int64_t row, __mmask16 here) {
         __m512i tile[16];
         for (int r = 0; r < 16; ++r) tile[r] = _mm512_load_si512(sums + r * 16);
@@ -149,7 +168,8 @@ template <int LINES> bool multiply(const Job<bf16>& job, int threads) {
     if (!x) return false;
     pack_x(job, x, plan);
     return in_parallel(job.weight.rows, threads, [&](int64_t first, int64_t last) {
-        static thread_local Scratch pieces, sums;
+        static thread_local Scratch pieces;
+        static thread_local Scratch sums;
         bf16* piece = pieces.get<bf16>(2 * plan.piece());
         float* sum = sums.get<float>(plan.sums());
         if (!piece || !sum) return false;

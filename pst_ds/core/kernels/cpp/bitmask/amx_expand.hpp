@@ -1,5 +1,14 @@
 // For Intel AMX: division of the work, x as tiles, and the expansion of the weight piece by piece. Included inside a
 // region that is compiled for AVX-512, after avx512.hpp.
+//
+// Layout, in working memory aligned to 64 bytes
+//   piece  (groups * 32 rows, stride) bf16: expanded weights of some blocks of 32 columns, zeros at pruned places
+//   x      tiles [pair of column tiles][block of 32 columns][1 or 2 tiles][16 pairs of columns][16 vectors][2 columns]
+// A block is what one tile product consumes of a row: 32 columns, 64 bytes. The packed weight is that of common.hpp; its
+// rows end at a byte, not at a block, so the last block reads its mask byte by byte (mask_word).
+//
+// An Expander belongs to one thread. It remembers for every row of the current group where its next value is, since the
+// place of a value depends on all bits before it.
 #pragma once
 
 #include "avx512.hpp"
@@ -7,19 +16,29 @@
 namespace pst::amx {
 
 using avx512::LANES;
-constexpr int64_t TILE = 16 * 32, SUMS = 16 * 16, GROUP = 32;  // elements of a tile and of its sums; rows of two tiles
-constexpr int64_t MOST_GROUPS = 8, FEW_VECTORS = 128, STREAMS = 2, STREAMS_APART = GROUP / STREAMS;
+constexpr int64_t TILE = 16 * 32;     // bf16 elements of a tile
+constexpr int64_t SUMS = 16 * 16;     // fp32 sums of a tile
+constexpr int64_t GROUP = 32;         // rows of two tiles
+constexpr int64_t MOST_GROUPS = 8;    // of a piece
+constexpr int64_t FEW_VECTORS = 128;  // up to here, reading the weight takes longer than multiplying
+constexpr int64_t STREAMS = 2;        // rows that are expanded in turn
+constexpr int64_t STREAMS_APART = GROUP / STREAMS;
 
 // The weight is expanded in pieces of groups * 32 rows by blocks * 32 columns. With few vectors a piece is 32 whole
 // rows (up to 4096 of their columns), so memory is read sequentially. With many vectors it is 256 rows by 256 columns,
 // so that x crosses the cache less often and the operands stay in the first-level cache.
 struct Plan {
-    int64_t groups, blocks, all_blocks, pairs;  // pairs: of column tiles, 32 vectors of x
-    bool few;
+    int64_t groups;      // of 32 rows in a piece
+    int64_t blocks;      // of 32 columns in a piece
+    int64_t all_blocks;  // of 32 columns in a row
+    int64_t pairs;       // of column tiles: 32 vectors of x
+    bool few;            // few vectors
 
+    // The blocks of a row are divided evenly, so that its last piece is not a small one.
     Plan(int64_t cols, int64_t n) : all_blocks((cols + LANES - 1) / LANES), pairs((n + 31) / 32), few(n <= FEW_VECTORS) {
         groups = few ? 1 : MOST_GROUPS;
-        const int64_t most = few ? 128 : 8, pieces = (all_blocks + most - 1) / most;
+        const int64_t most = few ? 128 : 8;
+        const int64_t pieces = (all_blocks + most - 1) / most;
         blocks = (all_blocks + pieces - 1) / pieces;
     }
     int64_t rows() const { return groups * GROUP; }
@@ -32,7 +51,7 @@ struct Plan {
 
 inline int64_t tiles_in_pair(int64_t n, int64_t pair) { return n - pair * 32 > 16 ? 2 : 1; }
 
-// Transpose 16 rows of 16 numbers of 32 bits.
+// Transpose 16 rows of 16 numbers of 32 bits: first within quarters of registers, then the quarters.
 inline void transpose(__m512i (&r)[16]) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -59,7 +78,8 @@ inline void transpose(__m512i (&r)[16]) {
 inline void pack_x(const Job<bf16>& job, bf16* out, const Plan& plan) {
     const int64_t cols = job.weight.cols;
     for (int64_t first = 0; first < job.n; first += 16) {
-        const int64_t tiles = tiles_in_pair(job.n, first / 32), vectors = job.n - first < 16 ? job.n - first : 16;
+        const int64_t tiles = tiles_in_pair(job.n, first / 32);
+        const int64_t vectors = job.n - first < 16 ? job.n - first : 16;
         bf16* to = out + first / 32 * plan.all_blocks * 2 * TILE + first / 16 % 2 * TILE;
         const bf16* from = job.x + first * cols;
         for (int64_t block = 0; block < plan.all_blocks; ++block, to += tiles * TILE) {
@@ -85,7 +105,9 @@ template <int LINES> class Expander {
 
     // Continue with rows [row0, row0 + rows), from their first column on.
     void begin_rows(int64_t row0, int64_t rows) {
-        row0_ = row0, rows_ = safe_ = rows;
+        row0_ = row0;
+        rows_ = rows;
+        safe_ = rows;
         while (safe_ > 0 && !w_.may_overread(row0 + safe_ - 1, LANES)) --safe_;
         for (int64_t r = 0; r < rows; ++r) {
             values_[r] = w_.values + w_.row_offsets[row0 + r];
@@ -93,11 +115,17 @@ template <int LINES> class Expander {
         }
     }
     void begin_piece(int64_t first_block, bf16* out) {
-        first_ = first_block, out_ = out, row_ = at_ = 0;
+        first_ = first_block;
+        out_ = out;
+        row_ = 0;
+        at_ = 0;
         count_ = plan_.blocks_from(first_block);
     }
     // Expand at least `blocks` more of the piece, if available.
-    void run(int64_t blocks) { plan_.few ? run_along_rows(blocks) : run_down_rows((blocks + count_ - 1) / count_); }
+    void run(int64_t blocks) {
+        if (plan_.few) run_along_rows(blocks);
+        else run_down_rows((blocks + count_ - 1) / count_);
+    }
     void finish() { run(int64_t(1) << 40); }
 
    private:
@@ -111,7 +139,7 @@ template <int LINES> class Expander {
     void run_along_rows(int64_t blocks) {
         while (blocks > 0 && row_ < STREAMS_APART && row_ < rows_) {
             const int64_t wanted = (blocks + STREAMS - 1) / STREAMS;
-            const int64_t end = wanted < count_ - at_ ? round_up(at_ + wanted, 4) : count_;
+            const int64_t end = wanted < count_ - at_ ? round_up(at_ + wanted, 4) : count_;  // four blocks per step
             const int64_t stop = end < count_ ? end : count_;
             const int64_t whole = w_.cols / LANES - first_ < stop ? w_.cols / LANES - first_ : stop;
             int64_t block = at_;
@@ -119,7 +147,10 @@ template <int LINES> class Expander {
             for (int64_t row = row_; row < rows_; row += STREAMS_APART) expand(row, block, stop);
             blocks -= STREAMS * (stop - at_);
             at_ = stop;
-            if (at_ == count_) at_ = 0, ++row_;
+            if (at_ == count_) {
+                at_ = 0;
+                ++row_;
+            }
         }
     }
 
@@ -141,6 +172,7 @@ template <int LINES> class Expander {
         return block;
     }
 
+    // Rows of 8 blocks, one after another; the row after next is prefetched by the distance of a piece's columns.
     void run_down_rows(int64_t rows) {
         const int64_t end = rows < rows_ - row_ ? row_ + rows : rows_;
         const bool whole = count_ == 8 && first_ + 8 <= w_.cols / LANES;
@@ -160,7 +192,8 @@ template <int LINES> class Expander {
     }
 
     void expand(int64_t row, int64_t block, int64_t stop) {
-        row < safe_ ? expand<true>(row, block, stop) : expand<false>(row, block, stop);
+        if (row < safe_) expand<true>(row, block, stop);
+        else expand<false>(row, block, stop);
     }
     template <bool OVERREAD> void expand(int64_t row, int64_t block, int64_t stop) {
         const bf16* values = values_[row];
@@ -181,11 +214,17 @@ template <int LINES> class Expander {
 
     const Packed<bf16>& w_;
     const Plan& plan_;
-    int64_t bytes_, ahead_, row0_ = 0, rows_ = 0, first_ = 0, count_ = 0;
-    int64_t safe_ = 0;  // rows from whose end a whole vector may be read
-    int64_t row_ = 0, at_ = 0;  // where the piece continues: row, and block in it
+    int64_t bytes_;      // of a row's mask
+    int64_t ahead_;      // bytes to prefetch ahead of a row's values
+    int64_t row0_ = 0;   // first row of the group
+    int64_t rows_ = 0;   // rows of the group
+    int64_t first_ = 0;  // first block of the piece
+    int64_t count_ = 0;  // blocks of the piece
+    int64_t safe_ = 0;   // rows from whose end a whole vector may be read
+    int64_t row_ = 0;    // where the piece continues: row,
+    int64_t at_ = 0;     // and block in it
     bf16* out_ = nullptr;
-    const bf16* values_[MOST_GROUPS * GROUP];
+    const bf16* values_[MOST_GROUPS * GROUP];  // the next value of each row
 };
 
 }  // namespace pst::amx

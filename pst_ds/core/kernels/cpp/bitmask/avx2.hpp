@@ -1,5 +1,10 @@
 // AVX2 with FMA: values are widened to fp32 and moved to their places, 8 at a time, by a table of permutations.
 // Included inside a region that is compiled for these instructions.
+//
+// AVX2 has no expand instruction: a table of 256 rows of 8 int32 (8 KiB, aligned to 32 bytes) has for each byte of a mask
+// the permutation that does it. Expanded rows are fp32 in working memory, aligned to 64 bytes, and written with aligned
+// stores up to a multiple of 8 columns. `values` is read 8 at a time except near the end of the array, where only the
+// values that the byte keeps are read.
 #pragma once
 
 #include "common.hpp"
@@ -49,14 +54,17 @@ template <class Type> struct Kernel {
     using T = Type;
     using C = float;
     static constexpr int64_t lanes = 8;
-    static constexpr int rows_at_once = 3, columns_at_once = 4;  // 12 sums in 16 registers
+    static constexpr int rows_at_once = 3;
+    static constexpr int columns_at_once = 4;  // 3 x 4 sums take 12 of 16 registers
 
     static void expand(const Packed<T>& w, int64_t row, float* out) {
         const Places& table = places();
-        const T *values = w.values + w.row_offsets[row], *end = w.values + w.count;
+        const T* values = w.values + w.row_offsets[row];
+        const T* end = w.values + w.count;
         const uint8_t* mask = w.mask_row(row);
         const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
         for (int64_t i = 0; i < w.bytes_per_row(); ++i, out += 8) {
+            // an address past the end is allowed: a prefetch never faults
             _mm_prefetch(reinterpret_cast<const char*>(values) + 2048, _MM_HINT_T0);
             const int count = _mm_popcnt_u32(mask[i]);
             const __m256 packed = widen_8(values, end - values >= 8 ? 8 : count);

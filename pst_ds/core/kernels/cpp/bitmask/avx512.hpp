@@ -1,18 +1,31 @@
 // AVX-512 with VBMI2 and BF16: 32 values at a time are expanded under their mask bits, then multiplied in pairs.
 // Included inside a region that is compiled for these instructions.
+//
+// Layout
+//   packed W   as in common.hpp; a word of 32 mask bits and the values from `from` on make a vector of 32 weights
+//   expanded   (rows, stride) bf16 in working memory, aligned to 64 bytes; every row is a multiple of 32 columns, zeros
+//              at pruned places and behind the last column
+//   x          (n, stride) bf16, padded with zeros to 32; or fp32 for one vector, see dot()
+// A bf16 dot product (dpbf16ps) adds two products to each of 16 fp32 sums, so bf16 weights need no widening.
+//
+// At the end of `values` a vector of 32 values would pass the array. OVERREAD = false masks the load, which is slower;
+// rows far enough from the end use OVERREAD = true (may_overread).
 #pragma once
 
 #include "common.hpp"
 
 namespace pst::avx512 {
 
-constexpr int64_t LANES = 32, AHEAD = 3072, MASK_AHEAD = 1024;  // bytes to prefetch ahead of a row's values and mask
+constexpr int64_t LANES = 32;         // bf16 values of a register
+constexpr int64_t AHEAD = 3072;       // bytes to prefetch ahead of a row's values
+constexpr int64_t MASK_AHEAD = 1024;  // bytes to prefetch ahead of its mask
 
 template <bool OVERREAD> inline __m512i load_values(const bf16* from, int count) {
     if (OVERREAD) return _mm512_loadu_si512(from);
     return _mm512_maskz_loadu_epi16(_bzhi_u32(~0u, unsigned(count)), from);  // reads nothing beyond the array
 }
 
+// The next 32 weights of a row, zeros where `mask` has none; advances `from` behind their values.
 template <bool OVERREAD> inline __m512i expand(uint32_t mask, const bf16*& from) {
     const int count = _mm_popcnt_u32(mask);
     const __m512i values = _mm512_maskz_expand_epi16(mask, load_values<OVERREAD>(from, count));
@@ -58,6 +71,7 @@ inline void rows_dot(const Packed<bf16>& w, const int64_t (&row)[ROWS], const X*
         for (int i = 0; i < 4; ++i) sum[r][i] = _mm512_setzero_ps();
     }
     int64_t col = 0;
+    // four sums per row, because a product takes several cycles and each sum waits for its own last one
     for (; col + 4 * LANES <= w.cols; col += 4 * LANES)
         for (int r = 0; r < ROWS; ++r) {
             prefetch<LINES>(values[r], mask[r] + col / 8);
@@ -89,7 +103,9 @@ template <int LINES, bool OVERREAD> inline void expand_row(const Packed<bf16>& w
         _mm512_store_si512(out + col, expand<OVERREAD>(mask_word(mask, w.bytes_per_row(), col), values));
 }
 
-constexpr int ROWS = 3, COLUMNS = 8;  // 24 sums and 3 rows' values in 32 registers
+// A block of rows and vectors: 24 sums and 3 rows' values take 27 of 32 registers.
+constexpr int ROWS = 3;
+constexpr int COLUMNS = 8;
 
 // Rows to expand while others are multiplied, in equal number and in step, so that both execution ports and the memory
 // are busy.
@@ -129,11 +145,13 @@ inline void block(const bf16* a, const bf16* b, int64_t stride, int64_t length, 
         for (int c = 0; c < C; ++c) sums[r * C + c] = _mm512_reduce_add_ps(sum[r][c]);
 }
 
+// Kernel of panel.hpp for bf16.
 template <int LINES> struct Bf16 {
     using T = bf16;
     using C = bf16;
     static constexpr int64_t lanes = LANES;
-    static constexpr int rows_at_once = ROWS, columns_at_once = COLUMNS;
+    static constexpr int rows_at_once = ROWS;
+    static constexpr int columns_at_once = COLUMNS;
 
     static void expand(const Packed<bf16>& w, int64_t row, bf16* out) {
         w.may_overread(row, LANES) ? expand_row<LINES, true>(w, row, out) : expand_row<LINES, false>(w, row, out);
@@ -144,11 +162,13 @@ template <int LINES> struct Bf16 {
     }
 };
 
+// Kernel of panel.hpp for fp32: 16 values at a time, two halves of a word of 32 mask bits.
 struct Fp32 {
     using T = float;
     using C = float;
     static constexpr int64_t lanes = 16;
-    static constexpr int rows_at_once = 4, columns_at_once = 4;
+    static constexpr int rows_at_once = 4;
+    static constexpr int columns_at_once = 4;
 
     static void expand(const Packed<float>& w, int64_t row, float* out) {
         w.may_overread(row, lanes) ? expand_row<true>(w, row, out) : expand_row<false>(w, row, out);

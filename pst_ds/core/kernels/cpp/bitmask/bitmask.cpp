@@ -1,4 +1,15 @@
 // y = x W' + bias with W as a bitmask: plain C functions for ctypes, which choose the instructions of this processor.
+//
+// Layout
+//   W     values, mask and row_offsets of a packed matrix (rows, cols), see common.hpp; bf16 or fp32
+//   x     (n, cols) and y (n, rows), contiguous, of the dtype of W; bias (rows,) of the same dtype, or null
+//
+// A kernel expands some rows of W into working memory of its thread, with zeros at pruned places, and multiplies them
+// with all vectors of x while they are in a cache: the packed weight is read from memory once per MOST_VECTORS vectors.
+// Sums are in fp32, also for bf16 weights; their order depends on the instruction set and on n, so results of two levels
+// agree up to rounding. They do not depend on the number of threads, which split the rows of W.
+// No array needs an alignment. The caller owns all of them; working memory belongs to the calling thread and to those of
+// OpenMP. Each instruction set includes panel.hpp in its namespace, inside a region compiled for it.
 #include "common.hpp"
 #include "portable.hpp"
 
@@ -42,7 +53,8 @@ int best_level() {
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16") &&
                         __builtin_cpu_supports("bmi2");
-    return avx512 ? (may_use_tiles(AMX_BF16) ? AMX : AVX512) : avx2 ? AVX2 : PORTABLE;
+    if (avx512) return may_use_tiles(AMX_BF16) ? AMX : AVX512;
+    return avx2 ? AVX2 : PORTABLE;
 #else
     return PORTABLE;
 #endif
@@ -50,10 +62,14 @@ int best_level() {
 
 #if PST_X86
 template <int LINES> bool run_avx512(const Job<bf16>& job, int threads, int level) {
-    if (level == AMX) return job.n == 1 ? avx512::one_vector_fp32<LINES>(job, threads) : amx::multiply<LINES>(job, threads);
+    if (level == AMX) {
+        if (job.n == 1) return avx512::one_vector_fp32<LINES>(job, threads);
+        return amx::multiply<LINES>(job, threads);
+    }
     if (job.n < avx512::MANY_VECTORS) return avx512::few_vectors<LINES>(job, threads);
     return avx512::multiply<avx512::Bf16<LINES>>(job, threads);
 }
+// The number of cache lines to prefetch per step depends on the density, and is a constant of the compiled loops.
 bool run_avx512(const Job<bf16>& job, int threads, int level) {
     switch (job.weight.lines_in_128()) {
         case 1: return run_avx512<1>(job, threads, level);
@@ -73,9 +89,11 @@ template <class T> bool run_part(const Job<T>& job, int threads, int level) {
     return portable::multiply<portable::Kernel<T>>(job, threads);
 }
 
+// Multiply in passes of nearly equal numbers of vectors.
 template <class T> bool run(Job<T> job, int threads, int level) {
     if (job.weight.rows == 0 || job.n == 0) return true;
-    const int64_t all = job.n, parts = (all + MOST_VECTORS - 1) / MOST_VECTORS;
+    const int64_t all = job.n;
+    const int64_t parts = (all + MOST_VECTORS - 1) / MOST_VECTORS;
     const T* x = job.x;
     T* y = job.y;
     for (int64_t i = 0; i < parts; ++i) {
@@ -127,7 +145,8 @@ extern "C" int pst_bitmask_experts(const void* values, const uint8_t* mask, cons
                                    int threads, int level) {
     const auto at = [](const void* from, int64_t element, int size) { return static_cast<const char*>(from) + element * size; };
     for (const int64_t* run = runs; run < runs + 5 * num_runs; run += 5) {
-        const int64_t row = run[0] * rows, first = run[3];
+        const int64_t row = run[0] * rows;
+        const int64_t first = run[3];
         char* to = static_cast<char*>(y) + first * rows * bytes;
         const int failed =
             pst_bitmask_linear(at(values, run[1], bytes), mask + row * ((cols + 7) / 8), row_offsets + row, rows, cols, run[2],

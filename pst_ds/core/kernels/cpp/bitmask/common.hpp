@@ -1,4 +1,15 @@
 // Shared by the kernels of every instruction set: the packed matrix, scratch memory, and rounding.
+//
+// Layout of a packed matrix of `rows` by `cols`, made and checked by pst_ds/formats:
+//   mask         (rows, ceil(cols / 8)) uint8, little-endian bits: column i of a row has bit i % 8 of byte i / 8. Each row
+//                starts at a byte, and padding bits are zero.
+//   values       (count,) bf16 or fp32: the kept weights, row by row, without gaps between rows
+//   row_offsets  (rows,) int64: the place of each row's first value
+//
+// The arrays are the bytes of a file, mapped into memory: no alignment is assumed, nothing is written, and a load must
+// stay inside them (may_overread, mask_word). Working memory (Scratch) is aligned to 64 bytes, and rows in it are padded
+// with zeros to whole vectors. in_parallel splits rows among OpenMP threads at multiples of 16 rows, so that two
+// threads rarely write to one cache line of y.
 #pragma once
 
 #include <cstddef>
@@ -25,6 +36,7 @@
 
 namespace pst {
 
+// From the type of the weight to the type computed with.
 template <class T> inline void convert(T value, T* to) { *to = value; }
 inline void convert(bf16 value, float* to) { *to = widen(value); }
 
@@ -33,7 +45,9 @@ template <class T> struct Packed {
     const T* values;
     const uint8_t* mask;  // bytes_per_row() per row, little-endian bits, padding bits zero
     const int64_t* row_offsets;  // first value of each row
-    int64_t rows, cols, count;
+    int64_t rows;
+    int64_t cols;
+    int64_t count;
 
     int64_t bytes_per_row() const { return (cols + 7) / 8; }
     const uint8_t* mask_row(int64_t row) const { return mask + row * bytes_per_row(); }
@@ -61,12 +75,12 @@ inline uint32_t mask_word(const uint8_t* row, int64_t bytes_per_row, int64_t col
     return word;
 }
 
-// The lower or upper of the two 4-bit codes of a byte.
+// The lower or upper of the two signed 4-bit codes of a byte; (n ^ 8) - 8 extends the sign.
 inline int nibble(uint8_t pair, int64_t upper) { return ((upper ? pair >> 4 : pair & 15) ^ 8) - 8; }
 
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
-// Memory that a thread keeps between calls, aligned to a cache line.
+// Memory that a thread keeps between calls, aligned to a cache line. Its contents are lost when it grows.
 class Scratch {
    public:
     Scratch() = default;
@@ -113,8 +127,10 @@ template <class Work> bool in_parallel(int64_t rows, int threads, const Work& wo
         bool done = true;
 #pragma omp parallel num_threads(threads) reduction(&& : done)
         {
-            const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-            const int64_t first = groups * me / all * 16, last = groups * (me + 1) / all * 16;
+            const int64_t thread = omp_get_thread_num();
+            const int64_t team = omp_get_num_threads();  // may be fewer than asked for
+            const int64_t first = groups * thread / team * 16;
+            const int64_t last = groups * (thread + 1) / team * 16;
             done = work(first, last < rows ? last : rows);
         }
         return done;

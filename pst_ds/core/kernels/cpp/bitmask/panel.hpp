@@ -1,9 +1,18 @@
 // Products in panels: a few rows of the weight are expanded into a buffer that stays in the cache, then multiplied.
 // Included once per instruction set, inside a region compiled for it and a namespace: no #pragma once.
-// `Kernel` has: T, the type of the weight; C, the type computed with; lanes; rows_at_once; columns_at_once;
-// expand(weight, row, out); block<ROWS, COLUMNS>(a, b, stride, length, sums).
+//
+// Layout
+//   x copy  (n, stride) of type C: the vectors of x, each padded with zeros to `stride`. One copy per call, made by the
+//           calling thread and read by all.
+//   panel   (rows, stride) of type C: expanded rows of W, with zeros at pruned places. One per thread.
+// Both are aligned to 64 bytes, and so are their rows. A product reads round_up(cols, lanes) elements of each row, which
+// are all written.
+//
+// `Kernel` has: T, the type of the weight; C, the type computed with; lanes; rows_at_once; columns_at_once (vectors of
+// x); expand(weight, row, out); block<ROWS, COLUMNS>(a, b, stride, length, sums), which writes sums[row][column].
 
-constexpr int64_t MANY_VECTORS = 32, PANEL_ROWS = 48;
+constexpr int64_t MANY_VECTORS = 32;  // from here on larger panels pay
+constexpr int64_t PANEL_ROWS = 48;    // a multiple of every rows_at_once
 
 // Distance of rows and vectors in elements: whole cache lines, and not a power of two of them.
 template <class Kernel> inline int64_t stride_of(int64_t cols) {
@@ -11,6 +20,7 @@ template <class Kernel> inline int64_t stride_of(int64_t cols) {
     return round_up(round_up(cols, Kernel::lanes), line) + line;
 }
 
+// A block of ROWS rows, from the start of `a`, with COLUMNS vectors: store its results.
 template <class Kernel, int ROWS, int COLUMNS>
 inline void store_block(const Job<typename Kernel::T>& job, const typename Kernel::C* a, int64_t row,
                         const typename Kernel::C* x, int64_t column, int64_t stride) {
@@ -20,6 +30,7 @@ inline void store_block(const Job<typename Kernel::T>& job, const typename Kerne
         for (int c = 0; c < COLUMNS; ++c) job.store(column + c, row + r, sums[r * COLUMNS + c]);
 }
 
+// All rows of a panel with COLUMNS vectors.
 template <class Kernel, int COLUMNS>
 inline void multiply_columns(const Job<typename Kernel::T>& job, const typename Kernel::C* panel, int64_t first,
                              int64_t last, const typename Kernel::C* x, int64_t column, int64_t stride) {
@@ -31,6 +42,7 @@ inline void multiply_columns(const Job<typename Kernel::T>& job, const typename 
         store_block<Kernel, 1, COLUMNS>(job, panel + (row - first) * stride, row, x, column, stride);
 }
 
+// All rows of a panel with all vectors: the outer loop is over vectors, so the panel is read from the cache each time.
 template <class Kernel>
 inline void multiply_panel(const Job<typename Kernel::T>& job, const typename Kernel::C* panel, int64_t first,
                            int64_t last, const typename Kernel::C* x, int64_t stride) {

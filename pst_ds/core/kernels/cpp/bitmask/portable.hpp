@@ -1,4 +1,8 @@
 // Plain C++ for every processor.
+//
+// A row is expanded to fp32, 8 columns per byte of its mask, up to a multiple of 8 columns. Elsewhere than at the end of
+// `values` all 8 next values are read, kept or not: a load that is not used costs less than a mispredicted branch. `block`
+// keeps 8 sums per row and vector, one per lane, and adds them at the end in a fixed order.
 #pragma once
 
 #include "common.hpp"
@@ -9,19 +13,21 @@ template <class Type> struct Kernel {
     using T = Type;
     using C = float;
     static constexpr int64_t lanes = 8;
-    static constexpr int rows_at_once = 2, columns_at_once = 4;
+    static constexpr int rows_at_once = 2;
+    static constexpr int columns_at_once = 4;
 
     static void expand(const Packed<T>& w, int64_t row, float* out) {
-        const T *values = w.values + w.row_offsets[row], *end = w.values + w.count;
+        const T* values = w.values + w.row_offsets[row];
+        const T* end = w.values + w.count;
         const uint8_t* mask = w.mask_row(row);
         for (int64_t i = 0; i < w.bytes_per_row(); ++i, out += 8) {
             if (end - values >= 8)
-                for (int bit = 0; bit < 8; ++bit) {  // read whether kept or not, to avoid mispredicted branches
+                for (int bit = 0; bit < 8; ++bit) {
                     const uint32_t keep = mask[i] >> bit & 1;
                     const float value = widen(*values);
                     uint32_t bits;
                     std::memcpy(&bits, &value, 4);
-                    bits &= 0u - keep;
+                    bits &= 0u - keep;  // all ones, or 0
                     std::memcpy(out + bit, &bits, 4);
                     values += keep;
                 }

@@ -1,5 +1,9 @@
 // Eight lanes in plain C++ with compiler vector types. Included first for an instruction set, inside a region compiled
 // for it and a namespace: no #pragma once.
+//
+// Each file of this folder defines for its instruction set: LANES; larger and smaller; widen, to LANES floats from as
+// many bf16 or int8 at any address; fused, a * b + c; store_sums, the sums of four vectors; transpose, of a square of
+// LANES vectors in place; add_pairs. functions.hpp and the code of the operators use only these.
 
 constexpr int LANES = 8;
 #include "types.hpp"
@@ -31,5 +35,5 @@ inline void transpose(Floats (&square)[LANES]) {
             square[j][i] = other;
         }
 }
-// sum + the products of the 16-bit halves of a and b.
+// sum + the products of the 16-bit halves of a and b. Shifting left and right extends the sign of the lower half.
 inline Ints add_pairs(Ints sum, Ints a, Ints b) { return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16); }

@@ -1,4 +1,8 @@
 // Vectors of LANES floats. Included by the lanes of each instruction set: no #pragma once.
+//
+// Floats and Ints have as many bytes and can be cast into each other, which keeps the bits. Both are aligned to 4 bytes
+// only, so that load and store compile to unaligned instructions and work at every float of an array. A comparison of
+// two vectors is an Ints with all bits set where it holds and 0 elsewhere, which is the mask of choose().
 
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4)));
