@@ -31,6 +31,8 @@ PLAIN_STEM = "model"
 """Stem that plain transformers looks for; files that it cannot read never have it."""
 VALUES = "values"
 """Setting for the quantisation of linear layers."""
+CODES = "codes"
+"""Part with the quantised values of a weight, in the formats of pst-ds."""
 EMBEDDINGS = "embeddings"
 """Setting for the quantisation of embeddings and the output layer."""
 
@@ -116,6 +118,67 @@ class StorageFormat:
         None if such a tensor is stored unchanged. Raises ValueError for an unsupported quantisation.
         """
         return None
+
+    def require_values_of_model(self, grid: Grid | None) -> None:
+        """Raise ValueError for values quantised to ``grid``, naming the formats that hold them."""
+        if grid is None:
+            return
+        capable = [each for each in storage_formats() if each.quantises and each.loads_with_pst_ds]
+        capable.sort(key=lambda each: each.omits_pruned, reverse=True)  # packed ones first
+        names = ", ".join(each.name for each in capable)
+        raise ValueError(f"quantised values are packed as {names}, not as {self.name}")
+
+    def all_part_names(self) -> set[str]:
+        """Return the names that parts of weights can have in folders of this format, quantised or not."""
+        from pst_ds.core.quantization import Grid
+        from pst_ds.formats.quantized import QuantizedDense
+
+        # the names of the parts are the same for every quantisation
+        layouts = [self.layout(None), QuantizedDense(Grid(8))]
+        if VALUES in self.quantises:
+            layouts.append(self.layout(Grid(8)))
+        return {name for layout in layouts if layout is not None for name in layout.part_names}
+
+    def part_names_of(self, stored: Collection[str]) -> tuple[str, ...]:
+        """Return the names of the parts of a weight in a folder of this format; empty if it is stored unchanged.
+
+        Args:
+            stored: names that could be parts: the last components of tensors named like the weight's module.
+        """
+        from pst_ds.core.quantization import Grid
+
+        layout = self.layout(None)
+        if CODES in stored:
+            # the names of the parts are the same for every quantisation
+            layout = self._quantised_layout(stored, Grid(8))
+        return () if layout is None else layout.part_names
+
+    def layout_of_parts(self, parts: Mapping[str, Part], columns: int) -> PackedFormat:
+        """Return the layout of a weight with ``columns`` inputs, given the dtypes and shapes of its parts.
+
+        Reads only what distinguishes layouts; :meth:`PackedFormat.check` validates the rest.
+
+        Raises FormatError if the scales fit no quantisation, and ValueError if the format has no packed floats.
+        """
+        from pst_ds.formats.quantized import grid_of_parts
+
+        if CODES not in parts:
+            return packed_format(self.name)
+        return self._quantised_layout(parts, grid_of_parts(parts, columns))
+
+    def _quantised_layout(self, stored: Collection[str], grid: Grid) -> PackedFormat:
+        """Return the layout of quantised values with the parts ``stored``.
+
+        Every format stores quantised embeddings whole. So is a matrix that has no part of the format's own.
+        """
+        from pst_ds.formats.quantized import QuantizedDense
+
+        whole = QuantizedDense(grid)
+        if VALUES not in self.quantises:
+            return whole
+        packed = packed_format(self.name, grid)
+        own_parts = set(packed.part_names) - set(whole.part_names)
+        return whole if own_parts.isdisjoint(stored) else packed
 
     def spec_of(self, spec: Any, encoding: Any, grid: Grid | None, keep: Callable[[Any], Tensor] | None) -> Any:
         """Return a tensor as an export stores it; see :meth:`pst_ds.writing.plan.TensorSpec.stored_as`."""
@@ -316,22 +379,13 @@ def packed_format(packing: str, grid: Grid | None = None) -> PackedFormat:
 
 
 def form_of(packing: str, parts: Mapping[str, Part], columns: int) -> PackedFormat:
-    """Return the layout of a weight, given the dtypes and shapes of its parts.
-
-    Reads only what distinguishes layouts; :meth:`PackedFormat.check` validates the rest.
-
-    Args:
-        packing: format of the folder; a weight with codes and without a bitmask is dense.
-        parts: dtype and shape of each part.
-        columns: inputs of the weight.
+    """Return the layout of a weight in a folder of format ``packing``; see :meth:`StorageFormat.layout_of_parts`.
 
     Raises FormatError if the scales fit no quantisation, and ValueError for an unknown ``packing``.
     """
-    from pst_ds.formats.quantized import grid_of_parts
-
-    if "codes" not in parts:
-        return packed_format(packing)
-    return packed_format(packing if "bitmask" in parts else DENSE_FORMAT, grid_of_parts(parts, columns))
+    if packing not in STORAGE_FORMATS.names:
+        return packed_format(packing)  # raises ValueError, with the known names
+    return storage_format(packing).layout_of_parts(parts, columns)
 
 
 DENSE_FORMAT = "dense"

@@ -14,7 +14,7 @@ nothing else here validates them.
 """
 
 from pst_ds.formats.parts import VALUE_DTYPES, FormatError, PackedFormat, Part
-from pst_ds.formats.quantized import QuantizedFormat
+from pst_ds.formats.quantized import QuantizedBitmask, QuantizedDense, QuantizedFormat, QuantizedTwoFour
 from pst_ds.formats.rows import mask_row_bits, row_bits
 from pst_ds.formats.sparse import BitmaskFormat, CsrFormat, TwoFourFormat
 from pst_ds.formats.stored_bits import stored_bits, with_row_bits
@@ -27,10 +27,14 @@ FORMATS = {layout.name: layout for layout in _FORMATS}
 __all__ = [
     "FORMATS",
     "VALUE_DTYPES",
+    "BitmaskFormat",
     "FormatError",
     "PackedFormat",
     "Part",
+    "QuantizedBitmask",
+    "QuantizedDense",
     "QuantizedFormat",
+    "QuantizedTwoFour",
     "mask_row_bits",
     "row_bits",
     "stored_bits",

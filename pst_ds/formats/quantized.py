@@ -5,14 +5,14 @@ position. Two int4 codes share a byte, the first in its lower half. Every row st
 byte after an odd number of codes is 0.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pst_ds.core.packings import DENSE, GROUPS, QUANTIZED_PACKINGS
+from pst_ds.core.packings import DENSE, GROUPS
 from pst_ds.core.quantization import (
     RULE_OF_SCALES,
     SCALE_DTYPE,
@@ -23,9 +23,9 @@ from pst_ds.core.quantization import (
     quantize,
     unpack_nibbles,
 )
-from pst_ds.formats.parts import FormatError, PackedFormat, Part, require_no_padding
+from pst_ds.formats.parts import FormatError, PackedFormat, Part
 from pst_ds.formats.rows import as_bools, bytes_of_row, gather, row_counts, scatter
-from pst_ds.formats.sparse import BitmaskFormat, TwoFourFormat, filled_groups, require_two_of_four
+from pst_ds.formats.sparse import BitmaskFormat, TwoFourFormat, filled_groups
 
 
 def grid_of_parts(parts: Mapping[str, Part], columns: int) -> Grid:
@@ -44,41 +44,46 @@ def grid_of_parts(parts: Mapping[str, Part], columns: int) -> Grid:
 
 
 class QuantizedFormat(PackedFormat):
-    """``codes``, ``scales`` (O, groups) bf16, ``shape`` and, unless dense, ``bitmask`` (O, ceil(I / 8)) uint8.
+    """Quantised values with their scales; a subclass says which positions have one, and how a row of them is stored.
 
-    ``codes`` are int8: (nnz,) for bitmask, (O, I / 2) for 2:4, (O, I) for a dense matrix. int4 codes are uint8, with
-    half as many bytes per row, rounded up; in bitmask, the rows are concatenated.
+    ``codes``, ``scales`` (O, groups) bf16, ``shape`` and, unless every position has a code, ``bitmask``
+    (O, ceil(I / 8)) uint8. ``codes`` are int8; int4 codes are uint8, with half as many bytes per row, rounded up.
     """
 
     values_name = "codes"
     holds_stacks = True
-    shape_dims: tuple[int, ...]
-    _POSITIONS: ClassVar[dict[str, PackedFormat]] = {"bitmask": BitmaskFormat(), "2:4": TwoFourFormat()}
+    packing: str
+    """Name of the storage format."""
+    positions: BitmaskFormat | None = None
+    """Layout whose bits say which positions have a code; None if all have one."""
+    pads_rows = False
+    """True if a row with an odd number of kept int4 codes ends with half a byte of padding."""
 
-    def __init__(self, packing: str, grid: Grid):
-        """Create the format; ``packing``: "bitmask", "2:4" or "dense". Raises ValueError for others."""
-        if packing not in QUANTIZED_PACKINGS:
-            raise ValueError(f"quantised values are packed as {', '.join(QUANTIZED_PACKINGS)}, not as {packing}")
-        self.packing, self.grid = packing, grid
-        self._base = self._POSITIONS.get(packing)
-        self.name = f"{packing} {grid.values}"
-        self.shape_dims = self._base.shape_dims if self._base else (2,)
-        self.part_names = ("codes", *(["bitmask"] if self._base else []), "scales", "shape")
+    def __init__(self, grid: Grid):
+        self.grid = grid
+        self.name = f"{self.packing} {grid.values}"
         self.value_dtypes = (torch.int8,) if grid.bits == 8 else (torch.uint8,)
+        if self.positions is None:
+            self.part_names = ("codes", "scales", "shape")
+        else:
+            self.shape_dims = self.positions.shape_dims
+            self.part_names = ("codes", "bitmask", "scales", "shape")
 
     def stored(self, counts: Tensor) -> int:
         """Return the number of stored codes; int4 codes fill whole bytes in every row."""
-        return int((counts + (counts & 1 if self.grid.bits == 4 else 0)).sum())
+        padding = counts & 1 if self.grid.bits == 4 else 0
+        return int((counts + padding).sum())
 
     def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
         """Return dtype and shape of every part; ``nonzero``: from :meth:`stored`. ``dtype`` is not used."""
         rows, columns = shape
-        sizes: dict[str, tuple[int, ...]] = {"bitmask": (nonzero,), "2:4": (rows, columns // 2), DENSE: (rows, columns)}
-        *outer, codes = sizes[self.packing]
-        if self._base is not None:
-            self._base.parts(shape, nonzero, torch.float32)  # rejects shapes that it cannot hold
+        if self.positions is not None:
+            self.positions.parts(shape, nonzero, torch.float32)  # rejects shapes that it cannot hold
+        *outer, num_codes = self._shape_of_codes(shape, nonzero)
+        if self.grid.bits == 4:
+            num_codes = -(-num_codes // 2)
         parts: dict[str, Part] = {
-            "codes": (self.value_dtypes[0], (*outer, codes if self.grid.bits == 8 else -(-codes // 2))),
+            "codes": (self.value_dtypes[0], (*outer, num_codes)),
             "bitmask": (torch.uint8, (rows, bytes_of_row(columns))),
             "scales": (SCALE_DTYPE, (rows, self._num_groups(columns))),
             "shape": (torch.int64, self.shape_dims),
@@ -92,7 +97,7 @@ class QuantizedFormat(PackedFormat):
             raise FormatError(str(error)) from None
 
     def accepts(self, bits: Tensor, shape: tuple[int, int]) -> bool:
-        return self._base is None or self._base.accepts(bits, shape)
+        return self.positions is None or self.positions.accepts(bits, shape)
 
     def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
         try:
@@ -112,56 +117,39 @@ class QuantizedFormat(PackedFormat):
 
         Raises FormatError if 2:4 cannot hold the positions.
         """
-        rows, columns = codes.shape
-        held = {"scales": scales, "shape": self._shape_part(codes.shape)}
-        if self.packing == "2:4":
-            held["bitmask"] = filled_groups(name, keep, columns)
-        elif self.packing == "bitmask":
-            held["bitmask"] = keep
-        if self._base is not None:
-            codes = gather(codes.contiguous(), held["bitmask"], int(row_counts(held["bitmask"]).sum()))
-        if self.packing == "2:4":
-            codes = codes.view(rows, columns // 2)
-        if self.grid.bits == 4:
-            codes = _packed_rows(codes, row_counts(keep)) if self.packing == "bitmask" else pack_nibbles(codes)
-        held["codes"] = codes
-        return {part: held[part] for part in self.part_names}
+        packed = self._pack_kept(codes, keep, name)
+        packed["scales"] = scales
+        packed["shape"] = self._shape_part(codes.shape)
+        return {part: packed[part] for part in self.part_names}
 
     @property
     def is_dense(self) -> bool:
         """True if every position has a code."""
-        return self._base is None
-
-    @property
-    def pads_rows(self) -> bool:
-        """True if a row with an odd number of kept int4 codes ends with half a byte of padding."""
-        return self.packing == "bitmask" and self.grid.bits == 4
+        return self.positions is None
 
     def row_starts(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Return the index of the first byte of every row in ``codes``, (O,) int64, on the device of the parts."""
-        codes, rows = parts["codes"], int(parts["shape"].flatten()[0])
-        if self.packing != "bitmask":
-            return torch.arange(rows, device=codes.device) * (codes.shape[1] if rows else 0)
-        counts = row_counts(parts["bitmask"].cpu())
-        nbytes = counts if self.grid.bits == 8 else (counts + 1) // 2
-        return (nbytes.cumsum(0) - nbytes).to(codes.device)
+        codes = parts["codes"]
+        rows = int(parts["shape"].flatten()[0])
+        bytes_per_row = codes.shape[1] if rows else 0
+        return torch.arange(rows, device=codes.device) * bytes_per_row
 
     def unpack_codes(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Return the codes, (O, I) int8 on the CPU, 0 at pruned positions. Call :meth:`check` first."""
-        codes, columns = parts["codes"].detach().cpu().contiguous(), int(parts["shape"].flatten()[1])
-        if self._base is None:
-            return unpack_nibbles(codes, columns).contiguous() if self.grid.bits == 4 else codes
+        codes = parts["codes"].detach().cpu().contiguous()
+        columns = int(parts["shape"].flatten()[1])
         bits = parts["bitmask"].detach().cpu().contiguous()
         if self.grid.bits == 4 and columns:
-            flat = unpack_nibbles(codes, 2 * codes.shape[-1])
-            codes = without_padding(flat, row_counts(bits)) if self.packing == "bitmask" else flat
+            codes = unpack_nibbles(codes, 2 * codes.shape[-1])
+            if self.pads_rows:
+                codes = without_padding(codes, row_counts(bits))
         return scatter(codes.contiguous(), bits, columns)
 
     def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
         return dequantize(self.unpack_codes(parts), parts["scales"], dtype or torch.float32)
 
     def stored_of(self, num_values: int) -> int:
-        return num_values * (2 if self.grid.bits == 4 else 1)
+        return num_values * 2 if self.grid.bits == 4 else num_values
 
     def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         bad = first_bad_scale(parts["scales"], self.grid)
@@ -169,42 +157,117 @@ class QuantizedFormat(PackedFormat):
             row, group = divmod(bad, parts["scales"].shape[1])
             value = float(parts["scales"][row, group])
             raise FormatError(f"{name}: scale {group} of row {row} is {value:g}; {RULE_OF_SCALES}")
-        if self._base is not None:
-            require_no_padding(name, "bitmask", parts["bitmask"], shape[1])
-        if self.packing == "2:4":
-            require_two_of_four(name, parts["bitmask"], shape[1])
+        if self.positions is not None:
+            self.positions.check_bits(name, parts["bitmask"], shape[1])
         if shape[1]:
-            self._check_codes(name, parts["codes"], self._counts(name, parts, shape))
+            self._check_codes(name, parts["codes"], self._codes_per_row(name, parts, shape))
         elif parts["codes"].numel():  # without inputs, a file of few bytes may claim any number of rows
             raise FormatError(f"{name}: codes has {parts['codes'].numel()} bytes, but the matrix has no inputs")
 
-    def _counts(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        """Return the number of codes per row, (O,) int64, given checked bits. Raises FormatError."""
-        if self.packing != "bitmask":
-            return torch.full((shape[0],), shape[1] // (2 if self.packing == "2:4" else 1), dtype=torch.int64)
-        counts = row_counts(parts["bitmask"])
-        total, held = self.stored(counts), self.stored_of(parts["codes"].numel())
-        if total != held:
-            filled = ", including padding," if self.grid.bits == 4 else ""
-            raise FormatError(
-                f"{name}: bitmask keeps {int(counts.sum())} positions, so codes must have {total}{filled} but "
-                f"has {held}"
-            )
-        return counts
-
     def _check_codes(self, name: str, codes: Tensor, counts: Tensor) -> None:
+        """Check for codes that no quantisation writes; ``counts``: codes per row, (O,) int64."""
         flat = codes.flatten()
         bad = flat == -128
         if self.grid.bits == 8 and bad.any():
-            at = int(bad.to(torch.uint8).argmax())
-            raise FormatError(f"{name}: codes has -128 in byte {at}; int8 codes go from -127 to 127")
+            place = int(bad.to(torch.uint8).argmax())
+            raise FormatError(f"{name}: codes has -128 in byte {place}; int8 codes go from -127 to 127")
         if self.grid.bits == 4 and bool((counts & 1).any()):
-            ends = ((counts + 1) // 2).cumsum(0) - 1
-            odd = (counts & 1).nonzero().flatten()
-            wrong = (flat[ends[odd]] >> 4) != 0
+            last_bytes = ((counts + 1) // 2).cumsum(0) - 1
+            odd_rows = (counts & 1).nonzero().flatten()
+            wrong = (flat[last_bytes[odd_rows]] >> 4) != 0
             if wrong.any():
-                row = int(odd[int(wrong.to(torch.uint8).argmax())])
+                row = int(odd_rows[int(wrong.to(torch.uint8).argmax())])
                 raise FormatError(f"{name}: the last half byte of row {row} in codes is padding, and must be 0")
+
+    @abstractmethod
+    def _shape_of_codes(self, shape: tuple[int, int], nonzero: int) -> tuple[int, ...]:
+        """Return the shape of the int8 codes of an (O, I) matrix; int4 codes halve the last dimension."""
+
+    @abstractmethod
+    def _pack_kept(self, codes: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
+        """Return the part "codes", and "bitmask" if there is one; see :meth:`pack_codes`."""
+
+    @abstractmethod
+    def _codes_per_row(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        """Return the number of codes per row, (O,) int64, given checked bits. Raises FormatError."""
+
+
+class QuantizedDense(QuantizedFormat):
+    """A code for every position: ``codes`` (O, I)."""
+
+    packing = DENSE
+
+    def unpack_codes(self, parts: Mapping[str, Tensor]) -> Tensor:
+        codes = parts["codes"].detach().cpu().contiguous()
+        if self.grid.bits == 8:
+            return codes
+        return unpack_nibbles(codes, int(parts["shape"].flatten()[1])).contiguous()
+
+    def _shape_of_codes(self, shape: tuple[int, int], nonzero: int) -> tuple[int, ...]:
+        return shape
+
+    def _pack_kept(self, codes: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
+        return {"codes": pack_nibbles(codes) if self.grid.bits == 4 else codes}
+
+    def _codes_per_row(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        return torch.full((shape[0],), shape[1], dtype=torch.int64)
+
+
+class QuantizedBitmask(QuantizedFormat):
+    """Codes of the kept positions, row after row: ``codes`` (nnz,). The rows of int4 codes are padded to bytes."""
+
+    positions = BitmaskFormat()
+    packing = positions.name
+
+    def __init__(self, grid: Grid):
+        super().__init__(grid)
+        self.pads_rows = grid.bits == 4
+
+    def row_starts(self, parts: Mapping[str, Tensor]) -> Tensor:
+        counts = row_counts(parts["bitmask"].cpu())
+        nbytes = counts if self.grid.bits == 8 else (counts + 1) // 2
+        return (nbytes.cumsum(0) - nbytes).to(parts["codes"].device)
+
+    def _shape_of_codes(self, shape: tuple[int, int], nonzero: int) -> tuple[int, ...]:
+        return (nonzero,)
+
+    def _pack_kept(self, codes: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
+        counts = row_counts(keep)
+        kept = gather(codes.contiguous(), keep, int(counts.sum()))
+        if self.grid.bits == 4:
+            kept = _packed_rows(kept, counts)
+        return {"codes": kept, "bitmask": keep}
+
+    def _codes_per_row(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        counts = row_counts(parts["bitmask"])
+        expected = self.stored(counts)
+        in_file = self.stored_of(parts["codes"].numel())
+        if expected != in_file:
+            filled = ", including padding," if self.grid.bits == 4 else ""
+            raise FormatError(
+                f"{name}: bitmask keeps {int(counts.sum())} positions, so codes must have {expected}{filled} but "
+                f"has {in_file}"
+            )
+        return counts
+
+
+class QuantizedTwoFour(QuantizedFormat):
+    """Codes of two of every four inputs: ``codes`` (O, I / 2)."""
+
+    positions = TwoFourFormat()
+    packing = positions.name
+
+    def _shape_of_codes(self, shape: tuple[int, int], nonzero: int) -> tuple[int, ...]:
+        return shape[0], shape[1] // 2
+
+    def _pack_kept(self, codes: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
+        rows, columns = codes.shape
+        filled = filled_groups(name, keep, columns)
+        kept = gather(codes.contiguous(), filled, rows * columns // 2).view(rows, columns // 2)
+        return {"codes": pack_nibbles(kept) if self.grid.bits == 4 else kept, "bitmask": filled}
+
+    def _codes_per_row(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        return torch.full((shape[0],), shape[1] // 2, dtype=torch.int64)
 
 
 def _packed_rows(codes: Tensor, counts: Tensor) -> Tensor:

@@ -51,8 +51,12 @@ class BitmaskFormat(PackedFormat):
             "shape": self._shape_part(weight.shape),
         }
 
+    def check_bits(self, name: str, bits: Tensor, columns: int) -> None:
+        """Raise FormatError unless the part "bitmask" has positions of this layout, and no bit beyond its row."""
+        require_no_padding(name, "bitmask", bits, columns)
+
     def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
-        require_no_padding(name, "bitmask", parts["bitmask"], shape[1])
+        self.check_bits(name, parts["bitmask"], shape[1])
         counts = row_counts(parts["bitmask"])
         total, values = int(counts.sum()), parts["compressed"].numel()
         if total != values:
@@ -189,8 +193,11 @@ class TwoFourFormat(BitmaskFormat):
             "shape": self._shape_part(weight.shape),
         }
 
+    def check_bits(self, name: str, bits: Tensor, columns: int) -> None:
+        require_two_of_four(name, bits, columns)
+
     def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
-        require_two_of_four(name, parts["bitmask"], shape[1])
+        self.check_bits(name, parts["bitmask"], shape[1])
 
 
 def filled_groups(name: str, keep: Tensor, columns: int) -> Tensor:

@@ -19,6 +19,7 @@ from pst_ds.hf.weight_files import (
     read_headers,
     reread_parts,
 )
+from pst_ds.storage_format import DENSE_FORMAT
 
 
 class LoadingTable(nn.Module):
@@ -92,10 +93,10 @@ def stored_tables(folder: Path, model: nn.Module) -> dict[str, StoredTable]:
     """Return the quantised embeddings of ``folder``, by name in ``model``, which was loaded from it."""
     headers = read_headers(str(path) for path in folder.glob("*.safetensors"))
     modules, found = dict(model.named_modules()), {}
-    for name, group in named_groups(model, packed_groups(headers, "bitmask")).items():
+    for name, group in named_groups(model, packed_groups(headers, DENSE_FORMAT)).items():
         module = modules.get(name)
         if isinstance(module, nn.Embedding) and "codes" in group:
-            form = form_of_group(name, "bitmask", group, module.embedding_dim)
+            form = form_of_group(name, DENSE_FORMAT, group, module.embedding_dim)
             assert isinstance(form, QuantizedFormat)
             codes, scales = group["codes"].read(), group["scales"].read()
             found[name] = StoredTable(codes, scales, form.grid.bits, form.grid.group or 0)

@@ -17,8 +17,6 @@ from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile, TensorFil
 from pst_ds.nn.model_structure import is_linear, known_stacks
 from pst_ds.storage_format import form_of, storage_format
 
-_PARTS_OF_CODES = ("codes", "bitmask", "scales", "shape")
-
 
 class PackedFolderError(InputError):
     """A packed folder that is invalid, or loaded with unsuitable options."""
@@ -60,8 +58,7 @@ def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
 
 def packed_groups(headers: Mapping[str, StoredTensor], packing: str) -> dict[str, dict[str, StoredTensor]]:
     """Return tensors that are named like parts of packed or quantised weights, by module name and part."""
-    layout = storage_format(packing).layout(None)
-    known = {*_PARTS_OF_CODES, *(() if layout is None else layout.part_names)}
+    known = storage_format(packing).all_part_names()
     groups: dict[str, dict[str, StoredTensor]] = {}
     for name, stored in headers.items():
         module, _, part = name.rpartition(".")

@@ -6,8 +6,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from pst_ds.formats import FORMATS, FormatError, PackedFormat, QuantizedFormat
+from pst_ds.formats import FormatError, PackedFormat, QuantizedFormat
 from pst_ds.runtime import ops
+from pst_ds.storage_format import packed_format
 
 
 class SparseLinear(nn.Module):
@@ -40,7 +41,7 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self._is_checked = False
-        self.format = FORMATS[format] if isinstance(format, str) else format
+        self.format = packed_format(format) if isinstance(format, str) else format
         self._dtype = dtype
         for name, (part_dtype, shape) in self.format.parts((out_features, in_features), nonzero, dtype).items():
             part = torch.empty(shape, dtype=part_dtype, device=device)

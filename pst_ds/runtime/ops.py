@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pst_ds.core.quantization import dequantize, unpack_nibbles
-from pst_ds.formats import FORMATS, QuantizedFormat
+from pst_ds.formats import BitmaskFormat, QuantizedFormat
 from pst_ds.formats.quantized import without_padding
 from pst_ds.runtime import gpu, native
 from pst_ds.storage_format import form_of
@@ -137,7 +137,7 @@ def _expand_rows(
     stop = int(row_offsets[last]) if last < row_offsets.numel() else compressed.numel()
     shape, offsets = torch.tensor([last - first, columns]), row_offsets[first:last] - start
     parts = {"compressed": compressed[start:stop], "bitmask": bitmask[first:last], "row_offsets": offsets}
-    return FORMATS["bitmask"].unpack({**parts, "shape": shape})
+    return BitmaskFormat().unpack({**parts, "shape": shape})
 
 
 _LIBRARY = torch.library.Library("pst_ds", "DEF")

@@ -27,6 +27,8 @@ class Bitmask(PackedFolder):
 
 @cache
 def _layout(grid: Grid | None) -> PackedFormat:
-    from pst_ds.formats import FORMATS, QuantizedFormat
+    from pst_ds.formats import FORMATS, QuantizedBitmask
 
-    return FORMATS[Bitmask.name] if grid is None else QuantizedFormat(Bitmask.name, grid)
+    if grid is None:
+        return FORMATS[Bitmask.name]
+    return QuantizedBitmask(grid)

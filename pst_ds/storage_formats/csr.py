@@ -18,7 +18,7 @@ class Csr(PackedFolder):
     purpose = "rows of values and columns, above 80 % sparsity; as bitmask"
 
     def layout(self, grid: Grid | None) -> PackedFormat:
-        from pst_ds.formats import FORMATS, QuantizedFormat
+        from pst_ds.formats import FORMATS
 
-        # QuantizedFormat refuses the name, with the formats that hold quantised values
-        return FORMATS[self.name] if grid is None else QuantizedFormat(self.name, grid)
+        self.require_values_of_model(grid)
+        return FORMATS[self.name]

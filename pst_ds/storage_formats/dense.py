@@ -28,6 +28,6 @@ class Dense(StorageFormat):
 
 @cache
 def _quantised(grid: Grid) -> PackedFormat:
-    from pst_ds.formats import QuantizedFormat
+    from pst_ds.formats import QuantizedDense
 
-    return QuantizedFormat(Dense.name, grid)
+    return QuantizedDense(grid)

@@ -28,6 +28,8 @@ class TwoOfFour(PackedFolder):
 
 @cache
 def _layout(grid: Grid | None) -> PackedFormat:
-    from pst_ds.formats import FORMATS, QuantizedFormat
+    from pst_ds.formats import FORMATS, QuantizedTwoFour
 
-    return FORMATS[TwoOfFour.name] if grid is None else QuantizedFormat(TwoOfFour.name, grid)
+    if grid is None:
+        return FORMATS[TwoOfFour.name]
+    return QuantizedTwoFour(grid)

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.packings import DENSE
 from pst_ds.core.quantization import Grid
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.formats import VALUE_DTYPES, FormatError, PackedFormat, QuantizedFormat, row_bits, with_row_bits
@@ -18,7 +17,7 @@ from pst_ds.formats.base_weights import BaseWeights, names_in_files
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 from pst_ds.nn.model_structure import is_conv1d, linear_shape, untied_linear_layers
 from pst_ds.nn.tables.rounded import embedding_tables
-from pst_ds.storage_format import form_of, packed_format
+from pst_ds.storage_format import form_of
 from pst_ds.writing.encoding import QUANT_METHOD, Encoding, ExportError, encoding_of_config
 from pst_ds.writing.expert_stacks import FolderStack, folder_stacks
 from pst_ds.writing.manifest import ExportedTensor, Facts, read_manifest, read_table, tensor_sha256
@@ -339,12 +338,11 @@ def _facts_of(tensors: Sequence[ExportedTensor], num_matrices: int | None = None
 
 def _parts_of(weight: str, known: set[str], folder: FolderContents) -> dict[str, str]:
     """Return the parts of the tensor ``weight``, by their names in the files; may be empty."""
-    module, packing = weight.removesuffix(".weight"), folder.encoding.packing
-    layout = folder.encoding.storage.layout(None)
-    names = () if layout is None else layout.part_names
-    if f"{module}.codes" in known:
-        names = packed_format(packing if f"{module}.bitmask" in known else DENSE, Grid(8)).part_names
-    parts = {f"{module}.{part}": part for part in names}
+    module = weight.removesuffix(".weight")
+    packing = folder.encoding.packing
+    storage = folder.encoding.storage
+    stored = [part for part in storage.all_part_names() if f"{module}.{part}" in known]
+    parts = {f"{module}.{part}": part for part in storage.part_names_of(stored)}
     if not known & set(parts):
         return {}
     if lacking := sorted(set(parts) - known):

@@ -11,8 +11,8 @@ pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the ex
 
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.quantization import Grid
-from pst_ds.formats import QuantizedFormat
 from pst_ds.runtime import gpu
+from pst_ds.storage_format import packed_format
 from tools.packed_layers import packed_experts, packed_linear
 
 pytestmark = pytest.mark.interpreted
@@ -82,7 +82,7 @@ def test_products_of_codes(packing, bits, group, columns, vectors, launched):
     weight, bias = weight_of(3, columns, 0.6)
     if packing == "2:4":
         weight *= torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(columns // 4)
-    layer = packed_linear(weight, bias, QuantizedFormat(packing, Grid(bits, group)))
+    layer = packed_linear(weight, bias, packed_format(packing, Grid(bits, group)))
     x = inputs(vectors, columns)
     require_dense(layer, bias, x, layer(x))
     assert launched == ["packed_vector"]
@@ -93,7 +93,7 @@ def test_products_of_codes(packing, bits, group, columns, vectors, launched):
 @pytest.mark.parametrize(("rows", "vectors", "dtype"), [(2, 3, torch.bfloat16), (2, 2, torch.float16)])
 def test_products_of_codes_in_16_bits(bits, rows, vectors, dtype, launched):
     weight, _ = weight_of(rows, 64, 0.5)
-    layer = packed_linear(weight, None, QuantizedFormat("bitmask", Grid(bits, 32))).to(dtype)
+    layer = packed_linear(weight, None, packed_format("bitmask", Grid(bits, 32))).to(dtype)
     x = inputs(vectors, 64, dtype)
     require_dense(layer, None, x, layer(x))
     assert len(launched) == 1
@@ -106,7 +106,7 @@ def test_rows_of_any_number_of_codes(bits, kept, launched):
     """Rows begin at every byte of a word, and some are empty."""
     weight, _ = weight_of(12, 32, kept)
     weight[::3] = 0.0
-    layer, x = packed_linear(weight, None, QuantizedFormat("bitmask", Grid(bits, None))), inputs(1, 32)
+    layer, x = packed_linear(weight, None, packed_format("bitmask", Grid(bits, None))), inputs(1, 32)
     require_dense(layer, None, x, layer(x))
     assert launched == ["packed_vector"]
 
@@ -134,7 +134,7 @@ def stack_of(experts, rows, columns):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_experts_begin_with_any_byte_and_share_a_launch(bits, launched):
-    experts = packed_experts(stack_of(4, 3, 64), QuantizedFormat("bitmask", Grid(bits, 32)))
+    experts = packed_experts(stack_of(4, 3, 64), packed_format("bitmask", Grid(bits, 32)))
     require_experts(experts, [1, 1, 1, 1], ["packed_vector"], launched)
     require_experts(experts, [2, 0, 3, 0], ["packed_vector"], launched, by_token=True)
     require_experts(experts, [1, 0, 9, 1], ["packed_vector"], launched)  # 11: fewer than 8 for each of 3 experts
@@ -146,7 +146,7 @@ def test_experts_of_every_format(packing, bits, launched):
     stack = stack_of(3, 2, 64).bfloat16()
     if packing == "2:4":
         stack *= torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(16)
-    form = QuantizedFormat(packing, Grid(bits, 32)) if bits else packing
+    form = packed_format(packing, Grid(bits, 32)) if bits else packing
     experts = packed_experts(stack, form)
     require_experts(experts, [2, 0, 1], ["packed_vector"], launched, dtype=torch.bfloat16)
     require_experts(experts, [13, 0, 12], [], launched, dtype=torch.bfloat16)

@@ -11,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.quantization import Grid
-from pst_ds.formats import QuantizedFormat
 from pst_ds.json_text import JsonObject
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
@@ -24,6 +23,7 @@ from pst_ds.planning.machines import Machine
 from pst_ds.planning.memory import ZeroSettings, memory_plan, zero_settings
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import COUNTS, Batch, TimePlan, time_plan
+from pst_ds.storage_format import packed_format
 from tools.gpu.bench import Bench, Row, pruned_layers
 from tools.packed_layers import packed_linear
 
@@ -181,7 +181,7 @@ def decode(bench: Bench) -> Iterator[Row]:
     for sparsity in SPARSITIES:
         kept = torch.rand(outputs, inputs, generator=torch.Generator().manual_seed(1)) >= sparsity
         for grid in (None, Grid(8), Grid(4)):
-            form = "bitmask" if grid is None else QuantizedFormat("bitmask", grid)
+            form = "bitmask" if grid is None else packed_format("bitmask", grid)
             layer = packed_linear(dense * kept, None, form).to(bench.device)
             bytes_of_value = 2 if grid is None else grid.bits / 8
             for vectors in (1, 16):

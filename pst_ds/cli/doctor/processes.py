@@ -100,7 +100,7 @@ def _native() -> dict[str, object]:
 
     from pst_ds.core import kernels as masks
     from pst_ds.core.bits import count_bits
-    from pst_ds.formats import FORMATS, rows
+    from pst_ds.formats import BitmaskFormat, rows
     from pst_ds.runtime import native as kernels
     from pst_ds.runtime import native_loop as decoder
 
@@ -115,7 +115,8 @@ def _native() -> dict[str, object]:
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 256, generator=draw) * (torch.rand(96, 256, generator=draw) > 0.7)
     x, bits = torch.randn(5, 256, generator=draw), torch.randint(256, (999,), generator=draw, dtype=torch.uint8)
-    parts = FORMATS["bitmask"].pack(weight, None, "weight")
+    layout = BitmaskFormat()
+    parts = layout.pack(weight, None, "weight")
     y = x @ weight.t()
     if libraries["sparse layers"] is not None:
         values, mask, offsets = (parts[name] for name in ("compressed", "bitmask", "row_offsets"))
@@ -127,7 +128,7 @@ def _native() -> dict[str, object]:
         decoded = matrix.multiply(x)
     as_torch = {
         "mask updates": int(count_bits(bits, bits)[1]) == sum(int(byte).bit_count() for byte in bits.tolist()),
-        "packing": torch.equal(FORMATS["bitmask"].unpack(parts), weight),
+        "packing": torch.equal(layout.unpack(parts), weight),
         "sparse layers": torch.allclose(y, x @ weight.t(), rtol=1e-4, atol=1e-4),
         "decoding": torch.allclose(decoded, x @ codes.t().float(), rtol=1e-3, atol=1e-2),
     }

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from pst_ds.errors import first_line
-from pst_ds.formats import FORMATS, QuantizedFormat
+from pst_ds.formats import BitmaskFormat, QuantizedFormat
 from pst_ds.hf.model_folder import input_names
 from pst_ds.inference.onnx.fuse import DOMAIN, fuse
 from pst_ds.runtime import SparseLinear, sparse_layers
@@ -122,7 +122,7 @@ class SparseLinearNode(nn.Module):
         else:
             self.bits, scales = 0, None
             if not form.has_row_bits:
-                form = FORMATS["bitmask"]
+                form = BitmaskFormat()
                 parts = form.pack(layer.dense_weight())
             values = parts[form.values_name].reshape(-1)
         self.register_buffer("mask", parts["bitmask"].contiguous())

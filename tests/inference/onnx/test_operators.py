@@ -12,6 +12,7 @@ from torch.nn import functional
 from pst_ds.core.quantization import Grid
 from pst_ds.formats import FORMATS, QuantizedFormat
 from pst_ds.runtime.native_loop import LEVELS, best_level
+from pst_ds.storage_format import packed_format
 from tests.pairs import every_pair
 
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
@@ -28,10 +29,10 @@ ACTIVATIONS = {
 FORMS = {
     "fp32": (FORMATS["bitmask"], torch.float32),
     "bf16": (FORMATS["bitmask"], torch.bfloat16),
-    "int8": (QuantizedFormat("bitmask", Grid(8, None)), torch.float32),
-    "int8, groups": (QuantizedFormat("bitmask", Grid(8, 32)), torch.float32),
-    "int4": (QuantizedFormat("bitmask", Grid(4, None)), torch.float32),
-    "int4, groups": (QuantizedFormat("bitmask", Grid(4, 32)), torch.float32),
+    "int8": (packed_format("bitmask", Grid(8, None)), torch.float32),
+    "int8, groups": (packed_format("bitmask", Grid(8, 32)), torch.float32),
+    "int4": (packed_format("bitmask", Grid(4, None)), torch.float32),
+    "int4, groups": (packed_format("bitmask", Grid(4, 32)), torch.float32),
 }
 
 
@@ -93,7 +94,7 @@ def test_pairs_of_codes_sum_exactly_whatever_they_are(run_node, columns):
     x = torch.randint(-largest, largest + 1, (13, columns), generator=draw).float()
     x[:, 0] = largest
     x[0] = weight[0].sign() * largest
-    y, dense = product(run_node, x, QuantizedFormat("bitmask", Grid(8, None)), weight)
+    y, dense = product(run_node, x, packed_format("bitmask", Grid(8, None)), weight)
     assert torch.equal(dense, weight)
     wanted = x.double() @ dense.double().t()
     torch.testing.assert_close(y.double(), wanted, rtol=2e-7, atol=0)
@@ -115,7 +116,7 @@ def test_dense_codes_get_bias_and_activation(run_node, activation, tokens):
     x = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(1))
     bias = torch.randn(77, generator=torch.Generator().manual_seed(2))
     weight = sparse(77, 96, density=0.6)
-    y, dense = product(run_node, x, QuantizedFormat("bitmask", Grid(8, None)), weight, bias, activation, threads=3)
+    y, dense = product(run_node, x, packed_format("bitmask", Grid(8, None)), weight, bias, activation, threads=3)
     wanted = ACTIVATIONS[activation](x.double() @ dense.double().t() + bias)
     torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=3e-3)
 
@@ -130,12 +131,12 @@ def test_inputs_of_8_bits(run_node, grid, density, shape):
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1))
     x[:, :64] *= 100
     weight = sparse(rows, columns, density=density)
-    y, dense = product(run_node, x, QuantizedFormat("bitmask", grid), weight, activation_bits=8)
+    y, dense = product(run_node, x, packed_format("bitmask", grid), weight, activation_bits=8)
     wanted = x.double() @ dense.double().t()
     step = x.view(tokens, -1, 32).abs().amax(2)
     step = torch.maximum(step[:, ::2], step[:, 1::2]).repeat_interleave(64, 1) / 127  # at most
     assert bool(((y - wanted).abs() <= step / 2 @ dense.abs().t() + 1e-3).all())
-    threaded, _ = product(run_node, x, QuantizedFormat("bitmask", grid), weight, threads=3, activation_bits=8)
+    threaded, _ = product(run_node, x, packed_format("bitmask", grid), weight, threads=3, activation_bits=8)
     assert torch.equal(y, threaded)
 
 
@@ -145,7 +146,7 @@ def test_inputs_of_8_bits_share_a_scale_per_word(run_node, grid):
     x = torch.randn(30, 192, generator=torch.Generator().manual_seed(1))
     x[:, :64] *= 100
     weight = sparse(40, 192, density=0.5)
-    y, dense = product(run_node, x, QuantizedFormat("bitmask", grid), weight, activation_bits=8)
+    y, dense = product(run_node, x, packed_format("bitmask", grid), weight, activation_bits=8)
     rounded = in_8_bits(x, 32 if grid.group == 32 else 64)
     torch.testing.assert_close(y.double(), rounded @ dense.double().t(), rtol=1e-5, atol=1e-3)
     assert not torch.allclose(y.double(), x.double() @ dense.double().t(), rtol=1e-5, atol=1e-3)
@@ -166,7 +167,7 @@ def test_tokens_of_any_size_keep_their_own_scale(run_node, tokens):
     sizes = 10.0 ** torch.linspace(-12, 12, tokens).view(-1, 1)
     x = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(1)) * sizes
     x[tokens // 2] = 0.0
-    y, dense = product(run_node, x, QuantizedFormat("bitmask", Grid(8, None)), sparse(20, 96, density=0.6))
+    y, dense = product(run_node, x, packed_format("bitmask", Grid(8, None)), sparse(20, 96, density=0.6))
     wanted = x.double() @ dense.double().t()
     assert not y[tokens // 2].any()
     torch.testing.assert_close(y.double() / sizes, wanted / sizes, rtol=0, atol=2e-3)
@@ -178,7 +179,7 @@ def test_tokens_of_any_size_keep_their_own_scale(run_node, tokens):
 def test_what_is_no_number_stays_none_and_with_its_token(run_node, column, odd):
     x = torch.randn(9, 61, generator=torch.Generator().manual_seed(1))
     x[4, column] = odd
-    y, _ = product(run_node, x, QuantizedFormat("bitmask", Grid(8, None)), sparse(20, 61, density=0.8))
+    y, _ = product(run_node, x, packed_format("bitmask", Grid(8, None)), sparse(20, 61, density=0.8))
     assert not y[4].isfinite().any()
     assert y[[0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
 
@@ -342,7 +343,7 @@ def test_attention_refuses_a_mask_of_another_shape(run_node):
 
 @pytest.mark.parametrize("grid", [Grid(8, None), Grid(4, None), Grid(4, 32)])
 def test_embeddings_of_codes(run_node, grid):
-    form = QuantizedFormat("dense", grid)
+    form = packed_format("dense", grid)
     parts = form.pack(torch.randn(50, 64, generator=torch.Generator().manual_seed(4)))
     ids = np.array([[0, 49, 7], [-1, 3, 3]])
     constants = {1: parts["codes"].numpy(), 2: as_numpy(parts["scales"])}
