@@ -221,10 +221,7 @@ class Sharding(ABC):
 
         A parameter without a master is returned as an fp32 copy. Collective: one all-gather.
         """
-        own: list[Tensor] = []
-        for param in params:
-            values = self.own_master(param).float()
-            own.append(functional.pad(values, (0, self.split(param).share - values.numel())))
+        own = [self.padded(param, self.own_master(param).float()) for param in params]
         return self.all_gathered(params, own, device)
 
     def fragment(self, name: str, param: nn.Parameter, optimizer: Optimizer) -> Fragment | None:
@@ -242,6 +239,13 @@ class Sharding(ABC):
         """Return whether rank r of n holds the state of the flat values [r * p, (r + 1) * p), p = ceil(numel / n)."""
         split = self.split(param)
         return split.share == -(-split.numel // split.ranks)
+
+    def padded(self, param: nn.Parameter, own: Tensor) -> Tensor:
+        """Return this rank's flat values ``own`` of ``param`` with zeros after them, as many as the first ranks have.
+
+        :meth:`all_gathered` needs as many values of every rank.
+        """
+        return functional.pad(own, (0, self.split(param).share - own.numel()))
 
     def all_gathered(
         self, params: Sequence[nn.Parameter], own: Sequence[Tensor], device: torch.device | None
