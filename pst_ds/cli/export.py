@@ -16,7 +16,9 @@ from pst_ds.errors import InputError, shortened
 from pst_ds.storage_format import listed_formats, storage_format
 
 if TYPE_CHECKING:
+    from pst_ds.checkpoint.format import Checkpoint
     from pst_ds.export.export_run import ExportSettings
+    from pst_ds.train.resolved import ResolvedRun
     from pst_ds.writing.manifest import Facts
 
 FLAGS = flags_of_fields(
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Mapping[str, object]:
     from pst_ds.export.export_run import ExportSettings, export_model_folder, export_run, is_model_folder
+    from pst_ds.train.run_folder import open_trained
 
     source, measured = Path(args.run), list[str]()
     if args.target is None:
@@ -71,12 +74,11 @@ def run(args: argparse.Namespace) -> Mapping[str, object]:
             raise InputError(f"{source}: a model folder has no settings or checkpoints. Remove --set and --checkpoint")
         report = export_model_folder(source, args.out, settings)
     else:
-        report = export_run(load_run_or_folder(args), args.out, settings, checkpoint=args.checkpoint or "best")
+        # opened once: a run that is training may have a newer checkpoint when the loss is measured
+        resolved, checkpoint = open_trained(load_run_or_folder(args), args.checkpoint or "best")
+        report = export_run(resolved, args.out, settings, checkpoint=checkpoint)
         if args.target and (settings.values in VALUE_BITS or settings.embeddings):
-            # the same checkpoint: a run that is training may have a newer one by now
-            if "checkpoint" in report:
-                args.checkpoint = Path(str(report["checkpoint"])).name
-            report["quantisation_loss"], measured = _measured(args, settings)
+            report["quantisation_loss"], measured = _measured(args, resolved, checkpoint, settings)
     if args.vocabulary:
         print(f"embeds {report['tokens']} tokens")
     for line in lines_of_report(args, report) + measured:
@@ -87,13 +89,14 @@ def run(args: argparse.Namespace) -> Mapping[str, object]:
     return report
 
 
-def _measured(args: argparse.Namespace, settings: ExportSettings) -> tuple[Facts | None, list[str]]:
+def _measured(
+    args: argparse.Namespace, resolved: ResolvedRun, checkpoint: Checkpoint, settings: ExportSettings
+) -> tuple[Facts | None, list[str]]:
     """Return the accuracy lost to quantisation, and a line about it; None if it cannot be measured."""
     from pst_ds.export.verify.against_run import quantisation_loss
 
-    run, checkpoint = load_run_or_folder(args), args.checkpoint or "best"
     try:
-        found = quantisation_loss(Path(args.out), run, checkpoint, settings.options())
+        found = quantisation_loss(Path(args.out), resolved, checkpoint, settings.options())
     except (InputError, ImportError, OSError) as error:
         return None, [f"accuracy lost to quantisation is unknown: {error}"]
     changes = [

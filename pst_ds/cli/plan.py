@@ -41,6 +41,8 @@ EXIT_DOES_NOT_FIT = 3
 """Exit code for a run that certainly needs more memory than a rank has: ``pst-ds plan ... && sbatch ...`` stops."""
 _SHOWN = 5
 """Choices of a search that are printed."""
+FLAGS = {"no_data": "--no-data"}
+"""Flags for the settings that messages of this verb name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,19 +58,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     config = load_run_or_folder(args)
-    from pst_ds.planning.plan import PlanOptions, plan
+    from pst_ds.planning.plan import PlanOptions, plan, resolve_to_plan
     from pst_ds.planning.search import cure, search
 
-    options = PlanOptions(args.ranks, args.machine, args.no_data, round((args.memory or 0) * 1e9))
-    planned = plan(config, options)
+    options = PlanOptions(
+        ranks=args.ranks,
+        machine=args.machine,
+        no_data=args.no_data,
+        memory=round((args.memory or 0) * 1e9),  # the flag is in gigabytes
+    )
+    resolved = resolve_to_plan(config, options)
+    planned = plan(resolved, options)
     print("\n".join(plan_lines(planned)))
     result = planned.as_json() | {"exit_code": EXIT_DOES_NOT_FIT if planned.verdict.is_too_large else 0}
     if args.search:
-        found = search(config, options, planned)
-        print("\n".join(search_lines(found)))
-        result["search"] = [one.as_json() for one in found]
+        choices = search(resolved, options, planned)
+        print("\n".join(search_lines(choices)))
+        result["search"] = [choice.as_json() for choice in choices]
     if planned.verdict.fits is False:
-        changed = cure(config, options, planned)
+        changed = cure(resolved, options, planned)
         print(f"to fix: {_cure(planned, changed)}")
         result["fix"] = changed and changed.as_json()
     return result

@@ -26,8 +26,8 @@ from pst_ds.file_names import RUN_FILE
 from pst_ds.nn.addition import read_additions
 from pst_ds.storage_format import StorageFormat, listed_formats, storage_format
 from pst_ds.train.evaluate import evaluation_batches
-from pst_ds.train.resolved import ResolvedRun, build_shapes, resolve
-from pst_ds.train.run_folder import open_checkpoint
+from pst_ds.train.resolved import ResolvedRun
+from pst_ds.train.run_folder import open_trained
 from pst_ds.writing.expert_stacks import kept_experts
 from pst_ds.writing.from_folder import CONFIG_FILE, model_of
 from pst_ds.writing.manifest import Facts
@@ -132,7 +132,7 @@ class ExportSettings(Section):
 
 
 def export_run(
-    run: RunConfig | str | Path,
+    run: RunConfig | str | Path | ResolvedRun,
     out: str | Path,
     settings: ExportSettings | None = None,
     *,
@@ -141,7 +141,7 @@ def export_run(
     """Export a checkpoint of a run, atomically.
 
     Args:
-        run: config of the run, its folder, or its run file.
+        run: the run, as its config, its folder, its run file, or resolved with the classes of the checkpoint.
         out: folder to write; for GGUF a file.
         settings: format, quantisation and so on; None writes a dense folder.
         checkpoint: "best", "final", another name in the run's ``checkpoints/``, or an opened checkpoint.
@@ -149,12 +149,12 @@ def export_run(
     Returns counts, sizes and sparsity. Raises InputError.
     """
     settings = settings or ExportSettings()
-    config = run if isinstance(run, RunConfig) else load_run_or_folder(run)
+    given = load_run_or_folder(run) if isinstance(run, str | Path) else run
+    config = given.run if isinstance(given, ResolvedRun) else given
     require_place(Path(out), settings.format)
     require_vocabulary(settings.vocabulary, SEEN)
     require_pruned(config, settings.format, plain=settings.plain)
-    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(config, checkpoint)
-    resolved = resolve(config, labels=opened.state.labels)
+    resolved, opened = open_trained(given, checkpoint)
     require_representable(resolved.shapes.model_to_export(), settings.format)
     settings.storage.require_additions_fit(config.additions, opened.folder)
     export = partial(_export_resolved, resolved, opened)
@@ -172,8 +172,8 @@ def _export_resolved(resolved: ResolvedRun, checkpoint: Checkpoint, out: Path, s
     kept = next(iter(kept_experts(model, checkpoint).values()), ())
     if kept:
         # the export has fewer experts than the trained model, whose shapes tell which rows to read
-        smaller = build_shapes(run, resolved.labels, tokenizer, experts=len(kept))
-        model, whole = smaller.model_to_export(), model
+        whole = model
+        model = resolved.with_experts(len(kept)).shapes.model_to_export()
     vocabulary = None
     if settings.vocabulary:
         if settings.vocabulary == SEEN:

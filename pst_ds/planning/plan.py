@@ -1,9 +1,9 @@
 """Plan a run from names and shapes: what is pruned and trained, memory per rank, time, and whether it fits."""
 
+import copy
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -36,9 +36,6 @@ from pst_ds.train.prepare import require_engine, require_trainable, resolved_dee
 from pst_ds.train.resolved import ResolvedRun, RunShapes, frozen_grid, grid_of_run, resolve
 from pst_ds.train.stages import require_stages
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
@@ -55,6 +52,16 @@ class PlanOptions:
     """Bytes of memory per rank; 0 for the machine's."""
     trace: Trace | None = None
     """Trace of the same micro-batch from an earlier plan, for any number of ranks. None to make one."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedData:
+    """The examples to train on."""
+
+    num_examples: int | None
+    """None for a plan without data."""
+    remark: str
+    """What a user should know about them; "" for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +120,7 @@ class Plan:
     """None for one process without DeepSpeed."""
     micro_batch_size: int
     num_steps: int
-    num_examples: int | None
-    """None without data."""
+    data: PlannedData
     unit: str
     """Plural noun for the examples."""
     machine: str
@@ -145,6 +151,11 @@ class Plan:
     start_cost: Cost | None
     """Cost of the one-shot pruning before the first step; None without any, or if it needs no data."""
     verdict: Verdict
+
+    @property
+    def num_examples(self) -> int | None:
+        """Examples to train on; None without data."""
+        return self.data.num_examples
 
     @property
     def start(self) -> dict[str, object] | None:
@@ -179,11 +190,12 @@ class Plan:
     def as_json(self) -> dict[str, object]:
         """Return the plan as JSON values."""
         fields = asdict(self)
-        del fields["memory"], fields["run"]
+        del fields["memory"], fields["run"], fields["data"]
         fields["finetuning"] = self.finetuning.as_json() if self.finetuning else None
         run = self.run
         memory = self.memory
         return fields | {
+            "num_examples": self.num_examples,
             "precision": run.train.precision,
             "sequence_parallel": run.train.sequence_parallel,
             "sequence": run.data.max_length,
@@ -198,24 +210,50 @@ class Plan:
         }
 
 
-def plan(run: RunConfig | str | Path, options: PlanOptions | None = None) -> Plan:
-    """Plan a run, given as a config or as the path of its run file or run folder. Raises InputError."""
-    run = run if isinstance(run, RunConfig) else load_run_or_folder(run)
-    return _plan(run, options or PlanOptions())
+def plan(run: RunConfig | str | Path | ResolvedRun, options: PlanOptions | None = None) -> Plan:
+    """Plan a run: resolved, as a config, or as the path of its run file or run folder. Raises InputError."""
+    options = options or PlanOptions()
+    if isinstance(run, ResolvedRun):
+        resolved = run
+    else:
+        config = run if isinstance(run, RunConfig) else load_run_or_folder(run)
+        resolved = resolve_to_plan(config, options)
+    return plan_resolved(resolved, options, count_examples(resolved, options))
 
 
-def _plan(run: RunConfig, options: PlanOptions, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Plan:
-    """Plan a run; ``tokenizer``: that of the run, if it is open already."""
-    ranks = options.ranks or launch_environment().world_size
-    if ranks < 1:
-        raise InputError(f"ranks = {ranks}: a run has at least one rank. Set ranks = 1 or more.")
+def resolve_to_plan(run: RunConfig, options: PlanOptions) -> ResolvedRun:
+    """Return the resolved run, after the checks that need no data. Raises InputError."""
+    ranks = _num_ranks(options)
+    require_engine(run, ranks)
+    run.micro_batch_size(ranks)  # raises before the data is read
+    if options.no_data and not run.train.num_steps:
+        raise InputError(
+            f"train.num_steps = {run.train.num_steps}: no_data = true cannot count the steps of an epoch. "
+            " Set train.num_steps = 1000 and train.num_epochs = 0."
+        )
+    return resolve(run, reads_data=not options.no_data)
+
+
+def count_examples(resolved: ResolvedRun, options: PlanOptions) -> PlannedData:
+    """Read the examples to train on, and count them. Raises InputError."""
+    if options.no_data:
+        return PlannedData(num_examples=None, remark="")
+    examples = resolved.load("train")
+    return PlannedData(num_examples=len(examples), remark=resolved.task.remark(resolved.run.data, examples))
+
+
+def plan_resolved(resolved: ResolvedRun, options: PlanOptions, data: PlannedData) -> Plan:
+    """Plan a resolved run, whose examples are counted already. Raises InputError for what ``pst-ds train`` rejects."""
+    run = resolved.run
+    ranks = _num_ranks(options)
     require_engine(run, ranks)
     raw = load_deepspeed_config(run.deepspeed_config) if run.deepspeed_config else None
-    micro_batch_size = run.micro_batch_size(ranks)  # raises before the data is read
+    micro_batch_size = run.micro_batch_size(ranks)
     stage = None if raw is None else zero_stage(raw)
-    resolved, num_examples, remark = _read(run, options, ranks, stage, tokenizer)
+    resolved = resolved.with_shards(ranks if stage == 3 else 1)
+    require_trainable(resolved, ranks=ranks, stage=stage or 0, reads_teacher=not options.no_data)
     model = resolved.shapes.model
-    num_steps = run.train.num_steps if num_examples is None else require_stages(run, num_examples)
+    num_steps = run.train.num_steps if data.num_examples is None else require_stages(run, data.num_examples)
     has_cores = not torch.accelerator.is_available() and ranks <= (os.cpu_count() or 1)
     machine_name = options.machine or ("cpu" if has_cores else "h100")
     machine = machine_of(machine_name)
@@ -224,13 +262,14 @@ def _plan(run: RunConfig, options: PlanOptions, tokenizer: "PreTrainedTokenizerB
     layers = _layers(resolved.shapes)
     embeddings = _embeddings(model)
     trained_in_full = head_names(model, run)
-    remarks = [remark] if remark else []
+    remarks = [data.remark] if data.remark else []
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, run)]
     start = start_cost(run, model, numbers, ranks, machine)
     finetuning = run.finetuning()
-    before = None if finetuning is None else _plan(finetuning, replace(options, trace=None), resolved.tokenizer)
-    # the trace comes last: it uses the model up
-    trace = options.trace or _trace(model, run, ranks, zero.persistence_threshold, machine.device)
+    before: Plan | None = None
+    if finetuning is not None:
+        before = plan_resolved(resolved.with_settings(finetuning), replace(options, trace=None), data)
+    trace = options.trace or _trace(copy.deepcopy(model), run, ranks, zero.persistence_threshold, machine.device)
     scale_bytes = numbers.bytes_of("scales")
     checkpoint_bytes = most_bytes(numbers.trainables, numbers.pruned_weights, scale_bytes // SCALE_BYTES)
     given = trace, machine, num_steps, checkpoint_bytes, options
@@ -241,7 +280,7 @@ def _plan(run: RunConfig, options: PlanOptions, tokenizer: "PreTrainedTokenizerB
         zero_stage=stage,
         micro_batch_size=micro_batch_size,
         num_steps=num_steps,
-        num_examples=num_examples,
+        data=data,
         unit=task_of(run).unit,
         machine=machine_name,
         copy_ranks=zero.copy_ranks,
@@ -336,33 +375,12 @@ def _cost(
     return memory, times, verdict(work, times, machine, memory=options.memory)
 
 
-def _read(
-    run: RunConfig, options: PlanOptions, ranks: int, stage: int | None, tokenizer: "PreTrainedTokenizerBase | None"
-) -> tuple[ResolvedRun, int | None, str]:
-    """Return the resolved run, its number of examples (None without data) and a remark on them.
-
-    Raises InputError for everything that ``pst-ds train`` would reject.
-    """
-    if options.no_data and not run.train.num_steps:
-        raise InputError(
-            f"train.num_steps = {run.train.num_steps}: --no-data cannot count the steps of an epoch. Set them with "
-            "--set train.num_steps=1000 --set train.num_epochs=0."
-        )
-    resolved = resolve(
-        run,
-        tokenizer=tokenizer,
-        reads_data=not options.no_data,
-        num_shards=ranks if stage == 3 else 1,
-        checks_precision=True,
-    )
-    num_examples: int | None = None
-    remark = ""
-    if not options.no_data:
-        examples = resolved.load("train")
-        num_examples = len(examples)
-        remark = resolved.task.remark(run.data, examples)
-    require_trainable(resolved, ranks=ranks, stage=stage or 0, reads_teacher=not options.no_data)
-    return resolved, num_examples, remark
+def _num_ranks(options: PlanOptions) -> int:
+    """Return the number of ranks to plan for. Raises InputError for less than one."""
+    ranks = options.ranks or launch_environment().world_size
+    if ranks < 1:
+        raise InputError(f"ranks = {ranks}: a run has at least one rank. Set ranks = 1 or more.")
+    return ranks
 
 
 def _layers(shapes: RunShapes) -> list[PlannedLayer]:

@@ -10,8 +10,9 @@ from functools import partial
 from pst_ds.config.run import RunConfig
 from pst_ds.errors import InputError
 from pst_ds.planning.machines import machine_of
-from pst_ds.planning.plan import Plan, PlanOptions, plan
+from pst_ds.planning.plan import Plan, PlanOptions, plan_resolved
 from pst_ds.progress import Progress
+from pst_ds.train.resolved import ResolvedRun
 
 AS_FAST = 1.01
 """Runs count as equally fast if they differ by at most this factor: predictions are less exact."""
@@ -75,25 +76,28 @@ class Choice:
         }
 
 
-def search(run: RunConfig, options: PlanOptions, found: Plan) -> list[Choice]:
-    """Plan all :func:`ways` for the ranks of the plan ``found``; return the possible ones, best first.
+def search(resolved: ResolvedRun, options: PlanOptions, first: Plan) -> list[Choice]:
+    """Plan all :func:`ways` for the ranks of ``first``, the plan of the run; return the possible ones, best first.
 
     The best of them is also planned with experts divided among ranks, and that with other placements of frozen weights.
-    The best fit with a margin, and are the fastest;
-    of equally fast ones, they keep the network busy for the shortest time and then need the least memory.
+    The best fit with a margin, and are the fastest; of equally fast ones, they keep the network busy for the shortest
+    time and then need the least memory.
     """
     planned: list[Choice] = []
-    wanted = list(ways(run, found, machine_of(found.machine).node_size))
+    run = resolved.run
+    wanted = list(ways(run, first, machine_of(first.machine).node_size))
     with Progress("search", len(wanted), "plans") as progress:
         for number, way in enumerate(wanted, 1):
             with suppress(InputError):  # such as attention heads that ranks cannot share
-                planned.append(Choice(plan(_changed(run, *way), options)))
+                changed = resolved.with_settings(_changed(run, *way))
+                planned.append(Choice(plan_resolved(changed, options, first.data)))
             progress.at(number)
     for kind in (_dividing, _placing):
         best = _sorted(planned)[0].plan
-        for changed in kind(best):
+        traced = replace(options, trace=best.trace)  # the micro-batch is the same
+        for changed_run in kind(best):
             with suppress(InputError):
-                planned.append(Choice(plan(changed, replace(options, trace=best.trace))))
+                planned.append(Choice(plan_resolved(resolved.with_settings(changed_run), traced, first.data)))
     return _sorted(planned)
 
 
@@ -140,27 +144,28 @@ def ways(run: RunConfig, found: Plan, node_size: int) -> Iterator[tuple[int, int
             yield from ((shared_by, steps, checkpoints) for checkpoints in (False, True))
 
 
-def cure(run: RunConfig, options: PlanOptions, found: Plan) -> Choice | None:
-    """Return the first change with which ``run`` fits, planned; None if none does.
+def cure(resolved: ResolvedRun, options: PlanOptions, first: Plan) -> Choice | None:
+    """Return the first change with which the run of the plan ``first`` fits, planned; None if none does.
 
-    The first that suffices alone of: smaller micro-batches, checkpointing, another placement of frozen
-    weights, shared sequences and a 4-bit
-    base; or as many of them together, in this order, as do; or else more ranks.
+    The first that suffices alone of: smaller micro-batches, checkpointing, another placement of frozen weights, shared
+    sequences and a 4-bit base; or as many of them together, in this order, as do; or else more ranks.
     """
-    machine = machine_of(found.machine)
+    machine = machine_of(first.machine)
+    run = resolved.run
 
-    def planned(changed: RunConfig, ranks: int = found.ranks) -> Choice | None:
+    def planned(changed: RunConfig, ranks: int = first.ranks) -> Choice | None:
         with suppress(InputError):  # such as attention heads that ranks cannot share
-            if ranks > found.ranks:
+            if ranks > first.ranks:
                 least = changed.train.groups_of_ranks(ranks) * changed.train.gradient_accumulation_steps
                 changed = _with(changed, "train", batch_size=max(changed.train.batch_size, least))
-            return Choice(plan(changed, replace(options, ranks=ranks)))
+            asked = replace(options, ranks=ranks)
+            return Choice(plan_resolved(resolved.with_settings(changed), asked, first.data))
         return None
 
     def strongest(changes: Sequence[RunConfig]) -> Choice | None:
         return next((one for changed in reversed(changes) if (one := planned(changed))), None)
 
-    kinds = [partial(kind, ranks=found.ranks, node_size=machine.node_size) for kind in _REMEDIES]
+    kinds = [partial(kind, ranks=first.ranks, node_size=machine.node_size) for kind in _REMEDIES]
     for kind in kinds:
         changes = kind(run)
         if (most := strongest(changes)) and most.fits:
@@ -172,7 +177,7 @@ def cure(run: RunConfig, options: PlanOptions, found: Plan) -> Choice | None:
             if most.fits:
                 return most
     for base in (run, changed):
-        for ranks in (found.ranks << i for i in range(1, MOST_DOUBLINGS + 1)):
+        for ranks in (first.ranks << i for i in range(1, MOST_DOUBLINGS + 1)):
             if (one := planned(base, ranks)) and one.fits:
                 return one
     return None

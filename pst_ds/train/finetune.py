@@ -33,7 +33,7 @@ def finetune(
     if stage is None:
         return context
     try:
-        inner = prepare(stage, context.launch, labels=context.labels, tokenizer=context.tokenizer).with_rates(examples)
+        inner = prepare(context.resolved.with_settings(stage), context.launch).with_rates(examples)
         out = Path(context.run.finetuned_path)
         if not of_main(partial(_is_done, context.run, inner.run, examples.digest)):
             if is_main():  # so that the folder is enough to resume

@@ -2,11 +2,9 @@
 
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.errors import InputError, shortened
 from pst_ds.json_text import JsonObject
@@ -30,35 +28,33 @@ from pst_ds.train.resolved import ResolvedRun, num_trainable, resolve
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.sequences import require_shareable, require_small_masks
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 _AFTER_STALL_SECONDS = 60.0
 """By how much collectives outlast the watchdog's verdict."""
 
 
 def prepare(
-    run: RunConfig,
+    given: RunConfig | ResolvedRun,
     launch: LaunchEnvironment,
     *,
     run_file: str = "the run file",
     labels: list[str] | None = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> RunContext:
     """Read and check everything that takes little time, and join the process group. Collective.
 
     Args:
+        given: The run. A config is resolved here, where an error on one rank reaches the others.
         run_file: Name of the run file, for messages.
-        labels: Names of the classes of a trained run; None to read them from the data.
-        tokenizer: The run's tokenizer, if it is open already.
+        labels: Names of the classes of a trained run, for a config; None to read them from the data.
 
     Raises InputError, on every rank.
     """
+    run = given.run if isinstance(given, ResolvedRun) else given
     run.micro_batch_size(launch.world_size)
     require_engine(run, launch.world_size)
     problem: InputError | None = None
     try:
-        context = _checked(run, launch, run_file, labels, tokenizer)
+        resolved = given if isinstance(given, ResolvedRun) else resolve(given, labels=labels)
+        context = _checked(resolved, launch, run_file)
     except InputError as error:
         if launch.world_size == 1 or find_spec("deepspeed") is None:
             raise
@@ -105,17 +101,12 @@ def _placed(context: RunContext, run_file: str) -> RunContext:
     return replace(context, copy_ranks=chosen, remark=remark if uneven and wanted in ("auto", "node") else "")
 
 
-def _checked(
-    run: RunConfig,
-    launch: LaunchEnvironment,
-    run_file: str,
-    labels: list[str] | None,
-    tokenizer: "PreTrainedTokenizerBase | None",
-) -> RunContext:
+def _checked(resolved: ResolvedRun, launch: LaunchEnvironment, run_file: str) -> RunContext:
+    run = resolved.run
     run.tracking.require_installed()
     raw = load_deepspeed_config(run.deepspeed_config) if run.deepspeed_config else None
     ranks = launch.world_size
-    resolved = resolve(run, labels=labels, tokenizer=tokenizer, num_shards=ranks, checks_precision=True)
+    resolved = resolved.with_shards(ranks)
     device = device_of(launch)
     require_trainable(resolved, ranks=ranks, stage=zero_stage(raw))
     ds_config = resolved_deepspeed_config(run, raw, resolved.shapes.model, ranks=ranks, run_file=run_file)
@@ -129,8 +120,9 @@ def require_trainable(resolved: ResolvedRun, *, ranks: int, stage: int, reads_te
         stage: ZeRO stage; 0 without DeepSpeed.
         reads_teacher: whether to check a teacher, whose folder must then exist.
     """
-    run, shapes = resolved.run, resolved.shapes
-    if problem := shapes.only_fp32:
+    run = resolved.run
+    shapes = resolved.shapes
+    if problem := resolved.only_fp32:
         raise ConfigError(f'train.precision = {run.train.precision!r}: {problem}. Set train.precision = "fp32"')
     model = shapes.model
     if reads_teacher:
@@ -173,7 +165,7 @@ def resolved_deepspeed_config(
     return resolve_deepspeed_config(raw, numbers, source=run.deepspeed_config, run_file=run_file)
 
 
-def prepare_single(run: RunConfig, checkpoint: Checkpoint) -> RunContext:
-    """Prepare to read a checkpoint on one process without DeepSpeed, regardless of what the run trained on."""
+def prepare_single(resolved: ResolvedRun) -> RunContext:
+    """Prepare a run on one process without DeepSpeed, regardless of what it trained on: to read its checkpoints."""
     launch = LaunchEnvironment(0, 1, 0)
-    return RunContext(resolve(run, labels=checkpoint.state.labels), launch, None, device_of(launch))
+    return RunContext(resolved, launch, None, device_of(launch))

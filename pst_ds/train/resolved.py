@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -50,8 +49,6 @@ class RunShapes:
     model: nn.Module
     targets: tuple[ResolvedTarget, ...]
     """The pruned layers in model order; empty for methods without PST layers."""
-    only_fp32: str
-    """Why the model does not work in the run's precision, only in fp32; "" if it may."""
     own_dropout: Mapping[str, float]
     """Dropout in the model's config.json, by key. The model is built with ``model.dropout`` instead."""
 
@@ -70,6 +67,50 @@ class RunShapes:
 
 
 @dataclass(frozen=True, slots=True)
+class PlainModel:
+    """A pretrained model on the meta device, without the modules of a method. Nothing changes it: see :meth:`copy`."""
+
+    model: nn.Module
+    own_dropout: Mapping[str, float]
+    """Dropout in the model's config.json, by key."""
+
+    def copy(self) -> nn.Module:
+        """Return a copy to inject modules into, or to try a forward pass with: some modules keep what they compute."""
+        return copy.deepcopy(self.model)
+
+
+class MetaModels:
+    """The models of a command on the meta device. Each is built once; methods change copies of it."""
+
+    def __init__(self) -> None:
+        self._plain: dict[Hashable, PlainModel] = {}
+        self._shapes: dict[Hashable, RunShapes] = {}
+        self._only_fp32: dict[Hashable, str] = {}
+
+    def shapes(self, resolved: ResolvedRun) -> RunShapes:
+        """Return the model of a run with the modules of its method. Raises InputError."""
+        key = resolved.shape_settings
+        if key not in self._shapes:
+            self._shapes[key] = inject_shapes(resolved, self.plain(resolved))
+        return self._shapes[key]
+
+    def plain(self, resolved: ResolvedRun) -> PlainModel:
+        """Return the model of a run without the modules of its method. Raises InputError."""
+        key = resolved.model_settings
+        if key not in self._plain:
+            self._plain[key] = build_plain(resolved)
+        return self._plain[key]
+
+    def only_fp32(self, resolved: ResolvedRun) -> str:
+        """Return why the model does not work in the run's precision, only in fp32; "" if it may."""
+        key = resolved.model_settings
+        if key not in self._only_fp32:
+            # without a method, since PST layers hide what the model's own modules do with a dtype
+            self._only_fp32[key] = _why_only_fp32(resolved.run, resolved.labels, self.plain(resolved))
+        return self._only_fp32[key]
+
+
+@dataclass(frozen=True, slots=True)
 class ResolvedRun:
     """Facts about a run that do not depend on ranks and devices. The same on every rank."""
 
@@ -78,8 +119,14 @@ class ResolvedRun:
     """Names of the classes, in the order of their ids."""
     tokenizer: PreTrainedTokenizerBase | None
     """None for a plan without data."""
-    make_shapes: Callable[[], RunShapes]
-    """Builds :attr:`shapes` in its first call, and returns them in every other: copies of this value share them."""
+    num_shards: int = 1
+    """Ranks over which ZeRO-3 splits each parameter; masks of the shapes are padded for them."""
+    num_experts: int = 0
+    """Experts of each stack of the shapes; 0 for those of ``model.path``."""
+    shaped_by: RunConfig | None = None
+    """The config that the shapes belong to, if it is an earlier stage's; None for ``run``."""
+    models: MetaModels = field(default_factory=MetaModels, compare=False, repr=False)
+    """Shared by all values that are made from this one."""
 
     @property
     def task(self) -> Task:
@@ -94,7 +141,27 @@ class ResolvedRun:
     @property
     def shapes(self) -> RunShapes:
         """The model on the meta device, built on first use. Raises InputError for a model that cannot be trained."""
-        return self.make_shapes()
+        return self.models.shapes(self)
+
+    @property
+    def only_fp32(self) -> str:
+        """Why the model does not work in the run's precision, only in fp32; "" if it may. Raises InputError."""
+        return self.models.only_fp32(self)
+
+    @property
+    def model_settings(self) -> Hashable:
+        """The settings from which the model is built, without the modules of the method."""
+        run = self.shaped_by or self.run
+        model = (run.model.path, run.model.attn_implementation, run.model.dropout, run.start.ffn, self.num_experts)
+        return (*model, run.train.precision, run.task, run.data, tuple(self.labels))
+
+    @property
+    def shape_settings(self) -> Hashable:
+        """The settings on which names, shapes and trained parameters depend."""
+        run = self.shaped_by or self.run
+        stored = (run.model.base_bits, run.model.base_group, run.model.embedding_bits, run.quantization)
+        divided = (self.num_shards, run.train.experts_divided_by(self.num_shards))
+        return (self.model_settings, run.method, run.injected_pst, *stored, *divided)
 
     def load(self, split: str) -> ExampleSet:
         """Load the examples of a split. Raises ConfigError."""
@@ -106,12 +173,39 @@ class ResolvedRun:
         return self.tokenizer
 
     def with_run(self, run: RunConfig) -> ResolvedRun:
-        """Return the facts for another config of the same model, which keeps tokenizer and shapes.
+        """Return the facts for a later stage of the run, which keeps tokenizer and shapes.
 
         Stages before the training ([finetune] and [start]) write other weights, and learning rates change how they
         train; names and shapes stay the same.
         """
-        return replace(self, run=run)
+        return replace(self, run=run, shaped_by=self.shaped_by or self.run)
+
+    def with_settings(
+        self, run: RunConfig, *, num_shards: int | None = None, num_experts: int | None = None
+    ) -> ResolvedRun:
+        """Return the facts for a changed config of the same task, with the same tokenizer and classes.
+
+        Its shapes are those of this value if they do not depend on the changes, else they are made from the same model.
+        """
+        return replace(
+            self,
+            run=run,
+            shaped_by=None,
+            num_shards=self.num_shards if num_shards is None else num_shards,
+            num_experts=self.num_experts if num_experts is None else num_experts,
+        )
+
+    def with_shards(self, num_shards: int) -> ResolvedRun:
+        """Return the facts for a number of ranks over which ZeRO-3 splits each parameter."""
+        return replace(self, num_shards=num_shards)
+
+    def with_experts(self, num_experts: int) -> ResolvedRun:
+        """Return the facts for a model with another number of experts in each stack."""
+        return replace(self, num_experts=num_experts)
+
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> ResolvedRun:
+        """Return the facts with a tokenizer of fewer tokens."""
+        return replace(self, tokenizer=tokenizer)
 
 
 def resolve(
@@ -121,7 +215,6 @@ def resolve(
     tokenizer: PreTrainedTokenizerBase | None = None,
     reads_data: bool = True,
     num_shards: int = 1,
-    checks_precision: bool = False,
 ) -> ResolvedRun:
     """Open the tokenizer of a run, and read the names of its classes. The model's shapes are built when first used.
 
@@ -130,37 +223,27 @@ def resolve(
         tokenizer: the run's tokenizer, if it is open already.
         reads_data: False for a plan without data, which has no tokenizer and, if need be, two classes.
         num_shards: ranks over which ZeRO-3 splits each parameter; masks of the shapes are padded for them.
-        checks_precision: whether to try a forward pass in the run's precision, for ``RunShapes.only_fp32``.
 
     Raises InputError.
     """
-    if labels is None:
-        task = task_of(run)
-        labels = task.label_names(run.data) if reads_data else ["0", "1"] if task.new_head else []
+    task = task_of(run)
+    if labels is None and reads_data:
+        labels = task.label_names(run.data)
+    elif labels is None:
+        labels = ["0", "1"] if task.new_head else []
     if tokenizer is None and reads_data:
         tokenizer = load_tokenizer(run)
-    build = partial(build_shapes, run, labels, tokenizer, num_shards=num_shards, checks_precision=checks_precision)
-    return ResolvedRun(run=run, labels=labels, tokenizer=tokenizer, make_shapes=cache(build))
+    return ResolvedRun(run=run, labels=labels, tokenizer=tokenizer, num_shards=num_shards)
 
 
-def build_shapes(
-    run: RunConfig,
-    labels: list[str],
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    num_shards: int = 1,
-    experts: int = 0,
-    checks_precision: bool = False,
-) -> RunShapes:
-    """Build the run's model on the meta device, see :func:`resolve`. Raises InputError.
-
-    ``experts``: number of experts of each stack, if it is not that of ``model.path``.
-    """
-    config = load_model_config(run, labels, tokenizer)
+def build_plain(resolved: ResolvedRun) -> PlainModel:
+    """Build a run's model on the meta device, without the modules of its method. Raises InputError."""
+    run = resolved.shaped_by or resolved.run
+    config = load_model_config(run, resolved.labels, resolved.tokenizer)
     own_dropout = dropout_of(config)
     set_dropout(config, dict.fromkeys(own_dropout, run.model.dropout))
-    if experts:
-        set_num_experts(config, experts)
+    if resolved.num_experts:
+        set_num_experts(config, resolved.num_experts)
     if run.start.ffn is not None:
         cut_config(config, run.start.ffn)
     model = Pretrained(run.model.path, "model.path").shapes(
@@ -170,19 +253,24 @@ def build_shapes(
         purpose=f" with model.attn_implementation = {run.model.attn_implementation!r} and task {run.task!r}",
         fix="Choose another of them",
     )
-    # before the injection, since PST layers hide what the model's own modules do with a dtype
-    only_fp32 = _why_only_fp32(run, labels, model) if checks_precision else ""
+    return PlainModel(model, own_dropout)
+
+
+def inject_shapes(resolved: ResolvedRun, plain: PlainModel) -> RunShapes:
+    """Return the shapes of a run: a copy of its ``plain`` model with the modules of the method. Raises InputError."""
+    run = resolved.shaped_by or resolved.run
+    model = plain.copy()
     with torch.device("meta"):
-        prepare_for_method(model, run, num_shards=num_shards)
+        prepare_for_method(model, run, num_shards=resolved.num_shards)
         if run.additions:
-            attach_to_model(model, run, tokenizer or load_tokenizer(run))
+            attach_to_model(model, run, resolved.tokenizer or load_tokenizer(run))
     if not num_trainable(model):
         raise ConfigError(
             f"method = {run.method!r} with pst.update_rank = {run.pst.update_rank} would train nothing of model.path = "
             f"{run.model.path!r}. Fix: pst.update_rank of at least 1, or pst.modules_to_save with a module to train"
         )
     targets = tuple(ResolvedTarget(name, layer.layout, layer.rule) for name, layer in pst_layers(model).items())
-    return RunShapes(model=model, targets=targets, only_fp32=only_fp32, own_dropout=own_dropout)
+    return RunShapes(model=model, targets=targets, own_dropout=plain.own_dropout)
 
 
 def load_tokenizer(run: RunConfig) -> PreTrainedTokenizerBase:
@@ -295,17 +383,17 @@ def num_trainable(module: nn.Module) -> int:
     return sum(sharding.full_numel(p) for p in module.parameters() if p.requires_grad)
 
 
-def _why_only_fp32(run: RunConfig, labels: list[str], plain: nn.Module) -> str:
+def _why_only_fp32(run: RunConfig, labels: list[str], plain: PlainModel) -> str:
     """Return why the ``plain`` model on the meta device works in fp32 only; "" if the run's precision may do."""
     if run.train.precision == "fp32":
         return ""
-    name = type(plain).__name__
-    if names := kept_in_fp32(plain):
+    name = type(plain.model).__name__
+    names = kept_in_fp32(plain.model)
+    if names:
         return f"{name} keeps {names[0]} in fp32, and torch cannot multiply the two"
-    if experts_modules(plain):  # whose operators have other rules on the meta device
+    if experts_modules(plain.model):  # whose operators have other rules on the meta device
         return ""
-    # a copy, because some modules keep what they compute in their first forward pass
-    problem = _forward_problem(copy.deepcopy(plain))
+    problem = _forward_problem(plain.copy())
     if not problem:
         return ""
     # passes that depend on values always fail on the meta device, in every dtype

@@ -41,7 +41,7 @@ from pst_ds.train.objective import Objective, load_teacher, teacher_of
 from pst_ds.train.one_shot.start import remark_on_shares, start_run
 from pst_ds.train.prepare import prepare as prepare
 from pst_ds.train.prepare import prepare_single as prepare_single
-from pst_ds.train.resolved import num_trainable
+from pst_ds.train.resolved import ResolvedRun, num_trainable
 from pst_ds.train.resume import RunProgress, checkpoint_to_resume, flat_table, on_base_of, restore
 from pst_ds.train.run_context import RunContext, require_same_data
 from pst_ds.train.sequences import require_documents_apart, shared_sequences
@@ -83,7 +83,7 @@ class TrainResult(TypedDict):
 
 
 def train_run(
-    run: RunConfig | str | Path,
+    run: RunConfig | str | Path | ResolvedRun,
     *,
     resume: bool = False,
     restart: bool = False,
@@ -95,7 +95,7 @@ def train_run(
     Call it on every rank that a launcher has started, or in one process. Collective.
 
     Args:
-        run: The run's config, or the path of its run file or run folder.
+        run: The run, as its config, the path of its run file or run folder, or resolved already.
         resume: Continue from the newest valid checkpoint of the run's folder, or start if nothing was saved yet.
         restart: Set existing checkpoints aside and start from step 0.
         quiet: Show no progress.
@@ -109,7 +109,7 @@ def train_run(
         DivergedError: The loss or the gradients are not finite.
         CheckpointWriteError: The last checkpoint could not be written.
     """
-    if not isinstance(run, RunConfig):
+    if isinstance(run, str | Path):
         run, run_file = load_run_or_folder(run), str(run)
     context = prepare(run, launch_environment(), run_file=run_file)
     return train_prepared(context, resume=resume, restart=restart, quiet=quiet)

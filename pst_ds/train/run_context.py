@@ -65,7 +65,7 @@ class RunContext:
 
     def with_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> "RunContext":
         """Return the context with a tokenizer of fewer tokens."""
-        return replace(self, resolved=replace(self.resolved, tokenizer=tokenizer))
+        return replace(self, resolved=self.resolved.with_tokenizer(tokenizer))
 
     def with_rates(self, examples: ExampleSet) -> "RunContext":
         """Return the context with all learning rates resolved to numbers, for training on ``examples``."""

@@ -34,6 +34,7 @@ from pst_ds.file_names import (
     step_folders,
 )
 from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, of_main_at_length, raise_on_all_ranks
+from pst_ds.train.resolved import ResolvedRun, resolve
 from pst_ds.train.resume import locate_base, require_base
 
 _PATIENCE_SECONDS = 120.0
@@ -159,6 +160,17 @@ def open_checkpoint(run: RunConfig, name: str) -> Checkpoint:
     base = locate_base(run, checkpoint)
     require_base(checkpoint, base, base_fingerprint(base))
     return checkpoint
+
+
+def open_trained(run: RunConfig | ResolvedRun, checkpoint: str | Checkpoint) -> tuple[ResolvedRun, Checkpoint]:
+    """Open a checkpoint of a run by name, and resolve the run with the classes that it was trained on.
+
+    What is resolved or open already is returned unchanged. Raises InputError.
+    """
+    config = run.run if isinstance(run, ResolvedRun) else run
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(config, checkpoint)
+    resolved = run if isinstance(run, ResolvedRun) else resolve(run, labels=opened.state.labels)
+    return resolved, opened
 
 
 def same_on_all_ranks(run: RunConfig, checkpoint: Checkpoint) -> Checkpoint:

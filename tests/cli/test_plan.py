@@ -174,7 +174,7 @@ def test_rates_may_be_a_file(capsys, llama_of_4_layers, tmp_path):
         (["--world-size", "513"], ("train.batch_size = 512", "513 ranks x 1 accumulation steps", "513 or more")),
         (
             ["--set", "train.num_steps=0", "--set", "train.num_epochs=1.0"],
-            ("--no-data", "train.num_steps = 0", "--set train.num_steps=1000 --set train.num_epochs=0"),
+            ("--no-data", "train.num_steps = 0", "Set train.num_steps = 1000 and train.num_epochs = 0"),
         ),
         (["--world-size", "2", "--set", "deepspeed_config="], ("2 ranks, but deepspeed_config is not set",)),
         (["--set", 'model.path="/no/such/model"'], ("model.path = '/no/such/model' does not exist",)),

@@ -24,7 +24,6 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train import run as run_module
-from pst_ds.train.resolved import build_shapes
 from pst_ds.train.run import masked_model, prepare, train_prepared
 from pst_ds.train.run_folder import open_checkpoint
 from pst_ds.writing import write
@@ -77,7 +76,7 @@ def _train(folder, *overrides, base=None):
         train_prepared(prepared, quiet=True)
         examples = load_examples(prepared.run.data, "validation", prepared.tokenizer, prepared.labels)
         texts = [json.loads(line)["text"] for line in Path(prepared.run.data.validation).read_text().splitlines()]
-        model = build_shapes(prepared.run, prepared.labels, prepared.tokenizer).model
+        model = prepared.resolved.with_settings(prepared.run).shapes.model
         checkpoint = open_checkpoint(prepared.run, "best")
     module = built[0].module.eval()
     return SimpleNamespace(**locals())

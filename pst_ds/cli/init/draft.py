@@ -42,7 +42,7 @@ from pst_ds.planning.speedup import share_for
 from pst_ds.text_table import bytes_text
 from pst_ds.train.one_shot.start import require_startable
 from pst_ds.train.prepare import require_trainable
-from pst_ds.train.resolved import load_model_config, load_tokenizer, num_trainable, resolve
+from pst_ds.train.resolved import ResolvedRun, load_model_config, load_tokenizer, num_trainable, resolve
 from pst_ds.train.stages import require_schedules
 
 if TYPE_CHECKING:
@@ -130,11 +130,11 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     table, length_reason = _with_batches(table, args, first.task_facts.init_epochs, examples, ranks)
     run = run_from_table(table)
     run.micro_batch_size(ranks)
-    shapes = resolve(run, labels=labels, tokenizer=tokenizer, checks_precision=True).shapes
-    model = shapes.model
-    if shapes.only_fp32:
+    resolved = resolve(run, labels=labels, tokenizer=tokenizer)
+    model = resolved.shapes.model
+    if resolved.only_fp32:
         table = laid_over(table, "train", precision="fp32")
-    check = partial(_checked, labels=labels, tokenizer=tokenizer, examples=examples, ranks=ranks)
+    check = partial(_checked, resolved=resolved, examples=examples, ranks=ranks)
     if _is_cut(args):
         proposals = [_with_cut(table, run, args, examples)]
     else:
@@ -144,7 +144,7 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     draft, remark = _first_sound(proposals, check)
     remarks.append(remark)
     if machine:
-        table, remark = _for_cluster(draft.table, examples, ranks, args.machine)
+        table, remark = _for_cluster(draft.table, resolved, examples, ranks, args.machine)
         remarks.append(remark)
         draft = check(table)
     run, model = draft.run, draft.model
@@ -202,14 +202,15 @@ class _Draft:
     """That the weights which ``[start]`` prunes could not be examined; "" if they were, or without a start."""
 
 
-def _checked(table: Settings, labels: list[str], tokenizer: "Tokenizer", examples: int, ranks: int) -> _Draft:
+def _checked(table: Settings, resolved: ResolvedRun, examples: int, ranks: int) -> _Draft:
     """Return ``table`` with its run and model, checked as ``pst-ds plan`` checks them. Raises InputError.
 
-    The DeepSpeed JSON is that of :func:`deepspeed_settings`, which fits every run.
+    ``resolved`` is the run with other settings. The DeepSpeed JSON is that of :func:`deepspeed_settings`, which fits
+    every run.
     """
     run = run_from_table(table)
     stage = 3 if run.deepspeed_config else 0
-    resolved = resolve(run, labels=labels, tokenizer=tokenizer, checks_precision=True)
+    resolved = resolved.with_settings(run)
     require_trainable(resolved, ranks=ranks, stage=stage)
     model = resolved.shapes.model
     require_schedules(run, examples)
@@ -255,7 +256,9 @@ def _machine(args: argparse.Namespace) -> Machine | None:
     return machine
 
 
-def _for_cluster(table: Settings, examples: int, ranks: int, machine: str) -> tuple[Settings, str]:
+def _for_cluster(
+    table: Settings, resolved: ResolvedRun, examples: int, ranks: int, machine: str
+) -> tuple[Settings, str]:
     """Return ``table`` with the best settings of a search, and a remark on their plan."""
     from pst_ds.planning.plan import PlanOptions, plan
     from pst_ds.planning.search import search
@@ -267,7 +270,8 @@ def _for_cluster(table: Settings, examples: int, ranks: int, machine: str) -> tu
         train = replace(run.train, num_steps=run.num_steps(examples), num_epochs=0.0)
         run = replace(run, deepspeed_config=str(file), train=train)
         options = PlanOptions(ranks, machine, no_data=True)
-        best = search(run, options, plan(run, options))[0].plan
+        resolved = resolved.with_settings(run)
+        best = search(resolved, options, plan(resolved, options))[0].plan
     found = best.run
     for section, name in (
         ("model", "gradient_checkpointing"),

@@ -5,10 +5,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.config.run import RunConfig
 from pst_ds.config.toml import load_run_or_folder
 from pst_ds.export.verify.against_run import Comparison, compare_with_run
 from pst_ds.storage_format import format_recognising
+from pst_ds.train.resolved import ResolvedRun
+from pst_ds.train.run_folder import open_trained
 from pst_ds.writing.check import check_export, check_model
 
 if TYPE_CHECKING:
@@ -52,9 +55,9 @@ class VerifyReport:
 
 def verify(
     export: str | Path,
-    against: RunConfig | str | Path | None = None,
+    against: RunConfig | str | Path | ResolvedRun | None = None,
     *,
-    checkpoint: str = "best",
+    checkpoint: str | Checkpoint = "best",
     split: str = "test",
     limit: int | None = None,
     reference: str | Path | None = None,
@@ -68,8 +71,9 @@ def verify(
 
     Args:
         export: the exported folder, or GGUF file.
-        against: config of the run that it came from, its folder, or its run file.
-        checkpoint: name of the checkpoint that was exported.
+        against: the run that it came from, as its config, its folder, its run file, or resolved with the classes of
+            the checkpoint.
+        checkpoint: name of the checkpoint that was exported, or the opened checkpoint.
         split: "train", "validation" or "test": the data to compare on.
         limit: number of examples to compare on; None uses all.
         reference: folder of a model from which the export's divergence is measured on the same data, with ``against``.
@@ -81,15 +85,24 @@ def verify(
     compare: Callable[..., Comparison | OnnxComparison] = compare_with_run
     if storage is not None and against is not None:
         # before the run is loaded, because some formats cannot be compared with one
-        run = against.output_dir if isinstance(against, RunConfig) else str(against)
-        compare = storage.comparison(folder, run)
-    config = against if isinstance(against, RunConfig) or against is None else load_run_or_folder(Path(against))
-    place = "" if config is None else f"{config.output_dir}, checkpoint {checkpoint}"
+        compare = storage.comparison(folder, _name_of_run(against))
+    run = load_run_or_folder(against) if isinstance(against, str | Path) else against
     file: Mapping[str, object]
     if storage is not None:
         file = storage.check(folder)
     else:
         file = check_export(folder)
         check_model(folder)
-    compared = None if config is None else compare(folder, config, checkpoint, split, limit, reference)
-    return VerifyReport(str(export), file, compared, place)
+    if run is None:
+        return VerifyReport(str(export), file)
+    resolved, opened = open_trained(run, checkpoint)
+    compared = compare(folder, resolved, opened, split, limit, reference)
+    name = opened.folder.name if isinstance(checkpoint, Checkpoint) else checkpoint
+    return VerifyReport(str(export), file, compared, f"{resolved.run.output_dir}, checkpoint {name}")
+
+
+def _name_of_run(run: RunConfig | str | Path | ResolvedRun) -> str:
+    """Return the place of a run, for messages."""
+    if isinstance(run, ResolvedRun):
+        return run.run.output_dir
+    return run.output_dir if isinstance(run, RunConfig) else str(run)

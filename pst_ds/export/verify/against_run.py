@@ -1,18 +1,18 @@
 """Compare an export with the masked model of its run: weights, logits, predictions, accuracy lost."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pst_ds.config.run import RunConfig
+from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError
 from pst_ds.export.reference import load_folder
-from pst_ds.export.verify.masked_run import Compared, FewerTokens, MaskedRun
+from pst_ds.export.verify.masked_run import Compared, FewerTokens, MaskedRun, without_document_mask
 from pst_ds.hf.config import LoadAs
 from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.model_structure import is_conv1d
@@ -21,6 +21,7 @@ from pst_ds.nn.tables.embedding import updated_tables
 from pst_ds.runtime import sparse_layers
 from pst_ds.runtime.experts import SparseExperts
 from pst_ds.storage_format import storage_format
+from pst_ds.train.resolved import ResolvedRun
 from pst_ds.writing.encoding import Encoding
 from pst_ds.writing.manifest import Facts
 from pst_ds.writing.to_folder import ExportOptions
@@ -79,14 +80,19 @@ class Comparison(Compared):
 
 
 def compare_with_run(
-    folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None, reference: str | Path | None
+    folder: Path,
+    resolved: ResolvedRun,
+    checkpoint: Checkpoint,
+    split: str,
+    limit: int | None,
+    reference: str | Path | None,
 ) -> Comparison:
     """Rebuild the masked training model and load the export, and compare them on the same batches.
 
     The masked model is first quantised or cast as the export is; ``rounding`` and ``kl`` have the effect. Raises
     InputError.
     """
-    run = MaskedRun.of(folder, config, checkpoint, split, limit, None)
+    run = MaskedRun.of(folder, resolved, checkpoint, split, limit, None)
     _align(run.model)
     encoding, fewer, rounding, kl = run.encoding, run.trim(), None, None
     plain = _loaded(run, "dense")
@@ -117,7 +123,7 @@ def compare_with_run(
 
 
 @torch.no_grad()
-def quantisation_loss(out: Path, config: RunConfig, checkpoint: str, storage: ExportOptions) -> Facts:
+def quantisation_loss(out: Path, resolved: ResolvedRun, checkpoint: Checkpoint, storage: ExportOptions) -> Facts:
     """Return metrics of the run ("trained") and of its export ``out`` ("exported"), and how they were computed ("by").
 
     transformers or ONNX Runtime loads the file. GGUF and compressed-tensors need other engines: in place of such a
@@ -125,10 +131,10 @@ def quantisation_loss(out: Path, config: RunConfig, checkpoint: str, storage: Ex
     """
     is_onnx, foreign = (out / ONNX_FILE).is_file(), None
     if is_onnx:
-        config = replace(config, data=replace(config.data, document_mask=False))  # a graph has no position_ids
+        resolved = without_document_mask(resolved)
     elif storage_format(storage.packing).engine:
         foreign = Encoding(storage.packing, storage.values, storage.embeddings)
-    run = MaskedRun.of(out, config, checkpoint, "validation", None, foreign)
+    run = MaskedRun.of(out, resolved, checkpoint, "validation", None, foreign)
     run.limit = max(1, int(np.searchsorted(np.cumsum(run.examples.lengths), MEASURED_TOKENS, "right")))
     run.examples = run.examples.first(run.limit)
     trained = run.metrics_of(run.model)

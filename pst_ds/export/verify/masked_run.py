@@ -1,13 +1,13 @@
 """The masked model of a run, changed in place as its export was: trimmed to fewer tokens, cast, quantised."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from pst_ds.config.run import RunConfig
+from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.core.quantization import Grid, round_to_grid
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
@@ -21,8 +21,8 @@ from pst_ds.nn.model_structure import is_conv1d
 from pst_ds.nn.tables.embedding import UpdatedTable, updated_tables
 from pst_ds.nn.tables.rounded import rounded_grid
 from pst_ds.train.evaluate import Differences, compare, kl_divergence, predict
+from pst_ds.train.resolved import ResolvedRun
 from pst_ds.train.run import RunContext, masked_model, prepare_single
-from pst_ds.train.run_folder import open_checkpoint
 from pst_ds.writing.encoding import Encoding, ExportError, encoding_of
 from pst_ds.writing.manifest import ExportedTensor, Facts, read_manifest
 from pst_ds.writing.quantization import grids
@@ -81,7 +81,13 @@ class MaskedRun:
 
     @classmethod
     def of(
-        cls, folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None, encoding: Encoding | None
+        cls,
+        folder: Path,
+        resolved: ResolvedRun,
+        checkpoint: Checkpoint,
+        split: str,
+        limit: int | None,
+        encoding: Encoding | None,
     ) -> "MaskedRun":
         """Rebuild the model, and load the examples; ``encoding``: of a file that is not read. Raises InputError."""
         tensors, facts = read_manifest(folder) if encoding is None else ([], {})
@@ -92,9 +98,9 @@ class MaskedRun:
                 f"{folder} is for {engine}, which computes in its own way. Compare a dense "
                 "export, which has the same quantised values"
             )
-        opened = open_checkpoint(config, checkpoint)
-        context = prepare_single(config, opened)
-        examples, model = _examples(context, split, limit), masked_model(context, opened)
+        context = prepare_single(resolved)
+        examples = _examples(context, split, limit)
+        model = masked_model(context, checkpoint)
         return cls(folder, split, limit, context, examples, model, tensors, facts, encoding)
 
     def metrics_of(self, model: Callable[..., object]) -> dict[str, float]:
@@ -246,6 +252,12 @@ class MaskedRun:
                 continue  # the name in the files of a parameter that has another name in the model
             quantised[name] = self.model.get_parameter(name)
         return quantised
+
+
+def without_document_mask(resolved: ResolvedRun) -> ResolvedRun:
+    """Return the run as an ONNX graph computes it: without position_ids, which a graph does not have."""
+    run = resolved.run
+    return resolved.with_run(replace(run, data=replace(run.data, document_mask=False)))
 
 
 def settle(module: PSTLayer | UpdatedTable, weight: Tensor) -> None:

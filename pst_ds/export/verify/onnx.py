@@ -1,6 +1,6 @@
 """Compare an ONNX file with the masked model of the run it came from."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -9,12 +9,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from pst_ds.config.run import RunConfig
+from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError, first_problem
-from pst_ds.export.verify.masked_run import Compared, MaskedRun
+from pst_ds.export.verify.masked_run import Compared, MaskedRun, without_document_mask
 from pst_ds.inference.onnx.arithmetic import DRAWS, RoundedProducts, allowed_difference
 from pst_ds.inference.onnx.operators import open_session
+from pst_ds.train.resolved import ResolvedRun
 from pst_ds.writing.check import check_onnx_export
 
 
@@ -48,7 +49,12 @@ def facts_of_file(folder: Path) -> dict[str, object]:
 
 @torch.no_grad()
 def compare_onnx_with_run(
-    folder: Path, config: RunConfig, checkpoint: str, split: str, limit: int | None, reference: str | Path | None
+    folder: Path,
+    resolved: ResolvedRun,
+    checkpoint: Checkpoint,
+    split: str,
+    limit: int | None,
+    reference: str | Path | None,
 ) -> OnnxComparison:
     """Compute the logits of a split with the file, and with the masked model in fp32, quantised as the file is.
 
@@ -57,8 +63,7 @@ def compare_onnx_with_run(
     metrics. Raises InputError for a file whose only output is not "logits".
     """
     model = OnnxModel(folder / ONNX_FILE)
-    config = replace(config, data=replace(config.data, document_mask=False))  # a graph has no position_ids
-    run = MaskedRun.of(folder, config, checkpoint, split, limit, None)
+    run = MaskedRun.of(folder, without_document_mask(resolved), checkpoint, split, limit, None)
     run.trim()
     in_8_bits = model.activation_bits == 8
     as_it_runs = OnnxModel(folder / ONNX_FILE, exact=False) if in_8_bits else model

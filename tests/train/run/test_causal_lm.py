@@ -20,7 +20,6 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
 from pst_ds.train.batches import own_batches
 from pst_ds.train.evaluate import evaluation_batches, predict
-from pst_ds.train.resolved import build_shapes
 from pst_ds.train.run import build, prepare, train_prepared
 
 RUN_FILE, LLAMA = "tests/data/causal_lm.toml", "tests/data/tiny-llama"
@@ -260,7 +259,7 @@ def test_the_best_checkpoint_has_the_lowest_perplexity(tmp_path, monkeypatch):
 def test_the_head_is_neither_pruned_nor_trained(tmp_path):
     for family in PRUNED:
         prepared = _prepared(tmp_path, **{"model.path": _base(family, tmp_path / "base")})
-        model = build_shapes(prepared.run, [], prepared.tokenizer).model
+        model = prepared.resolved.with_settings(prepared.run).shapes.model
         assert len(pst_layers(model)) == PRUNED[family]
         assert "lm_head" not in pst_layers(model)
         trained = [n for n, p in model.named_parameters() if p.requires_grad]

@@ -19,7 +19,7 @@ from pst_ds.parallel.placement import copy_ranks
 from pst_ds.parallel.stop_signals import StoppedError
 from pst_ds.train import loop
 from pst_ds.train.prepare import prepare
-from pst_ds.train.resolved import build_shapes
+from pst_ds.train.resolved import resolve
 from pst_ds.train.run import train_prepared
 
 RANKS, NODE, GIB = 4, 2, 1 << 30
@@ -65,7 +65,7 @@ def _padded(params):
 @pytest.mark.parametrize("deepspeed_config", ["zero3_cpu", pytest.param("zero3", marks=pytest.mark.thorough)])
 def test_only_factors_travel_between_nodes_and_masks_once_after_an_update(run_ranks, tmp_path, deepspeed_config):
     """In zero3.json, unlike zero3_cpu.json, DeepSpeed gathers small parameters like these after every step."""
-    params = list(build_shapes(_run(tmp_path), ["a", "b"], None, num_shards=RANKS).model.parameters())
+    params = list(resolve(_run(tmp_path), reads_data=False, num_shards=RANKS).shapes.model.parameters())
     trained = _padded(p for p in params if p.requires_grad)
     masks = _padded(p for p in params if p.dtype == torch.uint8)
     frozen = _padded(p for p in params if not p.requires_grad)

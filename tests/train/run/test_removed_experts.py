@@ -21,6 +21,7 @@ from pst_ds.nn.router import pst_routers
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.resume import RunProgress
 from pst_ds.train.run import masked_model, prepare, prepare_single, train_prepared
+from pst_ds.train.run_folder import open_trained
 from tests.nn.expert_families import tiny_model
 from tests.train.stopping import stopping
 from tests.train.test_resume import _differing, _values
@@ -85,7 +86,7 @@ def _goes_on(folder, base, *more):
 def _masked(folder, base, *more):
     run = load_run(RUN_FILE, ["deepspeed_config=", *_settings(folder, base, *more)])
     checkpoint = read_checkpoint(folder / "checkpoints" / "final")
-    return masked_model(prepare_single(run, checkpoint), checkpoint)
+    return masked_model(prepare_single(open_trained(run, checkpoint)[0]), checkpoint)
 
 
 def _checksums(folder):

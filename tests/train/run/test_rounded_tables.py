@@ -19,6 +19,7 @@ from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.nn.tables.rounded import quantisable_tables
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.run import masked_model, prepare, prepare_single, train_prepared
+from pst_ds.train.run_folder import open_trained
 
 GRID = grid_of("int4", 32)
 TABLES = ('quantization.embeddings="int4"', "quantization.group=32")
@@ -42,7 +43,7 @@ def _trained(folder, data, *more, resume=False):
 
 def _of(run, folder):
     checkpoint = read_checkpoint((folder / "checkpoints" / "final").resolve())
-    return checkpoint, masked_model(prepare_single(run, checkpoint), checkpoint)
+    return checkpoint, masked_model(prepare_single(open_trained(run, checkpoint)[0]), checkpoint)
 
 
 @pytest.mark.parametrize("method", ["dense", "pst"])

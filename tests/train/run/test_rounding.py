@@ -21,6 +21,7 @@ from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.inject import pst_layers, round_weights
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.run import masked_model, prepare, prepare_single, train_prepared
+from pst_ds.train.run_folder import open_trained
 
 STEPS, START, INTERVAL = 12, 6, 4
 INT4 = ('quantization.values="int4"', 'quantization.group="row"')
@@ -73,7 +74,7 @@ def test_the_exported_file_computes_what_was_trained(tmp_path, method, precision
     grid = grid_of(run.quantization.values, run.quantization.group)
     assert checkpoint.state.rounds
     assert checkpoint.contents.grid == (grid.bits, grid.group or 0)
-    model = masked_model(prepare_single(run, checkpoint), checkpoint)
+    model = masked_model(prepare_single(open_trained(run, checkpoint)[0]), checkpoint)
     assert main(["export", str(folder), "--checkpoint", "final", "--format", packing, "--out", str(out)]) == 0
     (file,) = out.glob("*.safetensors")
     stored = load_file(file)
@@ -106,7 +107,7 @@ def test_what_is_exported_of_a_run_that_rounds(tmp_path, capsys):
     assert main([*export, str(tmp_path / "plain"), "--dtype", "fp32"]) == 0
     plain = load_file(tmp_path / "plain" / "model.safetensors")
     checkpoint = _checkpoint(tmp_path / "run")
-    model = masked_model(prepare_single(run, checkpoint), checkpoint)
+    model = masked_model(prepare_single(open_trained(run, checkpoint)[0]), checkpoint)
     for name, layer in pst_layers(model).items():
         assert torch.equal(plain[f"{name}.weight"], layer.masked_weight()), name
     assert main(["verify", str(tmp_path / "plain"), "--against", str(tmp_path / "run"), "--checkpoint", "final"]) == 0
