@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from pst_ds.config.additions import AdditionSettings
-from pst_ds.config.settings import NotNegative, settings
+from pst_ds.config.settings import NotNegative, Rate, Reported, settings
 from pst_ds.data.model_limits import is_causal
 from pst_ds.errors import InputError
 from pst_ds.nn.addition import AddedModule, ModelAddition
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Inputs: TypeAlias = dict[str, Any]
 """Inputs of a forward pass, by name."""
-_CACHES = ("past_key_values", "cache_params")
+_CACHES = ("cache", "past_key_values")
 """Names in transformers for the cached keys and values of earlier tokens."""
 
 
@@ -37,6 +37,8 @@ _CACHES = ("past_key_values", "cache_params")
 class PromptSettings(AdditionSettings):
     """A prompt that every sequence has, as trained vectors (docs/how-to/methods.md)."""
 
+    learning_rate: Reported[Rate] = 5e-3
+    """Peak learning rate of the vectors."""
     text: str
     """Initial prompt: a description of the task, such as "classify the review as positive or negative:". Decoders read
     it first, encoders after their first token ([CLS])."""

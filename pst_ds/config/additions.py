@@ -54,7 +54,7 @@ def _read_tables(tables: object) -> object:
 def read_settings(name: str, table: object) -> AdditionSettings:
     """Return the settings of the addition called ``name``, made of its ``table``. Raises ConfigError."""
     try:
-        kind = ADDITIONS.get(name).settings_class
+        kind: type[AdditionSettings] = ADDITIONS.get(name).settings_class
     except InputError as error:
         raise ConfigError(f"{SECTION}.{name}: {error}") from None
     if isinstance(table, AdditionSettings):
@@ -80,7 +80,7 @@ Additions = Annotated[dict[str, SerializeAsAny[AdditionSettings]], BeforeValidat
 
 def resume_rules_of(additions: Mapping[str, AdditionSettings]) -> dict[str, OnResume]:
     """Return the mark of each marked setting of the ``additions`` of a run, by dotted name."""
-    rules = {}
+    rules: dict[str, OnResume] = {}
     for name, own_settings in additions.items():
         rules |= resume_rules(type(own_settings), f"{SECTION}.{name}.")
     return rules

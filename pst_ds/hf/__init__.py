@@ -13,16 +13,28 @@ from pst_ds.hf.config import PackedWeightsConfig
 from pst_ds.hf.quantizer import PackedWeightsQuantizer, register
 from pst_ds.hf.weight_files import PackedFolderError
 
-__all__ = ["PSTCallback", "PackedFolderError", "PackedWeightsConfig", "PackedWeightsQuantizer", "trainer_optimizer"]
+__all__ = [
+    "PSTCallback",
+    "PackedFolderError",
+    "PackedWeightsConfig",
+    "PackedWeightsQuantizer",
+    "load_additions",
+    "trainer_optimizer",
+]
 
 register()
 
 if TYPE_CHECKING:
     from pst_ds.hf.trainer_callback import PSTCallback, trainer_optimizer
+    from pst_ds.nn.addition import load_additions as load_additions
 else:
 
     def __getattr__(name: str) -> object:
-        """Import the Trainer's part, and all that trains with it, on first use."""
+        """Import what needs more than loading a model on first use: the Trainer's part, and additions."""
+        if name == "load_additions":
+            from pst_ds.nn.addition import load_additions
+
+            return load_additions
         if name not in ("PSTCallback", "trainer_optimizer"):
             raise AttributeError(f"module 'pst_ds.hf' has no attribute {name!r}")
         from pst_ds.hf import trainer_callback

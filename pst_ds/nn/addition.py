@@ -173,10 +173,7 @@ def saved_additions(model: nn.Module, values: Mapping[str, Tensor], dtype: torch
     for place, module in added_modules(model).items():
         tensors = {name: values[f"{place}.{name}"].to(dtype) for name, _ in module.named_parameters()}
         saved[module.addition] = SavedAddition(
-            settings=asdict(module.settings),  # type: ignore[call-overload]
-            facts=module.facts(),
-            extra_tokens=module.extra_tokens,
-            tensors=tensors,
+            settings=asdict(module.settings), facts=module.facts(), extra_tokens=module.extra_tokens, tensors=tensors
         )
     return saved
 

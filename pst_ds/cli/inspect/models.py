@@ -15,6 +15,7 @@ from pst_ds.formats import row_bits
 from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.formats.rows import row_counts
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile
+from pst_ds.nn.addition import read_additions
 from pst_ds.nn.config_values import require_plausible_config
 from pst_ds.progress import Progress
 from pst_ds.prune.folder import RECORD_FILE
@@ -61,12 +62,22 @@ def export_folder(path: Path) -> Inspection:
         "parameters": sum(entry.numel for entry in entries),
         "weight_files": sorted(files),
         **storage_facts(entries, [layer["bytes"] for layer in layers]),
+        "additions": _additions(path),
         **_sizes(sum((path / name).stat().st_size for name in files), about.get("dense_bf16_bytes")),
     }
     note = f"sparsity and patterns are from the manifest. pst-ds verify {path} checks the files"
     if about.get("refilled"):
         note += f"\n{refilled_text(about['refilled'])}"
     return Inspection(f"{path}: an export, {encoding}", facts, layers, note)
+
+
+def _additions(path: Path) -> Facts | None:
+    """Describe the additions of an export, by name. Raises InputError for a damaged file."""
+    described: Facts = {}
+    for name, saved in read_additions(path).items():
+        parameters = sum(tensor.numel() for tensor in saved.tensors.values())
+        described[name] = {**saved.settings, **saved.facts, "parameters": parameters}
+    return described or None
 
 
 def _exported(entry: ExportedTensor, files: dict[str, TensorFile], path: Path) -> Layer:

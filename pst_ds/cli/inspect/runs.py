@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from pst_ds.checkpoint import retention as checkpoints
@@ -118,6 +119,7 @@ def _settings(run: RunConfig) -> Facts:
         **steps,
         "train": run.data.train or [source.path for source in run.data.sources],
         "deepspeed_config": run.deepspeed_config or None,
+        "additions": asdict(run).get("additions") or None,
     }
 
 
