@@ -1,36 +1,49 @@
 // Products of many vectors with Intel AMX. 16 rows of codes, expanded as for AVX-512, form tiles of a word of columns,
 // and so do 16 vectors in place. Sums are the same integers, and floats are added in the same order. Included after
 // avx512.hpp and what follows it in its namespace.
+//
 // Tiles: 4 and 5 are inputs, the low and the high plane of 16 vectors, or 32 vectors of bytes; 6 and 7 are the codes of
 // a panel each. Input i and panel p are summed in tile 2 p + i.
+// A tile of inputs has a row per vector, of `word` bytes, `stride` apart in Activations. A tile of codes is 64 bytes per
+// row, 4 columns of 16 rows of W: the layout of a panel (avx512.hpp). Sums are int32 [vector][row of W], stored to the
+// aligned sums_ of a TileSums, which lives on the stack of its thread. The tile registers belong to that thread while
+// a Tiles object exists.
 
-constexpr int64_t TILE_ROWS = 16, LEAST_VECTORS = 8;  // with fewer vectors the expansion is most of the work
+constexpr int64_t TILE_ROWS = 16;
+constexpr int64_t LEAST_VECTORS = 8;  // with fewer vectors the expansion is most of the work
 
 // `first` and `second`: vectors of the two inputs; the second may have none. depth: columns of a word.
 inline TileConfig shapes(int64_t first, int64_t second, int64_t depth) {
     TileConfig config;
     const auto shape = [&](int tile, int64_t rows, int64_t bytes) {
-        if (rows) config.rows[tile] = uint8_t(rows), config.bytes[tile] = uint16_t(bytes);
+        if (rows) {
+            config.rows[tile] = uint8_t(rows);
+            config.bytes[tile] = uint16_t(bytes);
+        }
     };
     for (int panel = 0; panel < 2; ++panel) {
-        shape(2 * panel, first, 64), shape(2 * panel + 1, second, 64);
+        shape(2 * panel, first, 64);
+        shape(2 * panel + 1, second, 64);
         shape(6 + panel, depth / 4, 64);
     }
-    shape(4, first, depth), shape(5, second, depth);
+    shape(4, first, depth);
+    shape(5, second, depth);
     return config;
 }
 
 // Whether products equal plain sums, for all byte values.
 template <bool SIGNED> inline bool tiles_hold() {
     constexpr int VECTORS = 3;
-    uint8_t x[VECTORS * 64], codes[16 * 64];
+    uint8_t x[VECTORS * 64];
+    uint8_t codes[16 * 64];
     int32_t found[VECTORS * 16];
     for (int i = 0; i < VECTORS * 64; ++i) x[i] = uint8_t(151 * i + 7);
     for (int i = 0; i < 16 * 64; ++i) codes[i] = uint8_t(89 * i + 3 + i / 256);
     {
         Tiles tiles(shapes(16, VECTORS, 64));
         tiles.clear<3>();
-        tiles.load<5>(x, 64), tiles.load<7>(codes, 64);
+        tiles.load<5>(x, 64);
+        tiles.load<7>(codes, 64);
         tiles.add_product<SIGNED, 3, 5, 7>();
         tiles.store<3>(found);
     }
@@ -53,11 +66,19 @@ template <bool SIGNED> class TileSums {
 
     // Add the columns of words [from, to).
     void add_up(int64_t from, int64_t to) {
-        tiles_.clear<0>(), tiles_.clear<2>();
-        if (second_) tiles_.clear<1>(), tiles_.clear<3>();
+        tiles_.clear<0>();
+        tiles_.clear<2>();
+        if (second_) {
+            tiles_.clear<1>();
+            tiles_.clear<3>();
+        }
         for (; from < to; ++from) add(from * job_.m.word);
-        tiles_.store<0>(sums_), tiles_.store<2>(sums_ + 2 * SIZE);
-        if (second_) tiles_.store<1>(sums_ + SIZE), tiles_.store<3>(sums_ + 3 * SIZE);
+        tiles_.store<0>(sums_);
+        tiles_.store<2>(sums_ + 2 * SIZE);
+        if (second_) {
+            tiles_.store<1>(sums_ + SIZE);
+            tiles_.store<3>(sums_ + 3 * SIZE);
+        }
     }
     // Sums of a vector of an input with the 16 rows of a panel.
     __m512i at(int panel, int64_t input, int64_t vector) const {
@@ -69,7 +90,8 @@ template <bool SIGNED> class TileSums {
 
     void add(int64_t column) {
         const uint8_t* codes = job_.room + column * 16;
-        tiles_.load<4>(first_ + column, job_.q.stride), tiles_.load<6>(codes, 64);
+        tiles_.load<4>(first_ + column, job_.q.stride);
+        tiles_.load<6>(codes, 64);
         tiles_.add_product<SIGNED, 0, 4, 6>();
         if (second_) tiles_.load<5>(second_ + column, job_.q.stride);
         if (second_) tiles_.add_product<SIGNED, 1, 5, 6>();
@@ -82,7 +104,8 @@ template <bool SIGNED> class TileSums {
     Tiles& tiles_;
     const ProductJob& job_;
     const int panels_;
-    const uint8_t *first_, *second_;  // null without a second input
+    const uint8_t* first_;
+    const uint8_t* second_;  // null without a second input
     alignas(64) int32_t sums_[4 * SIZE];
 };
 
@@ -91,7 +114,8 @@ struct TileJob {
     const ProductJob& of;
     int64_t block;
     int panels;
-    int64_t token, vectors;
+    int64_t token;
+    int64_t vectors;
 
     void store(const __m512* total, int panel) const {
         for (int64_t t = 0; t < vectors; ++t) store_block<1>(of, block + panel, token + t, total + t);
@@ -101,7 +125,9 @@ struct TileJob {
 // Up to 16 vectors, summed as in panel_rows of AVX-512.
 inline void planes_in_tiles(Tiles& tiles, const TileJob& job) {
     const Matrix& m = job.of.m;
-    const int64_t chunks = m.chunks(), words = m.words(), words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
+    const int64_t chunks = m.chunks();
+    const int64_t words = m.words();
+    const int64_t words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
     TileSums<false> sums(tiles, job.of, job.panels, job.of.q.low_of(job.token), job.of.q.high_of(job.token));
     __m512 total[2][TILE_ROWS] = {};
     for (int64_t c = 0; c < chunks; ++c) {
@@ -121,7 +147,9 @@ inline void planes_in_tiles(Tiles& tiles, const TileJob& job) {
 // Up to 32 vectors of bytes, summed as in byte_rows of AVX-512; codes are signed here.
 inline void bytes_in_tiles(Tiles& tiles, const TileJob& job) {
     const Matrix& m = job.of.m;
-    const int64_t chunks = m.chunks(), words = m.words(), words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
+    const int64_t chunks = m.chunks();
+    const int64_t words = m.words();
+    const int64_t words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
     const uint8_t* x = job.of.q.low_of(job.token);
     TileSums<true> sums(tiles, job.of, job.panels, x, job.vectors > TILE_ROWS ? x + TILE_ROWS * job.of.q.stride : nullptr);
     __m512 total[2][2 * TILE_ROWS] = {};
@@ -153,7 +181,8 @@ inline void vectors_in_tiles(const ProductJob& job, int64_t block, int panels, i
 }
 
 template <int BITS, bool MASKED> inline void tile_product_of(const ProductJob& job) {
-    const int64_t most = job.q.are_bytes ? 2 * TILE_ROWS : TILE_ROWS, whole = job.tokens / most * most;
+    const int64_t most = job.q.are_bytes ? 2 * TILE_ROWS : TILE_ROWS;
+    const int64_t whole = job.tokens / most * most;
     for (int64_t block = job.first; block < job.last; block += 2) {
         const int panels = block + 1 < job.last ? 2 : 1;
         for (int p = 0; p < panels; ++p) expand_16<BITS, MASKED, false>(job.m, block + p, job.room + p * job.panel);

@@ -1,5 +1,14 @@
 // Attention of the heads that share one key-value head: a key or value is widened once for HEADS of them. Included once
 // per instruction set, before glue.hpp.
+//
+// Layout, all fp32 in the thread's room (attention_room) except the cache
+//   query   (HEADS, padded), multiplied by the scale and padded with zeros
+//   scores  (HEADS, places): `places` is the number of positions, rounded up to 16
+//   keys, values  (positions, padded) of the cache, int8, bf16 or fp32; `padded` is a multiple of 16, with zeros at the end
+//   sums    (HEADS, padded)
+// A sum over a head's numbers is over whole vectors, since the padding is zero. A head's result has the same bits for
+// every HEADS, and does not depend on the other sequences of a pass. The scales of an int8 cache multiply scores and
+// weights, instead of every number of a row.
 
 inline Floats widen(const float* from) { return load(from); }  // in addition to bf16 and int8
 
@@ -7,7 +16,8 @@ inline Floats widen(const float* from) { return load(from); }  // in addition to
 // Caches of several sequences come from memory: later keys and the values, which are needed next, are prefetched.
 template <class T, int HEADS>
 inline void scores_of(const float* query, const T* keys, const T* values, int64_t count, int64_t padded, float* scores, int64_t places) {
-    constexpr int64_t AHEAD = 64, LINE = 64 / sizeof(T);  // keys, numbers
+    constexpr int64_t AHEAD = 64;             // keys to prefetch ahead
+    constexpr int64_t LINE = 64 / sizeof(T);  // numbers in a cache line
     for (int64_t t = 0; t < count; t += 4) {
         for (int64_t i = t * padded; i < (t + 4) * padded; i += LINE) {
             if (t + AHEAD < count) __builtin_prefetch(keys + AHEAD * padded + i, 0, 2);
@@ -36,10 +46,14 @@ inline void scores_of(const float* query, const T* keys, const T* values, int64_
 // become so small that they do not change it.
 inline float exponentials(float* scores, int64_t count, int64_t places, float cap) {
     for (int64_t t = count; t < places; ++t) scores[t] = -3.0e38f;
-    Floats largest = all(-3.0e38f), total{};
+    Floats largest = all(-3.0e38f);
+    Floats total{};
     for (int64_t t = 0; t < places; t += LANES) {
         Floats value = load(scores + t);
-        if (cap > 0) store(scores + t, value = cap * hyperbolic_tangent(value / cap));
+        if (cap > 0) {
+            value = cap * hyperbolic_tangent(value / cap);
+            store(scores + t, value);
+        }
         largest = larger(largest, value);
     }
     if (cap > 0)
@@ -85,9 +99,15 @@ inline void weighted_sums(const float* weights, int64_t places, const float* sca
 
 // softmax(scale q k', soft-capped) v of HEADS heads from `first` on.
 template <class T, int HEADS> inline void attend_together(const AttentionJob& job, int64_t first) {
-    const int64_t count = job.end - job.begin, places = round_up(count, 16), padded = job.padded;
-    float *scores = job.room, *query = scores + HEADS * places, *sums = query + HEADS * padded, inverse[HEADS];
-    const T *keys = static_cast<const T*>(job.k) + job.begin * padded, *values = static_cast<const T*>(job.v) + job.begin * padded;
+    const int64_t count = job.end - job.begin;
+    const int64_t places = round_up(count, 16);
+    const int64_t padded = job.padded;
+    float* scores = job.room;
+    float* query = scores + HEADS * places;
+    float* sums = query + HEADS * padded;
+    float inverse[HEADS];
+    const T* keys = static_cast<const T*>(job.k) + job.begin * padded;
+    const T* values = static_cast<const T*>(job.v) + job.begin * padded;
     for (int64_t h = 0; h < HEADS; ++h)
         for (int64_t i = 0; i < padded; ++i)
             query[h * padded + i] = i < job.head ? job.q[(first + h) * job.head + i] * job.scale : 0.0f;
@@ -107,12 +127,14 @@ template <class T, int HEADS> inline void attend_together(const AttentionJob& jo
 
 template <class T> inline void attend_in(const AttentionJob& job) {
     constexpr int64_t most = LANES == 16 ? HEADS_TOGETHER : 2;  // 8-lane instruction sets have half as many registers
-    for (int64_t first = 0; first < job.heads; first += most) switch (std::min(most, job.heads - first)) {
+    for (int64_t first = 0; first < job.heads; first += most) {
+        switch (std::min(most, job.heads - first)) {
             case 1: attend_together<T, 1>(job, first); break;
             case 2: attend_together<T, 2>(job, first); break;
             case 3: attend_together<T, 3>(job, first); break;
             default: attend_together<T, HEADS_TOGETHER>(job, first);
         }
+    }
 }
 inline void attend(const AttentionJob& job, int64_t bits) {
     if (bits == 8) return attend_in<int8_t>(job);

@@ -1,5 +1,13 @@
 // Products with codes for AVX2 and AVX-VNNI: a byte shuffle looks up places in a window, for the low and high bytes of
 // q.
+//
+// Layout: WINDOWS and PAIRS of matrix.hpp, blocks of 8 rows. A step of WINDOWS takes two windows of 16 columns: 16 bytes of
+// places, then 32 codes, two per row and window. The shuffle fetches bytes of q within halves of a register, one window
+// in each; low and high bytes are interleaved to int16, and madd (or vpdpwssd) adds the two products of a row to its
+// int32 sum. PAIRS multiplies all columns, two per int32.
+//
+// Sums of a chunk are exact integers, so any order gives the same bits; floats are added chunk by chunk (Sums::add),
+// one product and one sum each. Loads are unaligned and may pass a vector's end by PADDING bytes.
 
 inline __m256i add_products(__m256i sum, __m256i codes, __m256i q) { return (__m256i)add_pairs((Ints)sum, (Ints)codes, (Ints)q); }
 
@@ -19,11 +27,13 @@ inline __m256i eight_scales(const uint16_t* scales) {  // as bits of floats
 // The next 32 codes of 8 rows, as two vectors of 16-bit integers.
 template <int BITS> inline void codes_at(const uint8_t* data, __m256i& first, __m256i& second) {
     if (BITS == 8) {
-        first = wide(half(data)), second = wide(half(data + 16));
+        first = wide(half(data));
+        second = wide(half(data + 16));
         return;
     }
     const __m128i bytes = half(data);
-    first = wide(signed_nibbles(bytes)), second = wide(signed_nibbles(_mm_srli_epi16(bytes, 4)));
+    first = wide(signed_nibbles(bytes));
+    second = wide(signed_nibbles(_mm_srli_epi16(bytes, 4)));
 }
 
 // Prefetch a stream from memory: the hardware prefetcher stops at every page of 4 KiB.
@@ -45,7 +55,8 @@ template <int TOKENS> struct Sums {
             const __m256 scale = _mm256_mul_ps(scales, _mm256_broadcast_ss(x_scales + t * chunks));
             total[t] = _mm256_add_ps(total[t], _mm256_mul_ps(_mm256_cvtepi32_ps(chunk[t]), scale));
         }
-        row_scales += ROWS, ++x_scales;
+        row_scales += ROWS;
+        ++x_scales;
     }
     void store(const ProductJob& job, int64_t block, int64_t token) const {
         for (int t = 0; t < TOKENS; ++t) {
@@ -62,25 +73,32 @@ inline __m256i two_windows(const uint8_t* first, const uint8_t* second) {
 
 template <int BITS, int TOKENS> inline void window_rows(const ProductJob& job, int64_t block, int64_t token) {
     const Matrix& m = job.m;
-    const uint8_t *data = m.data.data() + m.first_byte[size_t(block)], *move = m.moves.data() + m.first_move[size_t(block)];
-    const __m256i halves = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4), nibble = _mm256_set1_epi8(15);
+    const uint8_t* data = m.data.data() + m.first_byte[size_t(block)];
+    const uint8_t* move = m.moves.data() + m.first_move[size_t(block)];
+    const __m256i halves = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);
+    const __m256i nibble = _mm256_set1_epi8(15);
     Sums<TOKENS> sums(job, block, token);
     for (int64_t c = 0; c < m.chunks(); ++c) {
-        __m256i first_rows[TOKENS], other_rows[TOKENS];  // 4 rows in the first window, and in the second
+        // sums of rows 0 to 3 and of rows 4 to 7: the first window in the lower half, the second in the upper
+        __m256i first_rows[TOKENS];
+        __m256i other_rows[TOKENS];
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t) first_rows[t] = other_rows[t] = _mm256_setzero_si256();
-        const uint8_t *low = job.q.low_of(token) + c * m.chunk, *high = job.q.high_of(token) + c * m.chunk;
+        const uint8_t* low = job.q.low_of(token) + c * m.chunk;
+        const uint8_t* high = job.q.high_of(token) + c * m.chunk;
         const uint8_t* end = move + 2 * m.steps[size_t(block * m.chunks() + c)];
         for (int64_t at = 0; move < end; move += 2, data += 16 + 4 * BITS) {
             const int64_t before = at + move[0];
             at = before + move[1];
             const __m256i places = _mm256_and_si256(_mm256_srlv_epi32(twice(data), halves), nibble);
-            __m256i first, other;
+            __m256i first;
+            __m256i other;
             if (TOKENS == 1) fetch_ahead(data);
             codes_at<BITS>(data + 16, first, other);
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; ++t) {
-                const uint8_t *l = low + t * job.q.stride, *h = high + t * job.q.stride;
+                const uint8_t* l = low + t * job.q.stride;
+                const uint8_t* h = high + t * job.q.stride;
                 const __m256i lows = _mm256_shuffle_epi8(two_windows(l + before, l + at), places);
                 const __m256i highs = _mm256_shuffle_epi8(two_windows(h + before, h + at), places);
                 first_rows[t] = add_products(first_rows[t], first, _mm256_unpacklo_epi8(lows, highs));
@@ -109,7 +127,8 @@ template <int BITS> inline void columns_at(const uint8_t* data, __m256i (&codes)
         codes_at<8>(data, codes[0], codes[1]);
         return codes_at<8>(data + 32, codes[2], codes[3]);
     }
-    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)), lowest = _mm256_set1_epi16(15);
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
+    const __m256i lowest = _mm256_set1_epi16(15);
     codes[0] = _mm256_and_si256(words, lowest);
     codes[1] = _mm256_and_si256(_mm256_srli_epi16(words, 4), lowest);
     codes[2] = _mm256_and_si256(_mm256_srli_epi16(words, 8), lowest);
@@ -122,10 +141,12 @@ template <int BITS, int TOKENS> inline void pair_rows(const ProductJob& job, int
     const uint8_t* data = m.data.data() + m.first_byte[size_t(block)];
     Sums<TOKENS> sums(job, block, token);
     for (int64_t c = 0; c < m.chunks(); ++c) {
-        __m256i chain[TOKENS][CHAINS], chunk[TOKENS];
+        __m256i chain[TOKENS][CHAINS];
+        __m256i chunk[TOKENS];
         for (auto& of_token : chain)
             for (__m256i& sum : of_token) sum = _mm256_setzero_si256();
-        const int16_t *q = job.q.q_of(token) + c * m.chunk, *end = job.q.q_of(token) + m.chunk_end(c);
+        const int16_t* q = job.q.q_of(token) + c * m.chunk;
+        const int16_t* end = job.q.q_of(token) + m.chunk_end(c);
         for (; q + 8 <= end || (BITS == 4 && q < end); q += 8, data += BITS * 8) {
             __m256i codes[4];
             if (TOKENS == 1) fetch_ahead(data);

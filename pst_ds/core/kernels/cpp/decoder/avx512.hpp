@@ -1,5 +1,17 @@
 // Products with codes for AVX-512 with VBMI2 and VNNI: a word of mask bits expands 4 columns of 16 rows. q is read as q
 // + 2^15, in two unsigned planes of bytes; Matrix::offsets contains what this adds to a sum, modulo 2^32.
+//
+// Layout
+//   codes   layout WORDS of matrix.hpp: per block of 16 rows the kept codes of 4 columns at a time, and 64 mask bits
+//   vector  64 bytes [16 rows][4 columns]: the operand of vpdpbusd, which adds 4 products to each of 16 int32 sums
+//   panel   a block with its zeros, [column / 4][row][column % 4], panel_bytes() bytes in memory of a thread
+//   list    only the kept codes of a block, per 64 columns: vectors of codes, then as many vectors of their columns
+//   q       low and high planes of bytes of Activations, `stride` apart
+// Loads are unaligned; up to CODE_PADDING bytes are read past the codes and PADDING past a vector.
+//
+// vpdpbusd multiplies an unsigned byte with a signed one, hence the planes of q + 2^15. All sums are integers modulo
+// 2^32 and fit, so the order of their terms is free; floats are added chunk by chunk (with_planes). Hence few_vectors,
+// panel_rows, listed_rows and the kernels of AMX return the same bits, for any number of tokens.
 
 constexpr int64_t AHEAD = 4096;  // bytes to prefetch
 
@@ -36,7 +48,8 @@ template <int BITS, bool MASKED> struct Codes16 {
             const __m512i table = _mm512_set4_epi32(int(0xfffefdfc), int(0xfbfaf9f8), 0x07060504, 0x03020100);  // signed
 #pragma GCC unroll 2
             for (int i = 0; i < 4; i += 2) {
-                const __m512i both = bytes_at(data), fifteen = _mm512_set1_epi8(15);
+                const __m512i both = bytes_at(data);
+                const __m512i fifteen = _mm512_set1_epi8(15);
                 codes[i] = expanded(_mm512_shuffle_epi8(table, _mm512_and_si512(both, fifteen)), i);
                 codes[i + 1] = expanded(_mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(both, 4), fifteen)), i + 1);
                 data += std::max(count(i), count(i + 1));
@@ -86,7 +99,9 @@ template <int TOKENS> inline void store_block(const ProductJob& job, int64_t blo
 template <int BITS, bool MASKED, int TOKENS> inline void few_vectors(const ProductJob& job) {
     constexpr int CHAINS = TOKENS == 1 ? 4 : TOKENS <= 3 ? 2 : 1;  // independent sums hide the latency of products
     const Matrix& m = job.m;
-    const int64_t chunks = m.chunks(), columns = m.words() * m.word, high = job.q.high_of(0) - job.q.low_of(0);
+    const int64_t chunks = m.chunks();
+    const int64_t columns = m.words() * m.word;
+    const int64_t high = job.q.high_of(0) - job.q.low_of(0);
     const uint8_t* x[TOKENS];
     for (int t = 0; t < TOKENS; ++t) x[t] = job.q.low_of(t);
     Codes16<BITS, MASKED> stream(m, job.first);
@@ -96,7 +111,8 @@ template <int BITS, bool MASKED, int TOKENS> inline void few_vectors(const Produ
         __m512 total[TOKENS];
         for (__m512& sum : total) sum = _mm512_setzero_ps();
         for (int64_t c = 0; c < chunks; ++c) {
-            __m512i h[TOKENS][CHAINS], l[TOKENS][CHAINS];
+            __m512i h[TOKENS][CHAINS];
+            __m512i l[TOKENS][CHAINS];
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 4
@@ -119,8 +135,10 @@ template <int BITS, bool MASKED, int TOKENS> inline void few_vectors(const Produ
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; ++t) {
 #pragma GCC unroll 4
-                for (int i = 1; i < CHAINS; ++i)
-                    h[t][0] = _mm512_add_epi32(h[t][0], h[t][i]), l[t][0] = _mm512_add_epi32(l[t][0], l[t][i]);
+                for (int i = 1; i < CHAINS; ++i) {
+                    h[t][0] = _mm512_add_epi32(h[t][0], h[t][i]);
+                    l[t][0] = _mm512_add_epi32(l[t][0], l[t][i]);
+                }
                 total[t] = with_planes(total[t], h[t][0], l[t][0], offset, scales, job.q.scales_of(t)[c]);
             }
         }
@@ -152,14 +170,18 @@ inline void fetch_next(const uint8_t* ahead, int64_t column) {
 // Vectors with PANELS times 16 expanded rows, from `block` on.
 template <int TOKENS, int PANELS> inline void panel_rows(const ProductJob& job, int64_t block, int64_t token) {
     const Matrix& m = job.m;
-    const int64_t chunks = m.chunks(), columns = m.words() * m.word, high = job.q.high_of(0) - job.q.low_of(0);
-    const uint8_t *ahead = after<PANELS>(job, block, token), *x[TOKENS];
+    const int64_t chunks = m.chunks();
+    const int64_t columns = m.words() * m.word;
+    const int64_t high = job.q.high_of(0) - job.q.low_of(0);
+    const uint8_t* ahead = after<PANELS>(job, block, token);
+    const uint8_t* x[TOKENS];
     for (int t = 0; t < TOKENS; ++t) x[t] = job.q.low_of(token + t);
     __m512 total[PANELS][TOKENS];
     for (auto& of_panel : total)
         for (__m512& sum : of_panel) sum = _mm512_setzero_ps();
     for (int64_t c = 0; c < chunks; ++c) {
-        __m512i h[PANELS][TOKENS], l[PANELS][TOKENS];
+        __m512i h[PANELS][TOKENS];
+        __m512i l[PANELS][TOKENS];
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; ++p)
 #pragma GCC unroll 8
@@ -172,9 +194,13 @@ template <int TOKENS, int PANELS> inline void panel_rows(const ProductJob& job, 
             for (int p = 0; p < PANELS; ++p) codes[p] = _mm512_loadu_si512(job.room + p * job.panel + i * 16);
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; ++t) {
-                const __m512i of_high = four_columns(x[t] + i + high), of_low = four_columns(x[t] + i);
+                const __m512i of_high = four_columns(x[t] + i + high);
+                const __m512i of_low = four_columns(x[t] + i);
 #pragma GCC unroll 2
-                for (int p = 0; p < PANELS; ++p) h[p][t] = dot(h[p][t], of_high, codes[p]), l[p][t] = dot(l[p][t], of_low, codes[p]);
+                for (int p = 0; p < PANELS; ++p) {
+                    h[p][t] = dot(h[p][t], of_high, codes[p]);
+                    l[p][t] = dot(l[p][t], of_low, codes[p]);
+                }
             }
         }
 #pragma GCC unroll 2
@@ -193,8 +219,11 @@ template <int TOKENS, int PANELS> inline void panel_rows(const ProductJob& job, 
 // The same for vectors of bytes: codes are unsigned, and each sum starts with the correction for it.
 template <int TOKENS, int PANELS> inline void byte_rows(const ProductJob& job, int64_t block, int64_t token) {
     const Matrix& m = job.m;
-    const int64_t chunks = m.chunks(), words = m.words(), words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
-    const uint8_t *x = job.q.low_of(token), *ahead = after<PANELS>(job, block, token);
+    const int64_t chunks = m.chunks();
+    const int64_t words = m.words();
+    const int64_t words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
+    const uint8_t* x = job.q.low_of(token);
+    const uint8_t* ahead = after<PANELS>(job, block, token);
     const float* x_scales = job.q.scales_of(token);
     const int32_t* sums = job.q.sums_of(token);
     __m512 total[PANELS][TOKENS];
@@ -243,23 +272,30 @@ template <int TOKENS, int PANELS> inline void byte_rows(const ProductJob& job, i
 // Vectors in tiles of equal sizes or nearly, of at most MOST: kernels[n - 1](job, block, token) for n vectors.
 template <size_t MOST> inline void in_tiles(const ProductJob& job, int64_t block, void (*const (&kernels)[MOST])(const ProductJob&, int64_t, int64_t)) {
     for (int64_t tiles = (job.tokens + int64_t(MOST) - 1) / int64_t(MOST), i = 0; i < tiles; ++i) {
-        const int64_t token = job.tokens * i / tiles, end = job.tokens * (i + 1) / tiles;
+        const int64_t token = job.tokens * i / tiles;
+        const int64_t end = job.tokens * (i + 1) / tiles;
         kernels[end - token - 1](job, block, token);
     }
 }
 
 // Transpose 16 x 16 words of 32 bits to memory.
 inline void store_transposed(const __m512i (&a)[16], uint8_t* to) {
-    __m512i t[16], u[16];
-    for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    __m512i t[16];
+    __m512i u[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
     for (int i = 0; i < 16; i += 4)
         for (int j = 0; j < 2; ++j) {
             u[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
             u[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
         }
     for (int j = 0; j < 4; ++j) {
-        const __m512i p = _mm512_shuffle_i32x4(u[j], u[4 + j], 0x88), q = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0x88);
-        const __m512i r = _mm512_shuffle_i32x4(u[j], u[4 + j], 0xdd), s = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0xdd);
+        const __m512i p = _mm512_shuffle_i32x4(u[j], u[4 + j], 0x88);
+        const __m512i q = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0x88);
+        const __m512i r = _mm512_shuffle_i32x4(u[j], u[4 + j], 0xdd);
+        const __m512i s = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0xdd);
         _mm512_storeu_si512(to + 64 * j, _mm512_shuffle_i32x4(p, q, 0x88));
         _mm512_storeu_si512(to + 64 * (j + 4), _mm512_shuffle_i32x4(r, s, 0x88));
         _mm512_storeu_si512(to + 64 * (j + 8), _mm512_shuffle_i32x4(p, q, 0xdd));
@@ -270,24 +306,29 @@ inline void store_transposed(const __m512i (&a)[16], uint8_t* to) {
 // List the kept codes of a block. For each 64 columns: `counts` vectors of codes, 4 of each row, then as many of their
 // columns; a row with fewer codes has zeros.
 template <int BITS> inline void list_kept(const Matrix& m, int64_t block, uint8_t* counts, uint8_t* to) {
-    alignas(64) uint8_t numbers[64], rows[16 * 64];
+    alignas(64) uint8_t numbers[64];
+    alignas(64) uint8_t rows[16 * 64];
     for (int i = 0; i < 64; ++i) numbers[i] = uint8_t(i);
     const __m512i columns = _mm512_load_si512(numbers);
     Codes16<BITS, true> stream(m, block);
     for (int64_t word = 0; word < m.words(); ++word) {
-        __m512i codes[16], places[16];
+        __m512i codes[16];
+        __m512i places[16];
         for (int i = 0; i < 16; i += 4) stream.next(*reinterpret_cast<__m512i(*)[4]>(codes + i));
         store_transposed(codes, rows);
         int most = 0;
         for (int r = 0; r < 16; ++r) {
             const __m512i row = _mm512_load_si512(rows + 64 * r);
             const __mmask64 kept = _mm512_test_epi8_mask(row, row);
-            codes[r] = _mm512_maskz_compress_epi8(kept, row), places[r] = _mm512_maskz_compress_epi8(kept, columns);
+            codes[r] = _mm512_maskz_compress_epi8(kept, row);
+            places[r] = _mm512_maskz_compress_epi8(kept, columns);
             most = std::max(most, __builtin_popcountll(kept));
         }
         const int count = (most + 3) / 4;
         counts[word] = uint8_t(count);
-        store_transposed(codes, to), store_transposed(places, to + 64 * count);  // the rest is overwritten
+        // 16 vectors are written each time; those behind `count` are overwritten by what follows
+        store_transposed(codes, to);
+        store_transposed(places, to + 64 * count);
         to += 128 * count;
     }
 }
@@ -295,17 +336,23 @@ template <int BITS> inline void list_kept(const Matrix& m, int64_t block, uint8_
 // Vectors with the lists of a block: shuffles look up their columns, and run next to products.
 template <int TOKENS> inline void listed_rows(const ProductJob& job, int64_t block, int64_t token) {
     const Matrix& m = job.m;
-    const int64_t chunks = m.chunks(), words = m.words(), words_in_chunk = std::max<int64_t>(1, m.chunk / WORD);
-    const uint8_t *list = job.room, *counts = job.room + 2 * job.panel, *ahead = after<1>(job, block, token);
+    const int64_t chunks = m.chunks();
+    const int64_t words = m.words();
+    const int64_t words_in_chunk = std::max<int64_t>(1, m.chunk / WORD);
+    const uint8_t* list = job.room;
+    const uint8_t* counts = job.room + 2 * job.panel;
+    const uint8_t* ahead = after<1>(job, block, token);
     __m512 total[TOKENS];
     for (__m512& sum : total) sum = _mm512_setzero_ps();
     int64_t word = 0;
     for (int64_t c = 0; c < chunks; ++c) {
-        __m512i h[TOKENS], l[TOKENS];
+        __m512i h[TOKENS];
+        __m512i l[TOKENS];
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t) h[t] = l[t] = _mm512_setzero_si512();
         for (const int64_t end = c + 1 == chunks ? words : std::min(words, word + words_in_chunk); word < end; ++word) {
-            __m512i high[TOKENS], low[TOKENS];
+            __m512i high[TOKENS];
+            __m512i low[TOKENS];
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; ++t) {
                 high[t] = _mm512_loadu_si512(job.q.high_of(token + t) + word * WORD);
@@ -314,7 +361,8 @@ template <int TOKENS> inline void listed_rows(const ProductJob& job, int64_t blo
             for (int line = 0; line < 8; ++line) _mm_prefetch(reinterpret_cast<const char*>(ahead) + 512 * word + 64 * line, _MM_HINT_T1);
             const int64_t size = 64 * counts[word];
             for (const uint8_t* const end_of_codes = list + size; list < end_of_codes; list += 64) {
-                const __m512i codes = _mm512_loadu_si512(list), places = _mm512_loadu_si512(list + size);
+                const __m512i codes = _mm512_loadu_si512(list);
+                const __m512i places = _mm512_loadu_si512(list + size);
 #pragma GCC unroll 8
                 for (int t = 0; t < TOKENS; ++t) {
                     h[t] = dot(h[t], _mm512_permutexvar_epi8(places, high[t]), codes);
@@ -383,7 +431,8 @@ inline void quantize_to_bytes(const Matrix& m, const float* x, int64_t token, Ac
     uint8_t* bytes = to.low.data() + token * to.stride;
     for (int64_t c = 0; c < to.chunks; ++c, x += m.word) {
         const int64_t count = std::min(m.columns - c * m.word, m.word);
-        __m512 part[4], most = _mm512_setzero_ps();
+        __m512 part[4];
+        __m512 most = _mm512_setzero_ps();
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
             const int64_t left = count - 16 * i;

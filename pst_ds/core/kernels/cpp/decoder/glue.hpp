@@ -1,4 +1,10 @@
 // The operations between the products. Included once per instruction set, after its lanes.
+//
+// Arrays are rows of fp32 at any address, of `width` or `count` numbers: whole vectors first, then the last numbers one by
+// one, so nothing is read past a row's end. q is written with zeros up to the stride of Activations, since products
+// read whole vectors of it. A token's results depend on its row only, never on its neighbours in a pass.
+// Quantisation multiplies in fp32 and rounds to nearest, ties to even; the decoder is compiled without fused operations
+// (-ffp-contract=off).
 
 // The bits of the largest |x|; the bits of infinities and NaN exceed all others.
 inline int32_t largest_bits(const float* x, int64_t count) {
@@ -8,7 +14,8 @@ inline int32_t largest_bits(const float* x, int64_t count) {
         const Ints bits = (Ints)load(x + i) & 0x7fffffff;
         largest = bits > largest ? bits : largest;
     }
-    int32_t most = 0, word;
+    int32_t most = 0;
+    int32_t word;
     for (int i = 0; i < LANES; ++i) most = std::max(most, largest[i]);
     for (int64_t i = whole; i < count; ++i) {
         std::memcpy(&word, x + i, 4);
@@ -32,9 +39,11 @@ inline void round_to_integers(const float* x, int64_t count, float inverse, int1
 // Quantise one vector, chunk by chunk. A chunk with an infinity or a NaN has the scale NaN.
 inline void quantize(const Matrix& m, const float* x, int64_t token, Activations& to) {
     int16_t* q = to.q.data() + token * to.stride;
-    uint8_t *low = to.low.data() + token * to.stride, *high = to.high.data() + token * to.stride;
+    uint8_t* low = to.low.data() + token * to.stride;
+    uint8_t* high = to.high.data() + token * to.stride;
     for (int64_t c = 0; c < to.chunks; ++c) {
-        const int64_t begin = c * m.chunk, count = m.chunk_end(c) - begin;
+        const int64_t begin = c * m.chunk;
+        const int64_t count = m.chunk_end(c) - begin;
         const Rounding rounding(largest_bits(x + begin, count), float(m.levels));
         to.scales[size_t(token * to.chunks + c)] = rounding.scale;
         if (rounding.inverse > 0)
@@ -67,8 +76,10 @@ inline void rms_norm(const float* x, const float* gain, float epsilon, int64_t w
 
 inline void layer_norm(const float* x, const float* gain, const float* bias, float epsilon, int64_t width, float* y) {
     const int64_t whole = width / LANES * LANES;
-    Floats total{}, squares{};
-    float rest = 0, rest_of_squares = 0;
+    Floats total{};
+    Floats squares{};
+    float rest = 0;
+    float rest_of_squares = 0;
     for (int64_t i = 0; i < whole; i += LANES) total += load(x + i);
     for (int64_t i = whole; i < width; ++i) rest += x[i];
     const float mean = (sum_of(total) + rest) / float(width);
@@ -84,7 +95,8 @@ inline void layer_norm(const float* x, const float* gain, const float* bias, flo
 // Rotate the first 2 * half numbers of a head, as pairs (i, i + half).
 inline void rotate(float* x, const float* cosines, const float* sines, int64_t half) {
     for (int64_t i = 0; i < half; ++i) {
-        const float a = x[i], b = x[i + half];
+        const float a = x[i];
+        const float b = x[i + half];
         x[i] = a * cosines[i] - b * sines[i];
         x[i + half] = b * cosines[i] + a * sines[i];
     }
@@ -92,8 +104,10 @@ inline void rotate(float* x, const float* cosines, const float* sines, int64_t h
 
 // xIELU (arXiv 2411.13010). numbers: its factors of x^2 and of e^x - 1 - x, of x, and where e^x - 1 is cut off.
 inline Floats xielu(const float* numbers, Floats x) {
-    const Floats limit = all(numbers[3]), low = x < limit ? x : limit;
-    const Floats negative = (exponential(low) - 1.0f - x) * numbers[1], positive = numbers[0] * x * x;
+    const Floats limit = all(numbers[3]);
+    const Floats low = x < limit ? x : limit;
+    const Floats negative = (exponential(low) - 1.0f - x) * numbers[1];
+    const Floats positive = numbers[0] * x * x;
     return (x > Floats{} ? positive : negative) + numbers[2] * x;
 }
 

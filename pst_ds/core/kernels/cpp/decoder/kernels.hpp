@@ -1,5 +1,10 @@
-// The kernels (products, attention, updates and the operations between them) of each instruction set; functions(level) returns
-// one set.
+// The kernels (products, attention, updates and the operations between them) of each instruction set; functions(level)
+// returns one set.
+//
+// The same files are included once per instruction set, in a namespace and a region compiled for it, in the order in
+// which they need each other: lanes, products with codes, attention, updates, glue. WORDS_FIRST says which layout of
+// matrix.hpp the products of a set read. Each set is a table of function pointers (Functions): code that is compiled for
+// instructions which the processor lacks is never called, because only supports(level) leads to its table.
 #pragma once
 
 #include <cmath>
@@ -73,7 +78,12 @@ namespace pst::decoder_avx512 {
 
 namespace pst {
 
-constexpr int PORTABLE = 0, AVX2 = 1, AVX_VNNI = 2, AVX512 = 3, AMX = 4, LEVELS = 5;
+constexpr int PORTABLE = 0;
+constexpr int AVX2 = 1;
+constexpr int AVX_VNNI = 2;
+constexpr int AVX512 = 3;
+constexpr int AMX = 4;
+constexpr int LEVELS = 5;
 constexpr const char* NAMES[LEVELS] = {"portable", "avx2", "avx_vnni", "avx512", "amx"};
 
 inline bool supports(int level) {

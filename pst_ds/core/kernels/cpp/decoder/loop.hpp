@@ -1,4 +1,17 @@
 // The decoder: a table of layers, a cache per sequence, and one pass over all layers for any number of tokens.
+//
+// Layout
+//   cache   [layer][keys, values][sequence][key-value head][position][padded head], as int8, bf16 or fp32 (cache_bits).
+//           A head is padded to a multiple of 16 numbers, which stay zero. int8 rows have a scale each (cache_scales).
+//   x       (tokens, hidden) fp32: the residual stream of a pass
+//   qkv     (tokens, heads + 2 * key-value heads, head) fp32: queries, keys, values of a layer side by side
+//   inner   (tokens, inner or 2 * inner): gate, then up
+// These buffers have room for `most` tokens and belong to the decoder, so it runs one pass at a time. Matrices, norms,
+// angles, embeddings and adapters belong to the caller (pst_ds/runtime/native_loop.py), which keeps them alive.
+//
+// Threads: the caller's thread leads, those of `pool` help, and each has a Room of working memory. A step of a layer is
+// one or more pool.run, which return when all pieces are done, so pieces need no locks. Pieces write different parts of a buffer.
+// Results do not depend on the number of threads, nor on the other tokens of a pass.
 #pragma once
 
 #include <cstdlib>
@@ -26,9 +39,14 @@ enum NormName { BEFORE_ATTENTION, AFTER_ATTENTION, BEFORE_MLP, AFTER_MLP, OF_QUE
 // Low-rank updates of a user. The factors are not owned: see UpdateJob.
 struct Adapter {
     struct Part {
-        int64_t layer, name;  // name: one of LinearName
-        const void *v, *u;
-        int64_t rank, columns, rows, offset;  // offset: of the rows in the product's result
+        int64_t layer;
+        int64_t name;  // one of LinearName
+        const void* v;
+        const void* u;
+        int64_t rank;
+        int64_t columns;
+        int64_t rows;
+        int64_t offset;  // of the rows in the product's result
     };
     int bits;
     float beta;
@@ -39,7 +57,8 @@ constexpr int64_t MOST_PARTS = 3;
 
 // A root-mean-square norm, or with `bias` a layer norm, which subtracts the mean.
 struct Norm {
-    const float *gain = nullptr, *bias = nullptr;  // gain: null without the norm
+    const float* gain = nullptr;  // null without the norm
+    const float* bias = nullptr;
     float epsilon = 0;
 };
 
@@ -52,20 +71,36 @@ struct Layer {
 };
 
 struct Angles {
-    const float *cosines, *sines;  // (context, half)
+    const float* cosines;  // (context, half)
+    const float* sines;    // (context, half)
     int64_t half;
     bool neighbours;  // pairs are (2 i, 2 i + 1), not (i, i + half)
 };
 
 struct Shape {
-    int64_t layers, hidden, heads, key_value_heads, head, inner, vocabulary, context, sequences, most;
+    int64_t layers;
+    int64_t hidden;
+    int64_t heads;
+    int64_t key_value_heads;
+    int64_t head;
+    int64_t inner;
+    int64_t vocabulary;
+    int64_t context;
+    int64_t sequences;
+    int64_t most;
     // most: tokens per pass; gated: gate and up; cache bits 8: codes, 16: bf16, 32: fp32
-    int64_t activation, gated, cache_bits;
+    int64_t activation;
+    int64_t gated;
+    int64_t cache_bits;
     int64_t norm_of_heads;  // norms of queries and keys: 1 per head, 0 across heads
 };
 
 struct Numbers {
-    double attention_scale, attention_cap, logits_cap, logits_scale, residual_scale;
+    double attention_scale;
+    double attention_cap;
+    double logits_cap;
+    double logits_scale;
+    double residual_scale;
 };
 
 // Rows of the embedding, not owned: fp32 or bf16 numbers (32 or 16 bits), or codes with a scale per `group` columns.
@@ -73,7 +108,8 @@ struct Embedding {
     const uint8_t* rows = nullptr;
     const uint16_t* scales = nullptr;
     int bits = 0;
-    int64_t width = 0, group = 0;
+    int64_t width = 0;
+    int64_t group = 0;
     float scale = 1;
 
     void read(int64_t id, float* to) const {
@@ -92,12 +128,16 @@ struct Embedding {
     }
 };
 
-// The request of a pass: tokens, each with sequence, position and the adapter of its user, if any; which logits. in_bytes: use 8-bit activations if the
-// kernels support them.
+// The request of a pass: tokens, each with sequence, position and the adapter of its user, if any; which logits.
+// in_bytes: use 8-bit activations if the kernels support them.
 struct Pass {
-    const int64_t *ids, *sequences, *positions, *wanted;
+    const int64_t* ids;
+    const int64_t* sequences;
+    const int64_t* positions;
+    const int64_t* wanted;
     const Adapter* const* adapters;  // null for tokens of the base model
-    int64_t tokens, num_wanted;
+    int64_t tokens;
+    int64_t num_wanted;
     float* logits;
     bool in_bytes;
 };
@@ -111,11 +151,14 @@ class Decoder {
         cache.reset(static_cast<uint8_t*>(std::calloc(size_t(rows), size_t(padded * shape.cache_bits / 8))));
         if (!cache) throw std::bad_alloc();
         if (shape.cache_bits == 8) cache_scales.resize(size_t(rows));
-        const int64_t most = shape.most, queries = shape.heads * shape.head;
+        const int64_t most = shape.most;
+        const int64_t queries = shape.heads * shape.head;
         qkv_width = queries + 2 * shape.key_value_heads * shape.head;
         for (auto* buffer : {&x, &normed, &added}) buffer->resize(size_t(most * shape.hidden));
-        qkv.resize(size_t(most * qkv_width)), attended.resize(size_t(most * queries));
-        inner.resize(size_t(most * shape.inner * (shape.gated ? 2 : 1))), gated.resize(size_t(most * shape.inner));
+        qkv.resize(size_t(most * qkv_width));
+        attended.resize(size_t(most * queries));
+        inner.resize(size_t(most * shape.inner * (shape.gated ? 2 : 1)));
+        gated.resize(size_t(most * shape.inner));
         widest = std::max({shape.hidden, queries, shape.inner});
         integers.reserve(most, widest);
     }
@@ -138,7 +181,8 @@ class Decoder {
     void copy(int64_t from, int64_t to, int64_t length) {
         for (int64_t i = 0; i < 2 * shape.layers; ++i)
             for (int64_t h = 0; h < shape.key_value_heads; ++h) {
-                const Cached source = cached(int(i % 2), i / 2, from, h), target = cached(int(i % 2), i / 2, to, h);
+                const Cached source = cached(int(i % 2), i / 2, from, h);
+                const Cached target = cached(int(i % 2), i / 2, to, h);
                 std::memcpy(target.rows, source.rows, size_t(length * padded * shape.cache_bits / 8));
                 if (source.scales) std::memcpy(target.scales, source.scales, size_t(length) * sizeof(float));
             }
@@ -171,7 +215,8 @@ class Decoder {
         } else if (shape.cache_bits == 16) {
             for (int64_t i = 0; i < shape.head; ++i) narrow(from[i], reinterpret_cast<bf16*>(row) + i);
         } else {
-            int32_t largest = 0, bits;
+            int32_t largest = 0;
+            int32_t bits;
             for (int64_t i = 0; i < shape.head; ++i) {
                 std::memcpy(&bits, from + i, 4);
                 largest = std::max(largest, bits & 0x7fffffff);
@@ -186,13 +231,15 @@ class Decoder {
     // Working memory of a thread.
     struct Room {
         std::vector<uint8_t> rows;
-        std::vector<float> scores, update;
+        std::vector<float> scores;
+        std::vector<float> update;
     };
 
     // Consecutive tokens with one adapter.
     struct Group {
         const Adapter* adapter;
-        int64_t first, tokens;
+        int64_t first;
+        int64_t tokens;
     };
     void find_groups(const Pass& pass) {
         groups.clear();
@@ -228,7 +275,8 @@ class Decoder {
     }
 
     void finish(float* logits) const {
-        const float scale = float(numbers.logits_scale), cap = float(numbers.logits_cap);
+        const float scale = float(numbers.logits_scale);
+        const float cap = float(numbers.logits_cap);
         if (scale == 1 && !(cap > 0)) return;
         for (int64_t i = 0; i < shape.vocabulary; ++i) {
             logits[i] *= scale;
@@ -255,9 +303,11 @@ class Decoder {
                 rounded_for = &m;
             }
             float* y = to + part.offset;
-            const int64_t pairs = (m.blocks() + 1) / 2, pieces = std::min(pairs, int64_t(PIECES * pool.threads()));
+            const int64_t pairs = (m.blocks() + 1) / 2;
+            const int64_t pieces = std::min(pairs, int64_t(PIECES * pool.threads()));
             pool.run(pieces, [&](int64_t i, int thread) {
-                const int64_t first = 2 * (pairs * i / pieces), last = std::min(m.blocks(), 2 * (pairs * (i + 1) / pieces));
+                const int64_t first = 2 * (pairs * i / pieces);
+                const int64_t last = std::min(m.blocks(), 2 * (pairs * (i + 1) / pieces));
                 kernels.product({m, from, integers, tokens, first, last, y, linear.width, rooms[size_t(thread)]->rows.data()});
                 if (!linear.bias) return;
                 for (int64_t t = 0; t < tokens; ++t)
@@ -278,7 +328,8 @@ class Decoder {
             return i % MOST_PARTS < int64_t(parts.size()) ? &parts[size_t(i % MOST_PARTS)] : nullptr;
         };
         if (items) pool.run(items, [&](int64_t i, int thread) {
-            const Adapter::Part *p = part_of(i), *next = part_of(i + MOST_PARTS);
+            const Adapter::Part* p = part_of(i);
+            const Adapter::Part* next = part_of(i + MOST_PARTS);
             if (!p) return;
             const Group& group = groups[size_t(i / MOST_PARTS)];
             // factors of several users come from memory
@@ -312,7 +363,8 @@ class Decoder {
     void add(const Pass& pass, const Norm& after, const Norm& before) {
         const int64_t hidden = shape.hidden;
         each(pass.tokens, [&](int64_t t) {
-            float *sum = x.data() + t * hidden, *y = normed.data() + t * hidden;
+            float* sum = x.data() + t * hidden;
+            float* y = normed.data() + t * hidden;
             normalize(after, added.data() + t * hidden, hidden, y);
             for (int64_t i = 0; i < hidden; ++i) sum[i] += float(numbers.residual_scale) * y[i];
             normalize(before, sum, hidden, y);
@@ -320,10 +372,12 @@ class Decoder {
     }
 
     void attention(const Pass& pass, const Layer& layer, int64_t index) {
-        const int64_t heads = shape.key_value_heads, items = pass.tokens * heads;
+        const int64_t heads = shape.key_value_heads;
+        const int64_t items = pass.tokens * heads;
         if (layer.norm[OF_QUERIES].gain && !shape.norm_of_heads)
             each(pass.tokens, [&](int64_t t) {
-                float *queries = qkv.data() + t * qkv_width, *of_keys = queries + shape.heads * shape.head;
+                float* queries = qkv.data() + t * qkv_width;
+                float* of_keys = queries + shape.heads * shape.head;
                 normalize(layer.norm[OF_QUERIES], queries, shape.heads * shape.head, queries);
                 normalize(layer.norm[OF_KEYS], of_keys, heads * shape.head, of_keys);
             });
@@ -336,9 +390,12 @@ class Decoder {
 
     // Norms, angles and the cache, for a key-value head of a token and the queries that share it.
     void prepare(const Pass& pass, const Layer& layer, int64_t index, int64_t t, int64_t h) {
-        const int64_t group = shape.heads / shape.key_value_heads, position = pass.positions[t], sequence = pass.sequences[t];
+        const int64_t group = shape.heads / shape.key_value_heads;
+        const int64_t position = pass.positions[t];
+        const int64_t sequence = pass.sequences[t];
         float* queries = qkv.data() + t * qkv_width;
-        float *key = queries + (shape.heads + h) * shape.head, *value = key + shape.key_value_heads * shape.head;
+        float* key = queries + (shape.heads + h) * shape.head;
+        float* value = key + shape.key_value_heads * shape.head;
         for (int64_t i = 0; i < group; ++i) turn(layer, layer.norm[OF_QUERIES], queries + (h * group + i) * shape.head, position);
         turn(layer, layer.norm[OF_KEYS], key, position);
         put(key, cached(0, index, sequence, h), position);
@@ -349,32 +406,45 @@ class Decoder {
         if (norm.gain && shape.norm_of_heads) normalize(norm, of_head, shape.head, of_head);
         if (layer.rotary < 0) return;
         const Angles& table = angles[size_t(layer.rotary)];
-        const float *cosines = table.cosines + position * table.half, *sines = table.sines + position * table.half;
+        const float* cosines = table.cosines + position * table.half;
+        const float* sines = table.sines + position * table.half;
         if (!table.neighbours) return kernels.rotate(of_head, cosines, sines, table.half);
         for (int64_t i = 0; i < table.half; ++i) {
-            const float a = of_head[2 * i], b = of_head[2 * i + 1];
+            const float a = of_head[2 * i];
+            const float b = of_head[2 * i + 1];
             of_head[2 * i] = a * cosines[i] - b * sines[i];
             of_head[2 * i + 1] = b * cosines[i] + a * sines[i];
         }
     }
 
     void attend(const Pass& pass, const Layer& layer, int64_t index, int64_t t, int64_t h, float* scores) {
-        const int64_t group = shape.heads / shape.key_value_heads, end = pass.positions[t] + 1, first = h * group * shape.head;
+        const int64_t group = shape.heads / shape.key_value_heads;
+        const int64_t end = pass.positions[t] + 1;
+        const int64_t first = h * group * shape.head;
         const int64_t begin = layer.window && end > layer.window ? end - layer.window : 0;
-        const Cached k = cached(0, index, pass.sequences[t], h), v = cached(1, index, pass.sequences[t], h);
+        const Cached k = cached(0, index, pass.sequences[t], h);
+        const Cached v = cached(1, index, pass.sequences[t], h);
         kernels.attend({qkv.data() + t * qkv_width + first, k.rows, v.rows, k.scales, v.scales, attended.data() + t * shape.heads * shape.head + first, group, shape.head, padded, begin, end,
                         float(numbers.attention_scale), float(numbers.attention_cap), scores},
                        shape.cache_bits);
     }
 
     static constexpr int PIECES = 2;  // of a product, per thread
-    int64_t padded, qkv_width, widest;
+    int64_t padded;
+    int64_t qkv_width;
+    int64_t widest;
     struct Free {
         void operator()(uint8_t* memory) const { std::free(memory); }
     };
     std::unique_ptr<uint8_t[], Free> cache;  // pages that no sequence has reached take no memory
     std::vector<float> cache_scales;  // for an 8-bit cache: per row
-    std::vector<float> x, normed, added, qkv, attended, inner, gated;
+    std::vector<float> x;
+    std::vector<float> normed;
+    std::vector<float> added;
+    std::vector<float> qkv;
+    std::vector<float> attended;
+    std::vector<float> inner;
+    std::vector<float> gated;
     Activations integers;
     std::vector<std::unique_ptr<Room>> rooms;
     std::vector<Group> groups;  // of the current pass
@@ -398,7 +468,11 @@ PST_API void* pst_matrix_of_codes(const int8_t* codes, const uint16_t* scales, i
 
 PST_API void* pst_matrix_of_floats(const void* floats, int64_t rows, int64_t columns, int bits) try {
     auto m = new pst::Matrix();
-    m->floats = floats, m->rows = rows, m->columns = columns, m->bits = bits, m->chunk = std::max<int64_t>(1, columns);
+    m->floats = floats;
+    m->rows = rows;
+    m->columns = columns;
+    m->bits = bits;
+    m->chunk = std::max<int64_t>(1, columns);
     return m;
 } catch (const std::bad_alloc&) {
     return nullptr;
@@ -416,7 +490,8 @@ PST_API int pst_matrix_multiply(const void* matrix, const float* x, int64_t toke
     if (!quantize) return 2;
     pst::Activations q;
     if (m.layout != pst::FLOATS) {
-        q.reserve(tokens, m.columns), q.begin(m, in_bytes);
+        q.reserve(tokens, m.columns);
+        q.begin(m, in_bytes);
         for (int64_t t = 0; t < tokens; ++t) quantize(m, x + t * m.columns, t, q);
     }
     const int64_t room = pst::room_for(m.columns);
@@ -475,7 +550,8 @@ PST_API void pst_decoder_activation(void* decoder, int64_t layer, const float* n
 
 PST_API void pst_decoder_attention(void* decoder, int64_t layer, int64_t window, int64_t rotary) {
     auto& d = *static_cast<pst::Decoder*>(decoder);
-    d.layers[size_t(layer)].window = window, d.layers[size_t(layer)].rotary = rotary;
+    d.layers[size_t(layer)].window = window;
+    d.layers[size_t(layer)].rotary = rotary;
 }
 
 PST_API void pst_decoder_embedding(void* decoder, const void* rows, const uint16_t* scales, int bits, int64_t group, float scale) {

@@ -5,6 +5,10 @@
 // q are the activations as integers of -levels .. levels, rounded chunk by chunk (quantize in glue.hpp). Levels are as
 // many as keep a chunk's sum inside 32 bits, so it is exact: in any order, for any number of vectors and threads, and
 // with any instructions. Rows are taken in blocks of 8, or of 16 for WORDS.
+//
+// A Matrix owns its arrays, except `floats`, and does not change once packed, so threads share it. Codes and masks are in
+// huge pages, each array at a multiple of 64 bytes, with CODE_PADDING bytes behind it that a load may read. Rows of a
+// last block that do not exist have codes and scales of 0, and are computed but not stored.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +23,13 @@
 
 namespace pst {
 
-constexpr int64_t ROWS = 8, WORD_ROWS = 16, WINDOW = 16, WORD = 64, MOST_COLUMNS = 2048;
-constexpr int64_t PADDING = 64, CODE_PADDING = 320;  // bytes that a load may read past the end, of activations and codes
+constexpr int64_t ROWS = 8;
+constexpr int64_t WORD_ROWS = 16;
+constexpr int64_t WINDOW = 16;
+constexpr int64_t WORD = 64;
+constexpr int64_t MOST_COLUMNS = 2048;
+constexpr int64_t PADDING = 64;        // bytes that a load may read past the end of activations
+constexpr int64_t CODE_PADDING = 320;  // bytes that a load may read past the end of codes
 
 enum Layout {
     FLOATS,  // unchanged in memory: rows of fp32 or bf16
@@ -31,7 +40,8 @@ enum Layout {
 
 struct Matrix {
     Layout layout = FLOATS;
-    int64_t rows = 0, columns = 0;
+    int64_t rows = 0;
+    int64_t columns = 0;
     int bits = 0;  // per code: 4, 8; per float: 16, 32
     int64_t chunk = 0;       // columns that share a scale
     int64_t height = ROWS;  // rows of a block
@@ -63,7 +73,8 @@ struct Matrix {
 // What a matrix is packed from: all codes (rows, columns), 0 where pruned.
 struct Codes {
     const int8_t* codes;
-    int64_t rows, columns;
+    int64_t rows;
+    int64_t columns;
     int at(int64_t row, int64_t column) const {
         return row < rows && column < columns ? codes[row * columns + column] : 0;
     }
@@ -114,7 +125,8 @@ struct Window {
             for (int i = 0; i < 2 && kept.taken[row] < kept.columns[row].size(); ++i) {
                 const int64_t column = kept.columns[row][kept.taken[row]];
                 if (column >= first + WINDOW) break;
-                place[2 * row + i] = uint8_t(column - first), code[2 * row + i] = from.at(block * ROWS + row, column);
+                place[2 * row + i] = uint8_t(column - first);
+                code[2 * row + i] = from.at(block * ROWS + row, column);
                 ++kept.taken[row];
             }
     }
@@ -146,7 +158,10 @@ inline std::vector<uint8_t> pack_windows(Matrix& m, const Codes& from) {
                 at += move;
                 windows.emplace_back(from, block, at, kept);
             }
-            if (windows.size() % 2) windows.emplace_back(), m.moves.push_back(0);
+            if (windows.size() % 2) {
+                windows.emplace_back();
+                m.moves.push_back(0);
+            }
             for (size_t i = 0; i < windows.size(); i += 2) pack_two_windows(m.bits, windows[i], windows[i + 1], data);
             m.steps.push_back(uint16_t(windows.size() / 2));
         }
@@ -207,10 +222,13 @@ inline Matrix* pack(const int8_t* codes, const uint16_t* scales, int64_t rows, i
                     bool words) {
     std::unique_ptr<Matrix> m(new Matrix());
     const Codes from{codes, rows, columns};
-    m->rows = rows, m->columns = columns, m->bits = bits;
+    m->rows = rows;
+    m->columns = columns;
+    m->bits = bits;
     m->chunk = group ? group : std::max<int64_t>(1, std::min(columns, MOST_COLUMNS));
     m->word = m->chunk % WORD && m->chunks() > 1 ? 32 : WORD;
-    const int64_t groups = group ? (columns + group - 1) / group : 1, largest = bits == 4 ? 8 : 127;
+    const int64_t groups = group ? (columns + group - 1) / group : 1;
+    const int64_t largest = bits == 4 ? 8 : 127;
     m->levels = int32_t(std::min<int64_t>(32767, 2147483647 / (largest * std::min(m->chunk, std::max<int64_t>(columns, 1)))));
     m->height = words ? WORD_ROWS : ROWS;
     for (int64_t block = 0; block < m->blocks(); ++block)
@@ -224,12 +242,18 @@ inline Matrix* pack(const int8_t* codes, const uint16_t* scales, int64_t rows, i
     if (m->layout == WORDS) data = pack_words(*m, from);
     if (m->layout == WINDOWS) data = pack_windows(*m, from);
     if (m->layout == WINDOWS && int64_t(data.size() + m->moves.size()) * 4 > rows * columns * bits / 8 * 3) {
-        m->moves.clear(), m->steps.clear(), m->first_byte.clear(), m->first_move.clear();
+        m->moves.clear();
+        m->steps.clear();
+        m->first_byte.clear();
+        m->first_move.clear();
         m->layout = PAIRS;
     }
     if (m->layout == PAIRS) data = pack_pairs(*m, from);
     m->data = InHugePages<uint8_t>(data, CODE_PADDING);
-    m->moves.shrink_to_fit(), m->scales.shrink_to_fit(), m->offsets.shrink_to_fit(), m->steps.shrink_to_fit();
+    m->moves.shrink_to_fit();
+    m->scales.shrink_to_fit();
+    m->offsets.shrink_to_fit();
+    m->steps.shrink_to_fit();
     return m.release();
 }
 

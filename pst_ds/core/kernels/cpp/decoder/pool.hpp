@@ -1,5 +1,11 @@
 // Threads that help a leading thread without anybody waiting for a thread that has no work in progress. On a shared
 // processor a descheduled thread only costs its help; any thread may take a piece of work.
+//
+// One thread leads: it calls wake, run and rest. `call`, `context` and `done` describe the current work; the leader writes
+// them before it stores the ticket (release), and a helper reads them after it has taken a piece with the ticket
+// (acquire). The leader returns from run when as many pieces are done as there are, so `context` may lie on its stack. A
+// helper that still holds an old ticket cannot take a piece: the stage, 24 bits of the ticket, has changed.
+// Between passes helpers spin for a moment, then sleep on `wakes`.
 #pragma once
 
 #include <atomic>
@@ -21,7 +27,8 @@ class Pool {
     ~Pool() {
         {
             std::lock_guard<std::mutex> lock(mutex);
-            is_ending = true, is_awake.store(false);
+            is_ending = true;
+            is_awake.store(false);
         }
         wakes.notify_all();
         for (std::thread& thread : helpers) thread.join();
@@ -37,7 +44,8 @@ class Pool {
     void wake(int threads) {
         {
             std::lock_guard<std::mutex> lock(mutex);
-            allowed = threads, is_awake.store(threads > 1);
+            allowed = threads;
+            is_awake.store(threads > 1);
         }
         if (threads > 1) wakes.notify_all();
     }

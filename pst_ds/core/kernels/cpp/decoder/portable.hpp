@@ -1,4 +1,7 @@
 // Products with codes in plain C++, for PAIRS and WINDOWS.
+//
+// Reads the layouts of matrix.hpp byte by byte, and is the shortest description of them. Sums of a chunk are int32 and
+// exact; the chunks of a row are added in fp32 in increasing order, by the same operations as with other instructions.
 
 inline void code_rows(const ProductJob& job, int64_t block, int64_t token) {
     const Matrix& m = job.m;

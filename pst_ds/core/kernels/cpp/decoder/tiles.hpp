@@ -1,7 +1,10 @@
 // The tile registers of Intel AMX and their products of bytes; a product adds, for 16 rows of x and 16 columns of codes,
 //   sums[row][column] += sum over 4 i + j of  x[row][4 i + j] * codes[i][4 column + j]      x signed or not, codes signed
 //
-// Where PST_PRETENDED_TILES is 1 the registers are arrays: tests hold kernels against the processors that there are.
+// A register has up to 16 rows of up to 64 bytes, as its TileConfig says; loads read rows `stride` bytes apart, without
+// an alignment; sums are int32, which wrap around. Registers belong to a thread while a Tiles object exists.
+//
+// Where PST_PRETENDED_TILES is 1 the registers are arrays, so that tests run these kernels on any processor.
 // Included inside a region that is compiled for AMX.
 #pragma once
 
@@ -33,7 +36,8 @@ class Tiles {
     }
     template <bool SIGNED, int SUMS, int X, int CODES> void add_product() {
         Register& sums = at<SUMS>();
-        const Register &x = at<X>(), &codes = at<CODES>();
+        const Register& x = at<X>();
+        const Register& codes = at<CODES>();
         require(config_.rows[SUMS] == config_.rows[X] && config_.bytes[SUMS] == config_.bytes[CODES] &&
                 config_.bytes[X] == 4 * config_.rows[CODES]);
         for (int row = 0; row < config_.rows[SUMS]; ++row)

@@ -1,4 +1,14 @@
 // softmax(scale q k' + mask) v, one head at a time. Included once per instruction set, after its lanes.
+//
+// Layout
+//   q, k, v, y  rows of tokens in tensors of the runtime, fp32, in which heads lie side by side (Head); not aligned
+//   keys        [dimension][padded keys], transposed copy of a head's keys, zeros from the last key on: a vector holds
+//               consecutive keys, so scores need no sums over lanes
+//   values      [key][dimension], copy of a head's values
+//   scores      [QUERIES][padded keys]
+// `padded` is a multiple of KEY_VECTORS * LANES. The copies are aligned to 64 bytes and belong to the thread that works on the
+// head. Softmax is in fp32 and subtracts the largest score; sums are in increasing order of dimensions and keys, for one
+// query as for QUERIES.
 
 // A head of q, k, v or the result: rows of `head` floats, `stride` floats apart.
 struct Head {
@@ -13,7 +23,8 @@ struct Mask {
     int64_t stride;
 };
 
-constexpr int QUERIES = 6, KEY_VECTORS = 2;
+constexpr int QUERIES = 6;
+constexpr int KEY_VECTORS = 2;
 
 // scores[query][key] of ROWS queries. `keys`: key vectors, [dimension][key], `padded` apart.
 template <int ROWS>
@@ -119,9 +130,12 @@ inline void transpose_keys(const Head& k, int64_t count, int64_t padded, int64_t
 // One head of `num_queries` and `num_keys` with `head` dimensions. False if memory is short.
 inline bool attend(const Head& q, const Head& k, const Head& v, int64_t num_queries, int64_t num_keys, int64_t head,
                    float scale, const Mask& mask, const Head& out) {
-    static thread_local Scratch key_memory, value_memory, score_memory;
+    static thread_local Scratch key_memory;
+    static thread_local Scratch value_memory;
+    static thread_local Scratch score_memory;
     const int64_t padded = round_up(num_keys, KEY_VECTORS * LANES);
-    float *keys = key_memory.get<float>(padded * head), *values = value_memory.get<float>(num_keys * head);
+    float* keys = key_memory.get<float>(padded * head);
+    float* values = value_memory.get<float>(num_keys * head);
     float* scores = score_memory.get<float>(padded * QUERIES);
     if (!keys || !values || !scores) return false;
     transpose_keys(k, num_keys, padded, head, keys);
@@ -139,7 +153,9 @@ inline bool attend(const Head& q, const Head& k, const Head& v, int64_t num_quer
 template <class Parallel> bool attention(const AttentionCall& job, const Parallel& parallel) {
     std::atomic<bool> done{true};
     parallel(job.batch * job.heads, [&](int64_t piece) {
-        const int64_t b = piece / job.heads, h = piece % job.heads, shared = h * job.key_value_heads / job.heads;
+        const int64_t b = piece / job.heads;
+        const int64_t h = piece % job.heads;
+        const int64_t shared = h * job.key_value_heads / job.heads;
         const Head q{const_cast<float*>(job.q) + b * job.queries * job.q_width + h * job.head, job.q_width};
         const Head k{const_cast<float*>(job.k) + b * job.keys * job.k_width + shared * job.head, job.k_width};
         const Head v{const_cast<float*>(job.v) + b * job.keys * job.v_width + shared * job.head, job.v_width};

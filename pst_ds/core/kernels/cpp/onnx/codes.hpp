@@ -1,6 +1,11 @@
 // A quantised weight of high density, multiplied as in the decoder: zeros of a row are expanded, and its codes meet
 // activations of 13 to 16 bits, or of 8 bits with a scale per word of columns. Above a certain density this is faster
 // than visiting kept weights only.
+//
+// The weight is repacked to a Matrix (decoder/matrix.hpp), which this object owns; activations become Activations
+// (decoder/activations.hpp) in memory of the calling thread, at most MOST_TOKENS at a time. x (tokens, columns) and
+// y (tokens, rows) are fp32 tensors of the runtime. Tokens are quantised in PIECES, then blocks of rows are multiplied in
+// PIECES; pieces write different parts of y. Sums are exact integers, so results do not depend on threads.
 #pragma once
 
 #include <memory>
@@ -50,16 +55,19 @@ class CodeProduct {
             const int64_t count = std::min(MOST_TOKENS, tokens - first);
             const float* from = x + first * m.columns;
             Activations& q = integers;
-            q.reserve(count, m.columns), q.begin(m, in_bytes_);
+            q.reserve(count, m.columns);
+            q.begin(m, in_bytes_);
             parallel(PIECES, [&](int64_t piece) {
                 for (int64_t t = count * piece / PIECES; t < count * (piece + 1) / PIECES; ++t)
                     quantize(m, from + t * m.columns, t, q);
             });
-            const int64_t steps = (m.blocks() + STEP - 1) / STEP, pieces = std::min(PIECES, steps);
+            const int64_t steps = (m.blocks() + STEP - 1) / STEP;
+            const int64_t pieces = std::min(PIECES, steps);
             parallel(pieces, [&](int64_t piece) {
                 static thread_local std::vector<uint8_t> room;
                 if (int64_t(room.size()) < room_for(m.columns)) room.resize(size_t(room_for(m.columns)));
-                const int64_t begin = STEP * (steps * piece / pieces), end = std::min(m.blocks(), STEP * (steps * (piece + 1) / pieces));
+                const int64_t begin = STEP * (steps * piece / pieces);
+                const int64_t end = std::min(m.blocks(), STEP * (steps * (piece + 1) / pieces));
                 float* to = y + first * m.rows;
                 kernels().product({m, from, q, count, begin, end, to, m.rows, room.data()});
                 finish(begin * m.height, std::min(m.rows, end * m.height), count, bias, activation, to);
@@ -68,9 +76,11 @@ class CodeProduct {
     }
 
    private:
-    static constexpr double LEAST_KEPT = 0.3, LEAST_KEPT_FOR_BYTES = 0.15;
-    static constexpr int64_t MOST_TOKENS = 256, PIECES = 8;
-    static constexpr int64_t STEP = 2;  // blocks that kernels prefer together
+    static constexpr double LEAST_KEPT = 0.3;
+    static constexpr double LEAST_KEPT_FOR_BYTES = 0.15;
+    static constexpr int64_t MOST_TOKENS = 256;
+    static constexpr int64_t PIECES = 8;
+    static constexpr int64_t STEP = 2;  // blocks that kernels multiply together
     static const Functions& kernels() { return functions(best_level()); }
 
     void finish(int64_t first, int64_t last, int64_t tokens, const float* bias, int64_t activation, float* y) const {

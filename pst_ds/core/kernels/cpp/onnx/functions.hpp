@@ -1,4 +1,8 @@
 // Functions that every instruction set provides, and the threads that share the work.
+//
+// Arrays are fp32 tensors of the runtime, contiguous and at any address; see the files of the functions for their
+// shapes. Threads belong to the session: parallel(count, work) calls work(0 .. count - 1) on them, in any order and
+// each once, and waits for all. Functions return false if working memory is short.
 #pragma once
 
 #include <atomic>
@@ -25,11 +29,24 @@ struct Parallel {
 // q, k, v and y: (batch, queries or keys, width) with heads of `head` floats side by side, the first at a column given by
 // the pointer. mask: added to the scores, (batch, heads, queries, keys) with a stride of 0 where it is shared; or null.
 struct AttentionCall {
-    const float *q, *k, *v, *mask;
+    const float* q;
+    const float* k;
+    const float* v;
+    const float* mask;
     float* y;
-    int64_t batch, queries, keys, heads, key_value_heads, head;
-    int64_t q_width, k_width, v_width, y_width;
-    int64_t mask_batch, mask_head, mask_query;
+    int64_t batch;
+    int64_t queries;
+    int64_t keys;
+    int64_t heads;
+    int64_t key_value_heads;
+    int64_t head;
+    int64_t q_width;
+    int64_t k_width;
+    int64_t v_width;
+    int64_t y_width;
+    int64_t mask_batch;
+    int64_t mask_head;
+    int64_t mask_query;
     float scale;
 };
 

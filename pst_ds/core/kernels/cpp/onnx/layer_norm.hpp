@@ -1,4 +1,8 @@
 // Layer normalisation, optionally of the sum of two tensors. Included once per instruction set.
+//
+// All arrays are rows of `width` floats of the runtime, at any address. The variance is the mean of (x - mean)^2, in a
+// second pass over the row, since E[x^2] - mean^2 would lose digits in fp32. Whole vectors come first; the last
+// numbers, fewer than LANES, are added separately, so nothing is read past a row's end.
 
 // y = normalized (x + skip) * gain + shift of one row; `sum` (or null) gets x + skip. skip and shift may be null.
 inline void layer_norm(const float* x, const float* skip, const float* gain, const float* shift, float epsilon,
@@ -11,10 +15,14 @@ inline void layer_norm(const float* x, const float* skip, const float* gain, con
         store(y + i, value);
         total += value;
     }
-    for (int64_t i = whole; i < width; ++i) rest += y[i] = skip ? x[i] + skip[i] : x[i];
+    for (int64_t i = whole; i < width; ++i) {
+        y[i] = skip ? x[i] + skip[i] : x[i];
+        rest += y[i];
+    }
     if (sum) std::memcpy(sum, y, size_t(width) * sizeof(float));
     const float mean = (sum_of(total) + rest) / float(width);
-    total = Floats{}, rest = 0;
+    total = Floats{};
+    rest = 0;
     for (int64_t i = 0; i < whole; i += LANES) {
         const Floats away = load(y + i) - mean;
         total += away * away;

@@ -1,4 +1,8 @@
 // Attributes and tensors of a node from ONNX Runtime, within bounds regardless of the file's contents.
+//
+// A Tensor has the address, type and sizes that the runtime reports; it owns only the list of sizes. Sizes are not
+// negative and products of them fit in 64 bits, also with a few factors more, so that callers multiply without checks.
+// A Status is owned by whoever receives it: it is either returned to the runtime (Failed) or released.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +35,8 @@ template <class... Parts> void require(bool holds, const Parts&... message) {
 
 // Limits for attributes and tensors of a file, so that the product of two attributes plus a third, and the product of a
 // tensor's sizes, fit in 64 bits.
-constexpr int64_t LARGEST_ATTRIBUTE = INT32_MAX, MOST_ELEMENTS = int64_t(1) << 56;
+constexpr int64_t LARGEST_ATTRIBUTE = INT32_MAX;
+constexpr int64_t MOST_ELEMENTS = int64_t(1) << 56;
 
 // A tensor of the runtime, or nothing for a missing optional input.
 struct Tensor {
@@ -106,7 +111,10 @@ class Info {
         const ort::Value* value = nullptr;
         if (index < count) {
             ort::Status* status = api.constant_input(info_, index, &is_constant, &value);
-            if (status) api.release(status), value = nullptr;  // an omitted input
+            if (status) {  // an omitted input
+                api.release(status);
+                value = nullptr;
+            }
         }
         require(value || may_miss, missing);
         return tensor_of(api, value);

@@ -1,4 +1,10 @@
 // The operators as ONNX Runtime sees them, with their inputs, attributes and shapes checked.
+//
+// A node is made once per session from constants and attributes of the file, which may be damaged or hostile: everything
+// that a loop relies on is checked here, in the constructor if the file determines it and in compute() otherwise.
+// Tensors are those of the runtime, contiguous; x is (..., columns) fp32 and its leading dimensions are rows of one
+// matrix. Constants live as long as the session, which outlives its nodes. compute() is const and may run on several
+// threads at once; failures leave as exceptions only as far as guarded(), since the runtime is written for C.
 #pragma once
 
 #include <cfloat>
@@ -18,13 +24,17 @@ inline bool& exact_inputs() {
 class SparseLinear {
    public:
     static constexpr const char* name = "SparseLinear";
-    static constexpr size_t inputs = 5, required = 3, outputs = 1;
+    static constexpr size_t inputs = 5;
+    static constexpr size_t required = 3;
+    static constexpr size_t outputs = 1;
 
     explicit SparseLinear(const Info& info) : activation_(info.choice("activation", 0, {0, 1, 2, 3, 4, 5})) {
         const Tensor mask = info.constant(1, "SparseLinear takes its mask as a constant");
         const Tensor values = info.constant(2, "SparseLinear takes its values as a constant");
-        const Tensor scales = info.constant(3, "", true), bias = info.constant(4, "", true);
-        const int64_t bits = info.choice("bits", 0, {0, 4, 8}), cols = info.integer("columns", 0, 1);
+        const Tensor scales = info.constant(3, "", true);
+        const Tensor bias = info.constant(4, "", true);
+        const int64_t bits = info.choice("bits", 0, {0, 4, 8});
+        const int64_t cols = info.integer("columns", 0, 1);
         const int64_t activation_bits = info.choice("activation_bits", 16, {8, 16});
         require(mask.shape.size() == 2 && mask.type == ort::UINT8 && mask.width() == (cols + 7) / 8 && mask.shape[0] > 0 &&
                     mask.shape[0] <= LARGEST_ATTRIBUTE,
@@ -37,13 +47,16 @@ class SparseLinear {
                         scales.shape[1] > 0 && cols % scales.shape[1] == 0,
                     "the scales of SparseLinear are (rows, groups) bf16, of groups that divide columns = ", cols);
             parts.kind = bits == 8 ? Parts::CODES8 : Parts::CODES4;
-            parts.scales = scales.as<bf16>(), parts.groups = scales.shape[1];
+            parts.scales = scales.as<bf16>();
+            parts.groups = scales.shape[1];
         } else {
             require(values.type == ort::FLOAT || values.type == ort::BFLOAT16, "the values of SparseLinear are fp32 or bf16, for bits = 0");
             if (values.type == ort::BFLOAT16) parts.kind = Parts::BF16;
         }
-        rows_ = parts.rows, columns_ = parts.cols;
-        const bool in_bytes = activation_bits == 8 && !exact_inputs(), expands = CodeProduct::pays(parts, in_bytes);
+        rows_ = parts.rows;
+        columns_ = parts.cols;
+        const bool in_bytes = activation_bits == 8 && !exact_inputs();
+        const bool expands = CodeProduct::pays(parts, in_bytes);
         const bool fits = expands ? codes_.make(parts, in_bytes) : entries_.make(parts, operators().panel);
         require(fits, "the mask of SparseLinear keeps another number of values than there are, for columns = ", cols);
         if (bias) {
@@ -65,7 +78,9 @@ class SparseLinear {
     }
 
    private:
-    int64_t activation_, rows_ = 0, columns_ = 0;
+    int64_t activation_;
+    int64_t rows_ = 0;
+    int64_t columns_ = 0;
     CodeProduct codes_;  // exactly one is used
     Stream entries_;
     std::vector<float> bias_;
@@ -74,20 +89,27 @@ class SparseLinear {
 class SkipLayerNorm {
    public:
     static constexpr const char* name = "SkipLayerNorm";
-    static constexpr size_t inputs = 4, required = 1, outputs = 2;
+    static constexpr size_t inputs = 4;
+    static constexpr size_t required = 1;
+    static constexpr size_t outputs = 2;
 
     explicit SkipLayerNorm(const Info& info) : epsilon_(info.number("epsilon", 1e-5f, 0)) {}
 
     void compute(const Call& call) const {
-        const Tensor x = call.input(0), skip = call.input(1), gain = call.input(2), shift = call.input(3);
+        const Tensor x = call.input(0);
+        const Tensor skip = call.input(1);
+        const Tensor gain = call.input(2);
+        const Tensor shift = call.input(3);
         const int64_t width = x.width();
         require(x.type == ort::FLOAT && gain.type == ort::FLOAT && gain.numel() == width &&
                     (!shift || (shift.type == ort::FLOAT && shift.numel() == width)),
                 "gain and shift of SkipLayerNorm are fp32 of the width of x");
         require(!skip || (skip.type == ort::FLOAT && skip.shape == x.shape), "skip of SkipLayerNorm has the shape of x");
-        float *y = call.output(0, x.shape), *sum = call.output(1, x.shape);
+        float* y = call.output(0, x.shape);
+        float* sum = call.output(1, x.shape);
         if (!y || !x.numel()) return;
-        const int64_t rows = x.rows(), step = 32;
+        const int64_t rows = x.rows();
+        const int64_t step = 32;
         call.parallel((rows + step - 1) / step, [&](int64_t piece) {
             for (int64_t row = piece * step; row < rows && row < (piece + 1) * step; ++row)
                 operators().layer_norm(x.as<float>() + row * width, skip ? skip.as<float>() + row * width : nullptr,
@@ -103,7 +125,9 @@ class SkipLayerNorm {
 class Attention {
    public:
     static constexpr const char* name = "Attention";
-    static constexpr size_t inputs = 4, required = 3, outputs = 1;
+    static constexpr size_t inputs = 4;
+    static constexpr size_t required = 3;
+    static constexpr size_t outputs = 1;
 
     explicit Attention(const Info& info)
         : heads_(info.integer("heads", 0, 1)), key_value_heads_(info.integer("key_value_heads", 0, 1)),
@@ -114,21 +138,34 @@ class Attention {
     }
 
     void compute(const Call& call) const {
-        const Tensor q = call.input(0), k = call.input(1), v = call.input(2), mask = call.input(3);
+        const Tensor q = call.input(0);
+        const Tensor k = call.input(1);
+        const Tensor v = call.input(2);
+        const Tensor mask = call.input(3);
         require_heads(q, "q", q_at_, "heads", heads_);
         require_heads(k, "k", k_at_, "key_value_heads", key_value_heads_);
         require_heads(v, "v", v_at_, "key_value_heads", key_value_heads_);
         require(q.shape[0] == k.shape[0] && k.shape[0] == v.shape[0] && k.shape[1] == v.shape[1],
                 "q, k and v of Attention are of one batch, k and v of as many tokens");
         AttentionCall job{};
-        job.batch = q.shape[0], job.queries = q.shape[1], job.keys = k.shape[1];
-        job.heads = heads_, job.key_value_heads = key_value_heads_, job.head = head_, job.scale = scale_;
-        job.q_width = q.width(), job.k_width = k.width(), job.v_width = v.width(), job.y_width = heads_ * head_;
+        job.batch = q.shape[0];
+        job.queries = q.shape[1];
+        job.keys = k.shape[1];
+        job.heads = heads_;
+        job.key_value_heads = key_value_heads_;
+        job.head = head_;
+        job.scale = scale_;
+        job.q_width = q.width();
+        job.k_width = k.width();
+        job.v_width = v.width();
+        job.y_width = heads_ * head_;
         if (mask) add_mask(mask, job);
         job.y = call.output(0, {job.batch, job.queries, job.y_width});
         if (!job.y || !job.batch || !job.queries) return;
         require(job.keys > 0, "k and v of Attention have no tokens");
-        job.q = q.as<float>() + q_at_, job.k = k.as<float>() + k_at_, job.v = v.as<float>() + v_at_;
+        job.q = q.as<float>() + q_at_;
+        job.k = k.as<float>() + k_at_;
+        job.v = v.as<float>() + v_at_;
         if (!operators().attention(job, call.parallel)) throw std::bad_alloc();
     }
 
@@ -148,14 +185,21 @@ class Attention {
         job.mask_head = mask.shape[1] == 1 ? 0 : mask.shape[2] * job.keys;
         job.mask_batch = mask.shape[0] == 1 ? 0 : mask.shape[1] * mask.shape[2] * job.keys;
     }
-    int64_t heads_, key_value_heads_, head_, q_at_, k_at_, v_at_;
+    int64_t heads_;
+    int64_t key_value_heads_;
+    int64_t head_;
+    int64_t q_at_;
+    int64_t k_at_;
+    int64_t v_at_;
     float scale_;
 };
 
 class Embedding {
    public:
     static constexpr const char* name = "Embedding";
-    static constexpr size_t inputs = 3, required = 2, outputs = 1;
+    static constexpr size_t inputs = 3;
+    static constexpr size_t required = 2;
+    static constexpr size_t outputs = 1;
 
     explicit Embedding(const Info& info)
         : bits_(info.choice("bits", 0, {4, 8, 16})), width_(info.integer("columns", 0, 1)) {
@@ -177,7 +221,9 @@ class Embedding {
         shape.push_back(width_);
         float* y = call.output(0, shape);
         for (int64_t i = 0; y && i < ids.numel(); ++i, y += width_) {
-            const int64_t tokens = values_.shape[0], given = ids.as<int64_t>()[i], id = given < 0 ? given + tokens : given;
+            const int64_t tokens = values_.shape[0];
+            const int64_t given = ids.as<int64_t>()[i];
+            const int64_t id = given < 0 ? given + tokens : given;
             require(id >= 0 && id < tokens, "an id of Embedding is outside its table");
             if (bits_ == 16)
                 for (int64_t col = 0; col < width_; ++col) y[col] = widen(values_.as<bf16>()[id * width_ + col]);
@@ -188,20 +234,25 @@ class Embedding {
 
    private:
     void row_of_codes(int64_t id, float* y) const {
-        const int64_t groups = scales_.width(), group = width_ / groups;
+        const int64_t groups = scales_.width();
+        const int64_t group = width_ / groups;
         const int8_t* eight = values_.as<int8_t>() + id * values_.width();
         const uint8_t* four = values_.as<uint8_t>() + id * values_.width();
         for (int64_t g = 0; g < groups; ++g) {
             const float scale = widen(scales_.as<bf16>()[id * groups + g]);
-            const int64_t first = g * group, last = first + group;
+            const int64_t first = g * group;
+            const int64_t last = first + group;
             if (bits_ == 8)
                 for (int64_t col = first; col < last; ++col) y[col] = float(eight[col]) * scale;
             else
                 for (int64_t col = first; col < last; ++col) y[col] = float(nibble(four[col / 2], col & 1)) * scale;
         }
     }
-    int64_t bits_, width_;
-    Tensor values_, scales_;  // of the session, which outlives its nodes
+    int64_t bits_;
+    int64_t width_;
+    // Owned by the session, which outlives its nodes.
+    Tensor values_;
+    Tensor scales_;
 };
 
 // Call `work`, and return its error as the runtime expects it.

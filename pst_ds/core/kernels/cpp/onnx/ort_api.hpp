@@ -1,5 +1,9 @@
 // The part of ONNX Runtime's C API that the operators call. The API is a table of functions that only grows: a function
 // keeps its index in every release, so the indices below replace its header.
+//
+// Layout: Api holds the address of an array of function pointers, which the runtime owns for the lifetime of the process.
+// Operator has the fields of OrtCustomOp in their order; the runtime reads as many of them as its own version knows, and
+// API_VERSION tells it which exist. The other structs are opaque: only the runtime looks into them.
 #pragma once
 
 #include <cstddef>
@@ -111,7 +115,10 @@ struct Operator {
     void* infer_shape;
     int (*first_version)(const Operator*);
     int (*last_version)(const Operator*);
-    void *may_inplace, *release_may_inplace, *alias_map, *release_alias_map;
+    void* may_inplace;
+    void* release_may_inplace;
+    void* alias_map;
+    void* release_alias_map;
 };
 
 }  // namespace ort

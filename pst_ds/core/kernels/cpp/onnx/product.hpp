@@ -1,5 +1,16 @@
 // y = activation(x W' + bias) with a sparse W: every non-zero times a panel of adjacent activations. Included once per
 // instruction set, after its lanes: no #pragma once.
+//
+// Layout
+//   x, y     (tokens, columns) and (tokens, rows) fp32, contiguous, of the runtime
+//   panel    [column or pair of columns][PANEL tokens] fp32, or two int16 of a pair in each; then PANEL scales, one per
+//            token. Aligned to 64 bytes, in memory of a thread. Tokens after the last, up to a whole vector, are zeros.
+//   results  [row][PANEL tokens] fp32, transposed to y by from_panel
+// Tokens are adjacent so that one non-zero meets MOST_VECTORS * LANES of them in registers.
+//
+// With few panels, rows are divided among threads and panels are packed once, by all threads, before the product; with
+// many, each piece of work is a panel. Results do not depend on this division. Sums of PAIRS are exact integers; the others
+// are fp32, and their order depends on how many vectors of tokens a panel has (add_entries).
 
 constexpr int MOST_VECTORS = LANES == 16 ? 4 : 6;  // of activations at a time, as many sums in registers
 constexpr int64_t PANEL = int64_t(MOST_VECTORS) * LANES;
@@ -7,14 +18,17 @@ constexpr int64_t PANEL = int64_t(MOST_VECTORS) * LANES;
 // Position of the activations or results of one panel: `tokens` rows of `width` floats, at most PANEL of them.
 struct Rows {
     float* first;
-    int64_t tokens, width;
+    int64_t tokens;
+    int64_t width;
 };
 
 // panel[column][token], PANEL tokens apart, from rows; tokens up to the next whole vector are zeros.
 inline void to_panel(const Rows& rows, float* panel) {
-    const int64_t vectors = (rows.tokens + LANES - 1) / LANES, whole = rows.width / LANES * LANES;
+    const int64_t vectors = (rows.tokens + LANES - 1) / LANES;
+    const int64_t whole = rows.width / LANES * LANES;
     for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t from = v * LANES, count = rows.tokens - from < LANES ? rows.tokens - from : LANES;
+        const int64_t from = v * LANES;
+        const int64_t count = rows.tokens - from < LANES ? rows.tokens - from : LANES;
         const float* x = rows.first + from * rows.width;
         for (int64_t col = 0; col < whole; col += LANES) {
             Floats square[LANES];
@@ -63,7 +77,8 @@ template <> struct Entry<Form::PAIRS> {
     using Sum = Ints;
     static size_t offset(const uint32_t* at) { return 8 * size_t(at[0] & 0xffff); }
     static Ints factor(const uint32_t* at) {
-        const int8_t even = int8_t(at[0] >> 16), odd = int8_t(at[0] >> 24);
+        const int8_t even = int8_t(at[0] >> 16);
+        const int8_t odd = int8_t(at[0] >> 24);
         return Ints{} + int32_t(uint32_t(uint16_t(odd)) << 16 | uint16_t(even));
     }
 };
@@ -79,8 +94,10 @@ inline void add_entries(const Stream::Row& row, const char* panel, typename Entr
     Sum other[VECTORS] = {};
     for (const uint32_t* at = row.begin; at < row.end; at += 2 * Of::WORDS) {
         const uint32_t* next = at + Of::WORDS;
-        const float *x = reinterpret_cast<const float*>(panel + Of::offset(at)), *z = reinterpret_cast<const float*>(panel + Of::offset(next));
-        const Sum first = Of::factor(at), second = Of::factor(next);
+        const float* x = reinterpret_cast<const float*>(panel + Of::offset(at));
+        const float* z = reinterpret_cast<const float*>(panel + Of::offset(next));
+        const Sum first = Of::factor(at);
+        const Sum second = Of::factor(next);
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) add(sum[v], first, x + v * LANES);
 #pragma GCC unroll 8
@@ -145,17 +162,21 @@ void multiply_panel(const Stream& w, int64_t first, int64_t last, const Panel& p
 inline float to_pairs(const float* x, int64_t cols, float limit, float* out) {
     typedef int16_t Shorts __attribute__((vector_size(2 * LANES), aligned(2)));
     const int64_t whole = cols / LANES * LANES;
-    Floats most{}, odd{};  // odd becomes NaN where a number is one, or infinite
+    Floats most{};
+    Floats odd{};  // becomes NaN where a number is NaN or infinite: x - x
     for (int64_t i = 0; i < whole; i += LANES) {
         const Floats value = load(x + i);
-        most = larger(most, absolute(value)), odd += value - value;
+        most = larger(most, absolute(value));
+        odd += value - value;
     }
-    float largest = largest_of(most), rest = sum_of(odd);
+    float largest = largest_of(most);
+    float rest = sum_of(odd);
     for (int64_t i = whole; i < cols; ++i) {
         largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
         rest += x[i] - x[i];
     }
-    const float scale = largest > 0 ? largest / limit : 1.0f, inverse = 1.0f / scale;
+    const float scale = largest > 0 ? largest / limit : 1.0f;
+    const float inverse = 1.0f / scale;
     int16_t* to = reinterpret_cast<int16_t*>(out);
     for (int64_t i = 0; i < whole; i += LANES) {
         const Floats shifted = load(x + i) * inverse + 12582912.0f;  // the lowest bits hold the nearest integer
@@ -168,7 +189,10 @@ inline float to_pairs(const float* x, int64_t cols, float limit, float* out) {
 
 // The activations of one panel as its product takes them; `scales` (PANEL) are those of integers. False without memory.
 inline bool pack_panel(const Stream& w, const Rows& x, float* panel, float* scales) {
-    if (w.form != Form::PAIRS) return to_panel(x, panel), true;
+    if (w.form != Form::PAIRS) {
+        to_panel(x, panel);
+        return true;
+    }
     static thread_local Scratch rounded;
     float* rows = rounded.get<float>(x.tokens * w.width());
     if (!rows) return false;
@@ -184,7 +208,8 @@ bool sparse_product(const Stream& w, const float* x, int64_t tokens, const float
                     const Parallel& parallel) {
     constexpr int64_t ENOUGH = 8;  // pieces of work for the threads of a session
     static thread_local Scratch shared;
-    const int64_t panels = (tokens + PANEL - 1) / PANEL, size = (w.width() + 1) * PANEL;  // a panel, and its scales
+    const int64_t panels = (tokens + PANEL - 1) / PANEL;
+    const int64_t size = (w.width() + 1) * PANEL;  // a panel, and its scales
     const int64_t parts = panels >= ENOUGH ? 1 : (ENOUGH + panels - 1) / panels;
     const int64_t step = round_up((w.rows + parts - 1) / parts, Stream::GROUP);
     const auto tokens_of = [&](int64_t panel) { return panel + 1 < panels ? PANEL : tokens - panel * PANEL; };
@@ -200,8 +225,11 @@ bool sparse_product(const Stream& w, const float* x, int64_t tokens, const float
         parallel(panels, [&](int64_t panel) { pack(panel, packed + panel * size); });
     }
     parallel(panels * parts, [&](int64_t piece) {
-        static thread_local Scratch own, results;
-        const int64_t panel = piece / parts, first = piece % parts * step, last = first + step < w.rows ? first + step : w.rows;
+        static thread_local Scratch own;
+        static thread_local Scratch results;
+        const int64_t panel = piece / parts;
+        const int64_t first = piece % parts * step;
+        const int64_t last = first + step < w.rows ? first + step : w.rows;
         if (first >= last) return;
         float* in = packed ? packed + panel * size : own.get<float>(size);
         float* out = results.get<float>((last - first) * PANEL);

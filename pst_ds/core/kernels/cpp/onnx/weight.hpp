@@ -1,4 +1,13 @@
 // A sparse matrix as its product wants it, made once from the parts in the file.
+//
+// Layout of a Stream (owned, made when a session opens, then read by all threads)
+//   words_   entries of non-zeros, 1 or 2 words of 32 bits each (Form), [chunk of columns][place][entry]
+//   starts_  (chunks * rows + 1,): first word of each place
+//   order_   (chunks * rows,): the row in each place. Groups of 64 rows are sorted by how many entries they have.
+// Entries of a row in a chunk are an even number, the last one zero if necessary, since loops take two per step. An entry
+// has the offset of its column in a panel of activations, [column or pair][panel tokens] fp32, in bytes: no
+// multiplication is needed to find it. Offsets are multiples of 8 and below 512 KiB (chunk_bytes), so that an eighth of
+// one fits in 16 bits. Parts point into the session's file and are read only here.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +31,9 @@ struct Parts {
     int64_t count;        // of elements of `values`: numbers, codes, or bytes of two codes
     const uint8_t* mask;  // (rows, ceil(cols / 8)), little-endian bits
     const bf16* scales;  // bf16 (rows, groups), of codes
-    int64_t groups, rows, cols;
+    int64_t groups;
+    int64_t rows;
+    int64_t cols;
 
     int64_t group_size() const { return groups ? (cols + groups - 1) / groups : cols; }
 };
@@ -50,7 +61,7 @@ inline bool expand_row(const Parts& p, int64_t row, int64_t& at, float* out, boo
     return true;
 }
 
-// How the entries of a Stream lie in its words of 32 bits, and what they are summed in.
+// How the entries of a Stream are stored in its words of 32 bits, and what they are summed in.
 enum class Form {
     VALUES,  // a value in fp32, and the offset in bytes of its column in a panel of activations; fp32
     CODES,   // a code in bf16, which has it exactly, and an eighth of the offset, in 16 bits each; fp32, times the row's scale
@@ -67,10 +78,14 @@ class Stream {
     // A row's entries: an even number of them, the last one zero where the row has an odd number.
     struct Row {
         int64_t row;
-        const uint32_t *begin, *end;
+        const uint32_t* begin;
+        const uint32_t* end;
     };
     static constexpr int64_t GROUP = 64;  // rows
-    int64_t rows = 0, cols = 0, chunk = 0, chunks = 0;  // a chunk is so many columns or pairs
+    int64_t rows = 0;
+    int64_t cols = 0;
+    int64_t chunk = 0;  // columns or pairs of a chunk
+    int64_t chunks = 0;
     Form form = Form::VALUES;
     float limit = 0;  // of pairs: the largest 16-bit activation whose sums stay within 32 bits
     std::vector<float> row_scales;  // of codes and pairs
@@ -79,13 +94,15 @@ class Stream {
 
     // `panel`: activations side by side in a panel, for each column or pair. False where parts do not fit each other.
     bool make(const Parts& parts, int64_t panel) {
-        rows = parts.rows, cols = parts.cols;
+        rows = parts.rows;
+        cols = parts.cols;
         if ((parts.kind == Parts::CODES8 || parts.kind == Parts::CODES4) && parts.groups == 1) {
             form = parts.kind == Parts::CODES8 && pays_in_pairs(parts) ? Form::PAIRS : Form::CODES;
             for (int64_t row = 0; row < rows; ++row) row_scales.push_back(widen(parts.scales[row]));
         }
         const int64_t most = std::max<int64_t>(1, chunk_bytes() / (panel * 4));
-        chunks = (width() + most - 1) / most, chunk = chunks ? (width() + chunks - 1) / chunks : most;
+        chunks = (width() + most - 1) / most;
+        chunk = chunks ? (width() + chunks - 1) / chunks : most;
         std::vector<std::vector<uint32_t>> found(size_t(rows * chunks));  // of a row and a chunk
         std::vector<float> dense(size_t(cols + 1));
         double largest_sum = 1;
@@ -151,7 +168,9 @@ class Stream {
             count += of_row.size();
         }
         if (count > UINT32_MAX) throw std::length_error("a weight of SparseLinear has more than 2^32 entries");
-        words_.reserve(count), starts_.reserve(size_t(rows * chunks + 1)), order_.reserve(size_t(rows * chunks));
+        words_.reserve(count);
+        starts_.reserve(size_t(rows * chunks + 1));
+        order_.reserve(size_t(rows * chunks));
         const auto of = [&](int64_t c, int64_t row) -> const std::vector<uint32_t>& { return found[size_t(row * chunks + c)]; };
         for (int64_t c = 0; c < chunks; ++c)
             for (int64_t first = 0; first < rows; first += GROUP) {
