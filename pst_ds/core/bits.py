@@ -16,9 +16,9 @@ from pst_ds.core.kernels import library, merges
 from pst_ds.core.kernels.triton.launch import blocks
 
 INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integer dtype of the same width as a float of that many bytes: masks are applied to weights as integers."""
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes of weights that native loops support, by their number in C++."""
-"""Integer dtype of the same width as a float of that many bytes: masks are applied to weights as integers."""
 
 
 def shard_numel(numel: int, num_shards: int) -> int:
@@ -63,7 +63,7 @@ def pack_shard(keep: Tensor, num_bytes: int) -> Tensor:
         shifts = torch.arange(8, dtype=torch.uint8, device=keep.device)
         if flags.numel() % 8:
             flags = torch.cat([flags, flags.new_zeros(-flags.numel() % 8)])
-        packed = (flags.reshape(-1, 8) << shifts).sum(-1, dtype=torch.uint8)
+        packed = (flags.reshape(-1, 8) << shifts).sum(-1, dtype=torch.uint8)  # distinct bits: the sum is an OR
     if packed.numel() == num_bytes:
         return packed
     out = torch.zeros(num_bytes, dtype=torch.uint8, device=keep.device)
@@ -78,10 +78,10 @@ def unpack_shard(data: Tensor, count: int) -> Tensor:
 
 def join_bits(runs: Sequence[tuple[Tensor, int]], num_bytes: int) -> Tensor:
     """Concatenate the bits of consecutive runs of one shard, given as (bits, number of bits), to (num_bytes,) uint8."""
-    there = [(bits, count) for bits, count in runs if count]
-    if any(count % 8 for _, count in there[:-1]):
-        return pack_shard(torch.cat([unpack_shard(bits, count) for bits, count in there]), num_bytes)
-    parts = [bits[: -(-count // 8)] for bits, count in there]
+    not_empty = [(bits, count) for bits, count in runs if count]
+    if any(count % 8 for _, count in not_empty[:-1]):  # a run that ends inside a byte moves the bits of the next
+        return pack_shard(torch.cat([unpack_shard(bits, count) for bits, count in not_empty]), num_bytes)
+    parts = [bits[: -(-count // 8)] for bits, count in not_empty]
     if len(parts) == 1 and parts[0].numel() == num_bytes:
         return parts[0]
     return torch.cat([*parts, runs[0][0].new_zeros(num_bytes - sum(map(len, parts)))])
@@ -99,7 +99,9 @@ def unpack_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: in
         first = shard * per_shard_bytes + inside // 8
         last = shard * per_shard_bytes + -(-(inside + count) // 8)
         pieces.append(_unpack_bytes(bits[first:last])[inside % 8 : inside % 8 + count])
-    return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else bits.new_empty(0)
+    if not pieces:
+        return bits.new_empty(0)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def bits_of_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: int) -> Tensor:
@@ -129,7 +131,7 @@ def expand_mask_(
         # every row and every shard starts at a byte boundary
         part = bits[: numel // 8].view(-1, row_length // 8)[rows, cols.start // 8 : -(-cols.stop // 8)]
         keep = _unpack_bytes(part.reshape(-1)).view(part.shape[0], -1)[:, : cols.stop - cols.start]
-        return out.copy_(keep.view(torch.int8).neg_())
+        return out.copy_(keep.view(torch.int8).neg_())  # -1 has all bits set
     step = max(1, out.numel() // row_length)
     for r0 in range(rows.start, rows.stop, step):  # whole rows, from which the columns are selected
         r1 = min(r0 + step, rows.stop)
@@ -184,7 +186,10 @@ def all_ones(numel: int, num_shards: int) -> Tensor:
     """Return a mask that keeps every weight. Padding bits are zero."""
     per_shard = shard_numel(numel, num_shards)
     bits = torch.full((num_shards, shard_bytes(numel, num_shards)), 255, dtype=torch.uint8)
-    whole, rest = divmod(numel, per_shard) if per_shard else (num_shards, 0)
+    whole = num_shards  # shards with as many weights as possible
+    rest = 0  # weights of the shard after these; later ones are empty
+    if per_shard:
+        whole, rest = divmod(numel, per_shard)
     if per_shard % 8:
         bits[:whole, -1] = (1 << per_shard % 8) - 1
     if whole < num_shards:
@@ -208,13 +213,15 @@ def apply_mask_(weight: Tensor, mask: Tensor) -> Tensor:
 def apply_range_(weight: Tensor, bits: Tensor, numel: int, num_shards: int, start: int) -> Tensor:
     """Apply the whole mask ``bits`` in place to contiguous flat weights that start at index ``start``; any shape."""
     flat = weight.view(-1)
-    native = merges() if weight.device.type == bits.device.type == "cpu" and weight.element_size() in (2, 4) else None
+    native = None
+    if weight.device.type == bits.device.type == "cpu" and weight.element_size() in (2, 4):
+        native = merges()
     per_shard = shard_numel(numel, num_shards)
     stop = start + flat.numel()
     for first, last in _cut_at_shards(start, stop, per_shard):
         run = flat[first - start : last - start]
         inside = first % per_shard
-        if native is None or inside % 8:
+        if native is None or inside % 8:  # the native loop starts at bit 0 of a byte
             apply_mask_(run, unpack_range(bits, numel, num_shards, first, last))
         else:
             at = first // per_shard * shard_bytes(numel, num_shards) + inside // 8

@@ -32,9 +32,11 @@ from pst_ds.core.quantization import (
 )
 
 _ENCODED_AT_A_TIME = 1 << 20
+"""Weights that are quantised in one step."""
 _EXPANDED_AT_A_TIME = {"cpu": 1 << 17}
 """Weights that torch expands in one step, with about 8 extra bytes each; 2**22 on other devices."""
 _ALL = 1 << 62
+"""A limit for the weights of a tile that no tile reaches: runs are cut at their ends only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,11 @@ class CodeLayout:
     @property
     def shard_num_scales(self) -> int:
         """Scales per shard including padding: as many as the shard with most groups has."""
-        spans = (self.periods_of(i) for i in range(self.num_shards))
-        return max(last - first for first, last in spans) * self.stored.groups_per_period
+        most_periods = 0
+        for shard in range(self.num_shards):
+            first, last = self.periods_of(shard)
+            most_periods = max(most_periods, last - first)
+        return most_periods * self.stored.groups_per_period
 
     @property
     def num_code_bytes(self) -> int:
@@ -98,19 +103,20 @@ class CodeLayout:
         codes = torch.empty((last - first) * stored.period, dtype=torch.int8, device=weight.device)
         scales = torch.full((self.shard_num_scales,), UNUSED_SCALE, dtype=SCALE_DTYPE, device=weight.device)
         step = max(1, _ENCODED_AT_A_TIME // stored.period)
+        row_length = stored.layout.shape[1] if stored.layout.transposed else stored.size
+        # Whole periods, also where the shard has only a part of one: a group's scale depends on all its weights, and
+        # so both shards of a group that a boundary crosses find the same.
         for begin in range(first, last, step):
             end = min(begin + step, last)
             values = flat[begin * stored.period : end * stored.period].float().nan_to_num(0.0, 0.0, 0.0)
-            grouped = stored.grouped(
-                values.view(-1, stored.layout.shape[1] if stored.layout.transposed else stored.size)
-            )
-            found = group_scales(grouped, stored.grid, weight.dtype)
-            at = slice((begin - first) * self.stored.groups_per_period, (end - first) * self.stored.groups_per_period)
-            scales[at] = found
-            rounded = nearest_codes(grouped, found.unsqueeze(1), stored.grid)
+            grouped = stored.grouped(values.view(-1, row_length))
+            step_scales = group_scales(grouped, stored.grid, weight.dtype)
+            first_group = (begin - first) * stored.groups_per_period
+            scales[first_group : first_group + len(step_scales)] = step_scales
+            rounded = nearest_codes(grouped, step_scales.unsqueeze(1), stored.grid)
             codes[(begin - first) * stored.period : (end - first) * stored.period] = self._in_storage_order(rounded)
-        own = codes[start - first * stored.period : stop - first * stored.period]
-        packed = pack_nibbles(own) if self.bits == 4 else own.view(torch.uint8)
+        shard_codes = codes[start - first * stored.period : stop - first * stored.period]
+        packed = pack_nibbles(shard_codes) if self.bits == 4 else shard_codes.view(torch.uint8)
         padded = torch.zeros(self.shard_code_bytes, dtype=torch.uint8, device=weight.device)
         padded[: packed.numel()] = packed
         return padded, bytes_of_scales(scales)
@@ -174,16 +180,19 @@ class CodedRun:
         local = index - self.start
         if self.stored.grid.bits == 4:
             pairs = self.codes[local // 2].view(torch.int8)
-            codes = torch.where(local % 2 == 0, (pairs << 4) >> 4, pairs >> 4)
+            codes = torch.where(local % 2 == 0, (pairs << 4) >> 4, pairs >> 4)  # shifts of int8 extend the sign
         else:
             codes = self.codes[local].view(torch.int8)
-        groups = index // width // tall * self.stored.shape[1] + index % width // wide - self._first_scale
+        group_rows = index // width // tall
+        group_cols = index % width // wide
+        groups = group_rows * self.stored.shape[1] + group_cols - self._first_scale
         return (codes.float() * self.scales[groups].float()).to(self.dtype)
 
     def expand_(self, out: Tensor, rect: Rect) -> Tensor:
         """Write the weights of a rectangle in this run to ``out``, (rows, cols), and return it."""
-        can = out.dtype in NATIVE_DTYPES and out.stride(1) == 1
-        native = native_for(out, self.codes, self.scales) if can else None
+        native = None
+        if out.dtype in NATIVE_DTYPES and out.stride(1) == 1:
+            native = native_for(out, self.codes, self.scales)
         if native is None:
             for band in row_tiles(rect, _EXPANDED_AT_A_TIME.get(out.device.type, 1 << 22)):
                 self._expand_in_torch_(out[band.inside(rect)], band)
@@ -291,13 +300,17 @@ class CodedWeight:
         share = layout.shard_numel
         last = (rect.r1 - 1) * width + rect.c1
         for shard in range((rect.r0 * width + rect.c0) // share, -(-last // share)):
-            codes, scales = (whole.view(layout.num_shards, -1)[shard] for whole in (self.codes, self.scales))
+            codes = self.codes.view(layout.num_shards, -1)[shard]
+            scales = self.scales.view(layout.num_shards, -1)[shard]
             yield coded_run(layout, codes, scales, self.dtype, shard)
 
 
 def coded_run(layout: CodeLayout, codes: Tensor, scales: Tensor, dtype: torch.dtype, shard: int | None) -> CodedRun:
     """Return the weights of a shard from the bytes of its codes and scales; of all consecutive shards for None."""
-    start, stop = (0, layout.stored.layout.numel) if shard is None else layout.weights_of(shard)
+    start = 0
+    stop = layout.stored.layout.numel
+    if shard is not None:
+        start, stop = layout.weights_of(shard)
     table = scales_of_bytes(scales, (1, scales.numel() // SCALE_DTYPE.itemsize))
     return CodedRun(layout.stored, start, stop, codes, table.view(-1), dtype)
 
@@ -368,7 +381,8 @@ def times_table(x: Tensor, table: CodedWeight, bias: Tensor | None = None) -> Te
     """Return x T' + bias, (n, width) to (n, rows), like ``linear`` with the whole table T."""
     out = x.new_empty(len(x), table.shape[0])
     for rows in _slices(table):
-        out[:, rows] = linear(x, table[rows].dense(), None if bias is None else bias[rows])
+        slice_bias = None if bias is None else bias[rows]
+        out[:, rows] = linear(x, table[rows].dense(), slice_bias)
     return out
 
 

@@ -58,12 +58,15 @@ def score_keys(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
         return order_keys(importance(weight, tile, constants, weight_scale))
     out = torch.empty(weight.shape, dtype=torch.int32)
     numbers = torch.tensor([constants.beta, 1.0 / weight_scale, constants.alpha1], dtype=torch.float32)
-    vectors = [v if v is None else (v * constants.alpha2).contiguous() for v in (tile.score_rows, tile.score_cols)]
-    norms = [n if n is None else n.float().contiguous() for n in (tile.row_norms, tile.col_norms)]
-    update = (None, None) if constants.frozen_magnitude else (tile.update_left, tile.update_right)
-    products = [*_product(*update), *_product(tile.score_left, tile.score_right)]
-    stored = NATIVE_DTYPES[weight.dtype], weight.stride(0), *weight.shape
-    native.pst_score_keys(weight, *stored, *products, *vectors, *norms, numbers, out)
+    arguments: list[Any] = [weight, NATIVE_DTYPES[weight.dtype], weight.stride(0), *weight.shape]
+    # scores of frozen magnitudes use |W0| without its update
+    arguments += _product(None, None) if constants.frozen_magnitude else _product(tile.update_left, tile.update_right)
+    arguments += _product(tile.score_left, tile.score_right)
+    for scores in (tile.score_rows, tile.score_cols):
+        arguments.append(None if scores is None else (scores * constants.alpha2).contiguous())
+    for norms in (tile.row_norms, tile.col_norms):
+        arguments.append(None if norms is None else norms.float().contiguous())
+    native.pst_score_keys(*arguments, numbers, out)
     return out
 
 
@@ -114,11 +117,12 @@ def keys_of(singles: Sequence[SingleWeights]) -> list[Tensor]:
     kinds: dict[object, list[int]] = {}
     for i, single in enumerate(singles):
         kinds.setdefault(single.kind, []).append(i)
-    found: dict[int, Tensor] = {}
+    keys: dict[int, Tensor] = {}
     for members in kinds.values():
-        some = [singles[i] for i in members]
-        found.update(zip(members, _keys_together(some).split([one.weight.shape[0] for one in some]), strict=True))
-    return [found[i] for i in range(len(singles))]
+        together = [singles[i] for i in members]
+        sizes = [single.weight.shape[0] for single in together]
+        keys.update(zip(members, _keys_together(together).split(sizes), strict=True))
+    return [keys[i] for i in range(len(singles))]
 
 
 def _keys_together(singles: Sequence[SingleWeights]) -> Tensor:
@@ -132,7 +136,11 @@ def _keys_together(singles: Sequence[SingleWeights]) -> Tensor:
         # right factors have a column per weight, all others a row
         along = 1 if name.endswith("_right") else 0
         tile[name] = torch.cat([part[name] for part in parts], along)
-    factors = [one.weight.new_full(one.weight.shape, 1.0 / one.weight_scale, dtype=torch.float32) for one in singles]
+    # the scale of a matrix, once per weight: weights of several matrices are in one tensor
+    factors = []
+    for single in singles:
+        weight = single.weight
+        factors.append(weight.new_full(weight.shape, 1.0 / single.weight_scale, dtype=torch.float32))
     weight = torch.cat([one.weight for one in singles])
     return order_keys(importance(weight, TileFactors(**tile), first.constants, factors=torch.cat(factors))).squeeze(1)
 
@@ -179,24 +187,29 @@ class Classifier:
             keys, keys.numel(), self.low, self.high, first, above, self._keys[stored:], self._index[stored:],
             self._room - stored, counts,
         )  # fmt: skip
-        self._numbers = [total + more for total, more in zip(self._numbers, counts.tolist(), strict=True)]
+        for i, more in enumerate(counts.tolist()):
+            self._numbers[i] += more
 
     def _sort(self, keys: Tensor, above: Tensor) -> None:
         torch.gt(keys, self.high, out=above)
         dtype = self._index_dtype
         running = ((keys >= self.low) & (keys <= self.high)).cumsum(0, dtype=dtype)
         places = torch.arange(1, min(self._room, keys.numel()) + 1, dtype=dtype, device=keys.device)
-        # of the first key inside, the second, ...
+        # The place of the k-th key inside is the first at which the running count is k. A boolean index would find
+        # them with a size that depends on the keys, for which the host would wait.
         index = torch.searchsorted(running, places, out_int32=dtype == torch.int32)
         is_none = index >= keys.numel()
         index.clamp_(max=max(0, keys.numel() - 1))
-        found = keys.index_select(0, index).masked_fill_(is_none, NO_KEY)
-        self._pieces.append((found, index + self._taken if self._taken else index))
+        inside = keys.index_select(0, index).masked_fill_(is_none, NO_KEY)
+        if self._taken:
+            index = index + self._taken
+        self._pieces.append((inside, index))
         bad = ((keys < LOWEST_FINITE) | (keys > HIGHEST_FINITE)).sum()
-        counts = ((keys < self.low).sum(), running[-1:].sum(), bad)
-        self._numbers = [
-            total + more if self._taken else more for total, more in zip(self._numbers, counts, strict=True)
-        ]
+        # the last running count, also of no keys at all
+        counts = [(keys < self.low).sum(), running[-1:].sum(), bad]
+        if self._taken:
+            counts = [total + more for total, more in zip(self._numbers, counts, strict=True)]
+        self._numbers = counts
 
     def counts(self) -> Tensor:
         """Return (4,) int64: keys below; keys that are not finite; 1 if ``room`` was exceeded; keys inside."""
@@ -220,8 +233,9 @@ class Classifier:
         if self._native is None:
             if len(self._pieces) == 1:
                 return self._pieces[0]
-            found, places = zip(*[(self._keys, self._index), *self._pieces], strict=True)
-            return torch.cat(found), torch.cat(places)
+            # empty tensors first, for the case that no keys came
+            keys, places = zip(*[(self._keys, self._index), *self._pieces], strict=True)
+            return torch.cat(keys), torch.cat(places)
         stored = self._numbers[1] if self._numbers[1] <= self._room else 0
         index = self._index[:stored].to(self._index_dtype, copy=True)
         for (first, before), (last, _) in pairwise([*self._tiles, (stored, 0)]):
@@ -242,9 +256,11 @@ def histogram(keys: Tensor, low: int, shift: int, bins: int) -> Tensor:
 def histograms(keys: Sequence[Tensor], lows: Sequence[int], shift: int, bins: int) -> Tensor:
     """Return :func:`histogram` of every run of ``keys``, (n,) int32 each, with its low: (runs, bins) int64."""
     if native_for(*keys) is not None:
-        return torch.stack([histogram(own, low, shift, bins) for own, low in zip(keys, lows, strict=True)])
-    parts = [slice(run.start, run.stop) for run in runs_of([own.numel() for own in keys], _COUNTED_AT_ONCE)]
-    counts = [_torch_histograms(keys[part], lows[part], shift, bins) for part in parts]
+        return torch.stack([histogram(run, low, shift, bins) for run, low in zip(keys, lows, strict=True)])
+    counts = []
+    for part in runs_of([run.numel() for run in keys], _COUNTED_AT_ONCE):
+        runs = slice(part.start, part.stop)
+        counts.append(_torch_histograms(keys[runs], lows[runs], shift, bins))
     return counts[0] if len(counts) == 1 else torch.cat(counts)
 
 
@@ -252,7 +268,7 @@ def _torch_histograms(keys: Sequence[Tensor], lows: Sequence[int], shift: int, b
     """Return the counts of every run, (runs, bins) int64. Keys outside have bins, so that the host does not wait."""
     digits = torch.cat(list(keys)).long()
     counts = torch.zeros(len(keys), bins + 2, dtype=torch.int64, device=digits.device)
-    runs = digits.split([own.numel() for own in keys])
+    runs = digits.split([run.numel() for run in keys])
     one = counts.new_ones(())
     for run, low in zip(runs, lows, strict=True):
         run.sub_(low)

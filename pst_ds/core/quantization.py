@@ -73,7 +73,8 @@ class Grid:
         return columns // self.group
 
     def __str__(self) -> str:
-        return f"{self.values}, a scale for {'every row' if self.group is None else f'{self.group} inputs'}"
+        shared_by = "every row" if self.group is None else f"{self.group} inputs"
+        return f"{self.values}, a scale for {shared_by}"
 
 
 def grid_of(values: object, group: object = None) -> Grid:
@@ -85,7 +86,7 @@ def grid_of(values: object, group: object = None) -> Grid:
         raise ValueError(f"quantised values are {' or '.join(VALUE_BITS)}, got {values!r}")
     if group is None:
         return Grid(VALUE_BITS[values], None if values == "int8" else 64)
-    known = {str(size): size for size in GROUPS}
+    known = {str(size): size for size in GROUPS}  # a command line passes text, JSON a number
     if str(group) != WHOLE_ROW and str(group) not in known:
         raise ValueError(f"a group is {', '.join(known)} or {WHOLE_ROW}, got {group!r}")
     return Grid(VALUE_BITS[values], known.get(str(group)))
@@ -104,6 +105,7 @@ SOURCE = NativeSource(
     may_flags=("-fopenmp",),
 )
 _WORTH_THREADS = 1 << 16
+"""Weights from which a loop is worth starting threads."""
 library = cache(partial(load, SOURCE))
 
 
@@ -127,6 +129,7 @@ _DIVISORS = {
 }
 """Scales that are tried: the largest magnitude of the group divided by these. Weights beyond are clipped."""
 _REFITS = 2
+"""Least-squares scales that are tried after the divisors, each for the codes of the best scale so far."""
 _WEIGHT_BITS = 28
 """Bits of a group's weights as integers; sums over 2^18 of them times a code stay below 2^53."""
 
@@ -221,6 +224,7 @@ def search_scales(
     """
     limit = largest_scale(grid, dtype)
     unit = unit_of(extremes)
+    # With codes -8 to 7, a scale whose sign differs from the extreme's gives it a negative code: there is one more.
     numerator = -extremes if -grid.least > grid.largest else extremes.abs()
 
     def rounded(scales: Tensor) -> Tensor:
@@ -229,18 +233,21 @@ def search_scales(
     def judged(scales: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         by_weight, by_code = moments(scales)
         in_units = scales.double() / unit
+        # sum (w - s code)^2 without its constant term sum w^2: s^2 sum code^2 - 2 s sum w code
         return scales, in_units * (in_units * by_code - 2 * by_weight), by_weight, by_code
 
     def better(best: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        wins = other[1] < best[1]
+        wins = other[1] < best[1]  # of equal errors, the scale that was tried first
         return tuple(torch.where(wins, new, old) for new, old in zip(other, best, strict=True))
 
+    # (scale, error, sum w code, sum code^2), each (groups,)
     best: tuple[Tensor, ...] = judged(rounded(numerator / grid.largest))
     for divisor in _DIVISORS[grid.bits]:
         best = better(best, judged(rounded(numerator / divisor)))
     for _ in range(_REFITS):
-        fitted = best[2] / best[3].clamp(min=1) * unit
-        best = better(best, judged(rounded(torch.where(best[3] > 0, fitted.float(), best[0]))))
+        scales, _, by_weight, by_code = best
+        fitted = by_weight / by_code.clamp(min=1) * unit
+        best = better(best, judged(rounded(torch.where(by_code > 0, fitted.float(), scales))))
     return torch.where(extremes != 0, best[0], UNUSED_SCALE).to(SCALE_DTYPE)
 
 
@@ -257,7 +264,9 @@ def nearest_codes(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
 def first_bad_scale(scales: Tensor, grid: Grid) -> int | None:
     """Return the flat index of the first bf16 scale that breaks :data:`RULE_OF_SCALES`, or None."""
     good = (scales.abs() >= LEAST_SCALE) & (scales.abs() <= largest_scale(grid, SCALE_DTYPE))
-    return None if bool(good.all()) else int(good.flatten().to(torch.uint8).argmin())
+    if bool(good.all()):
+        return None
+    return int(good.flatten().to(torch.uint8).argmin())  # the first of the smallest: the first 0
 
 
 def require_scales(scales: Tensor, grid: Grid) -> None:
@@ -271,7 +280,7 @@ def largest_scale(grid: Grid, dtype: torch.dtype) -> float:
     """Return the largest bf16 number whose products with all codes are finite in ``dtype`` and in bf16."""
     most = min(torch.finfo(dtype).max, torch.finfo(SCALE_DTYPE).max) / -grid.least
     scale = torch.tensor(most).to(SCALE_DTYPE)
-    if float(scale) > most:
+    if float(scale) > most:  # rounded up: take the next smaller bf16 number, whose bits are one less
         scale = (scale.view(torch.int16) - 1).view(SCALE_DTYPE)
     return float(scale)
 
@@ -290,7 +299,7 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
     """Return the first ``count`` codes of each row of ``packed``: (..., ceil(count / 2)) uint8 to (..., count) int8."""
     signed = packed.view(torch.int8)
-    pairs = torch.stack([(signed << 4) >> 4, signed >> 4], -1)
+    pairs = torch.stack([(signed << 4) >> 4, signed >> 4], -1)  # shifts of int8 extend the sign
     return pairs.flatten(-2)[..., :count]
 
 
@@ -308,26 +317,26 @@ def quantize(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | N
     rows, columns = weight.shape
     groups = grid.num_groups(columns)
     codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
-    found = torch.full((rows, groups), UNUSED_SCALE, dtype=SCALE_DTYPE, device=weight.device)
+    used_scales = torch.full((rows, groups), UNUSED_SCALE, dtype=SCALE_DTYPE, device=weight.device)
     if scales is not None:
         if scales.dtype != SCALE_DTYPE or tuple(scales.shape) != (rows, groups):
-            given = f"{scales.dtype} of shape {tuple(scales.shape)}"
-            raise ValueError(f"scales are {SCALE_DTYPE} of shape {(rows, groups)}, got {given}")
+            passed = f"{scales.dtype} of shape {tuple(scales.shape)}"
+            raise ValueError(f"scales are {SCALE_DTYPE} of shape {(rows, groups)}, got {passed}")
         require_scales(scales, grid)
-        found.copy_(scales)
+        used_scales.copy_(scales)
     step = _rows_at_a_time(columns, weight.device)
     for first in range(0, rows if columns else 0, step):
         band = slice(first, min(first + step, rows))
         part = weight[band].detach().float()
         if keep is not None:
             part = torch.where(keep[band], part, 0.0)
-        grouped = part.reshape(-1, columns // groups)
+        grouped = part.reshape(-1, columns // groups)  # (rows * groups, weights per group)
         if not bool(torch.isfinite(grouped).all()):
             raise ValueError(f"a weight of rows {band.start} to {band.stop - 1} is not finite in fp32")
         if scales is None:
-            found[band] = group_scales(grouped, grid, weight.dtype).view(-1, groups)
-        codes[band] = nearest_codes(grouped, found[band].reshape(-1, 1), grid).view(-1, columns)
-    return codes, found
+            used_scales[band] = group_scales(grouped, grid, weight.dtype).view(-1, groups)
+        codes[band] = nearest_codes(grouped, used_scales[band].reshape(-1, 1), grid).view(-1, columns)
+    return codes, used_scales
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -340,7 +349,8 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
     step = _rows_at_a_time(columns, codes.device)
     for first in range(0, rows if columns else 0, step):
         band = slice(first, first + step)
-        grouped = codes[band].float().unflatten(1, (scales.shape[1], -1)) * scales[band].float().unsqueeze(2)
+        codes_by_group = codes[band].float().unflatten(1, (scales.shape[1], -1))  # (rows, groups, weights per group)
+        grouped = codes_by_group * scales[band].float().unsqueeze(2)
         dense[band] = grouped.add_(0.0).flatten(1)  # turns -0 into +0
     return dense
 
@@ -357,8 +367,10 @@ def first_off_grid(weight: Tensor, grid: Grid, scales: Tensor) -> tuple[int, int
     """
     codes, _ = quantize(weight, None, grid, scales)
     differs = (dequantize(codes, scales, weight.dtype) != weight).flatten()
-    at = int(differs.to(torch.uint8).argmax()) if bool(differs.any()) else None
-    return None if at is None else divmod(at, weight.shape[1])
+    if not bool(differs.any()):
+        return None
+    first = int(differs.to(torch.uint8).argmax())
+    return divmod(first, weight.shape[1])
 
 
 def squared_norms(weight: Tensor, keep: Tensor, codes: Tensor, scales: Tensor) -> tuple[float, float]:
@@ -444,12 +456,15 @@ class Rounding:
         whole = Rect(0, self.stored.layout.shape[0], 0, self.stored.layout.shape[1])
         rect = whole if rect is None else rect
         scales = self.scales
-        native = native_for(weight, scales) if weight.dtype in NATIVE_DTYPES and weight.stride(1) == 1 else None
+        native = None
+        if weight.dtype in NATIVE_DTYPES and weight.stride(1) == 1:
+            native = native_for(weight, scales)
         if native is None:
             for band in row_tiles(rect, _AT_A_TIME.get(weight.device.type, 1 << 22)):
                 part = weight[band.inside(rect)]
-                own = _scales_of(scales, band, self.stored.unit)
-                part.copy_(rounded_codes(part.float(), own, self.stored.grid).mul_(own).add_(0.0))
+                band_scales = _scales_of(scales, band, self.stored.unit)
+                codes = rounded_codes(part.float(), band_scales, self.stored.grid)
+                part.copy_(codes.mul_(band_scales).add_(0.0))  # turns -0 into +0
             return weight
         groups = torch.tensor([scales.shape[1], *self.stored.unit, rect.r0, rect.c0])
         stored = NATIVE_DTYPES[weight.dtype], weight.stride(0), *weight.shape
@@ -460,9 +475,9 @@ class Rounding:
         return weight
 
     def of_expert(self, expert: int) -> "Rounding":
-        own = StoredGrid(self.stored.layout.expert, self.stored.grid)
-        height = own.shape[0]
-        return Rounding(own, self.scales[expert * height : (expert + 1) * height])
+        of_expert = StoredGrid(self.stored.layout.expert, self.stored.grid)
+        height = of_expert.shape[0]
+        return Rounding(of_expert, self.scales[expert * height : (expert + 1) * height])
 
     @property
     def scales_by_output(self) -> Tensor:
@@ -485,8 +500,11 @@ def bytes_of_scales(scales: Tensor) -> Tensor:
 
 def scales_of_bytes(data: Tensor, shape: tuple[int, int]) -> Tensor:
     """Return the scales of :func:`bytes_of_scales`; a view if the bytes start at an even address."""
-    aligned = data if data.is_meta or (data.data_ptr() % 2 == 0 and data.storage_offset() % 2 == 0) else data.clone()
-    return aligned.view(SCALE_DTYPE).view(shape)
+    # torch views bytes as bf16 only from an even offset; a shard of bytes may start anywhere
+    is_even = data.is_meta or (data.data_ptr() % 2 == 0 and data.storage_offset() % 2 == 0)
+    if not is_even:
+        data = data.clone()
+    return data.view(SCALE_DTYPE).view(shape)
 
 
 def _scales_of(scales: Tensor, rect: Rect, unit: tuple[int, int]) -> Tensor:
