@@ -11,8 +11,9 @@ from torch import Tensor
 from pst_ds.checkpoint.user_store import State, UserStore
 from pst_ds.hf.model_folder import open_model_folder
 from pst_ds.hf.tables import StoredTable, stored_tables
+from pst_ds.inference.decoder.model_reader import table_of
 from pst_ds.inference.decoder.sampling import Sampling
-from pst_ds.inference.decoder.table import USE_OTHER, DecoderError, DecoderTable, Part, table_of
+from pst_ds.inference.decoder.table import USE_OTHER, DecoderError, DecoderTable, Part
 from pst_ds.inference.decoder.users import require_fitting
 from pst_ds.nn.addition import added_modules
 from pst_ds.runtime.native_loop import Adapter, require_library
@@ -24,7 +25,9 @@ A model above it is rejected. Activations are rounded to about 14 bits. The larg
 pruning had damaged, is a cosine of 1 - 7e-5, which corresponds to 0.012.
 """
 PROBE_TOKENS = 24
+"""Tokens whose logits are compared with the model's when a decoder opens."""
 TOKENS_IN_A_PASS = 128
+"""Most tokens of a pass with fewer sequences than this; the loop's buffers have this many rows."""
 PROMPT_TOKENS = 16
 """Tokens of one sequence in a pass from which on they count as a prompt."""
 PROMPT_BITS = (8, 16)
@@ -86,11 +89,14 @@ class Decoder:
         self._lengths = [0] * sequences
         self._prompts_in_bytes = prompt_bits == 8
         self._adapters: list[Adapter | None] = [None] * sequences
-        table.updated({} if users is None else users.common.shapes)
-        self._beta = 1.0 if users is None else users.common.beta
+        self._beta = 1.0
+        if users is not None:
+            # here, so that the first request of a user does not fail
+            table.places_of_updates(users.common.shapes)
+            self._beta = users.common.beta
         self.most = max(TOKENS_IN_A_PASS, sequences)
         """Most tokens of a pass."""
-        self.vocabulary = table.embedding[0].shape[0]
+        self.vocabulary = table.embedding.rows.shape[0]
         """Number of tokens that the model knows."""
         self.weight_bytes = table.weight_bytes
         """Bytes of weights read for each token that is generated."""
@@ -117,7 +123,8 @@ class Decoder:
             names = ", ".join(module.addition for module in additions.values())
             raise DecoderError(f"{type(model).__name__} has {names}, which the native decoder does not compute")
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        context = min(context, limit) if isinstance(limit, int) else context
+        if isinstance(limit, int):
+            context = min(context, limit)
         decoder = cls(table_of(model, context, tables), **options)
         if verify:
             _require_same(decoder, model)
@@ -133,10 +140,15 @@ class Decoder:
         """
         opened = open_model_folder(folder)
         opened.require_causal()
-        packed = not opened.is_plain
-        model = opened.load("sparse" if packed else "auto", "fp32")
-        tables = stored_tables(opened.path, model) if packed else None
-        if (users := options.get("users")) is not None:
+        tables = None
+        if opened.is_plain:
+            model = opened.load("auto", "fp32")
+        else:
+            model = opened.load("sparse", "fp32")
+            # transformers' model has them dense; the loop reads them as stored
+            tables = stored_tables(opened.path, model)
+        users = options.get("users")
+        if users is not None:
             require_fitting(model, opened.path, users)
         return cls.from_model(model, context, verify=verify, tables=tables, **options)
 
@@ -172,12 +184,14 @@ class Decoder:
         """
         if state is self._state(sequence):
             return
-        self._adapters[sequence] = None if state is None else self._adapter(state)
+        self._adapters[sequence] = self._adapter(state)
         # the cached keys and values are those of another model
         self._lengths[sequence] = 0
 
-    def _adapter(self, state: State) -> Adapter:
+    def _adapter(self, state: State | None) -> Adapter | None:
         """Return the adapter of a state, which the sequences of one user share."""
+        if state is None:
+            return None
         for adapter in self._adapters:
             if adapter is not None and adapter.state is state:
                 return adapter
@@ -185,7 +199,7 @@ class Decoder:
 
     def _state(self, sequence: int) -> object:
         adapter = self._adapters[sequence]
-        return adapter and adapter.state
+        return None if adapter is None else adapter.state
 
     def forward(self, ids: Sequence[int] | Tensor, *, sequence: int = 0, all_logits: bool = False) -> Tensor:
         """Append ``ids`` to a sequence. Return fp32 logits, (vocabulary,) of the last token or (tokens, vocabulary).
@@ -205,8 +219,10 @@ class Decoder:
             elif first + len(part) == len(tokens):
                 wanted = [len(part) - 1]
             in_bytes = self._prompts_in_bytes and len(part) >= PROMPT_TOKENS
-            logits.append(self._pass(part, [sequence] * len(part), wanted, in_bytes))
-        return torch.cat(logits) if all_logits else logits[-1][0]
+            logits.append(self._pass(part, sequences=[sequence] * len(part), wanted=wanted, in_bytes=in_bytes))
+        if all_logits:
+            return torch.cat(logits)
+        return logits[-1][0]
 
     def extend(self, added: Mapping[int, Sequence[int]], wanted: Collection[int]) -> Tensor:
         """Append tokens to several sequences, by their numbers, in one pass of at most :attr:`most` tokens.
@@ -234,7 +250,9 @@ class Decoder:
     def step(self, ids: Sequence[int] | Tensor, sequences: Sequence[int] | None = None) -> Tensor:
         """Append one token to each of ``sequences`` (default: the first ones). Return logits (tokens, vocabulary)."""
         tokens = _numbers(ids)
-        numbers = list(range(len(tokens)) if sequences is None else sequences)
+        if sequences is None:
+            sequences = range(len(tokens))
+        numbers = list(sequences)
         if len(numbers) != len(tokens) or len(set(numbers)) != len(numbers):
             raise ValueError(f"one token for each of different sequences, got {len(tokens)} for {numbers}")
         return self._pass(tokens, numbers, range(len(tokens)))
@@ -251,7 +269,15 @@ class Decoder:
             lengths[sequence] += 1
         self._require_room(max(lengths))
         adapters = [self._adapters[sequence] for sequence in sequences]
-        logits = self._loop.run(ids, sequences, positions, adapters, wanted, self.threads, in_bytes)
+        logits = self._loop.run(
+            ids,
+            sequences=sequences,
+            positions=positions,
+            adapters=adapters,
+            wanted=wanted,
+            threads=self.threads,
+            in_bytes=in_bytes,
+        )
         # only after a pass that succeeded, so that an error leaves the sequences as they were
         self._lengths = lengths
         return logits
@@ -317,11 +343,15 @@ class Decoder:
 
 
 def _generator(seed: int | None) -> torch.Generator | None:
-    return None if seed is None else torch.Generator().manual_seed(seed)
+    if seed is None:
+        return None
+    return torch.Generator().manual_seed(seed)
 
 
 def _numbers(ids: Sequence[int] | Tensor) -> list[int]:
-    return ids.flatten().tolist() if isinstance(ids, Tensor) else [int(token) for token in ids]
+    if isinstance(ids, Tensor):
+        return ids.flatten().tolist()
+    return [int(token) for token in ids]
 
 
 def _require_same(decoder: Decoder, model: Part) -> None:
@@ -337,11 +367,16 @@ def _require_same(decoder: Decoder, model: Part) -> None:
         logits = model(input_ids=ids.expand(len(firsts), -1), position_ids=positions, use_cache=False).logits.double()
     for first, expected in zip(firsts, logits, strict=True):
         probe = decoder.with_fp32_cache(count, first)
-        parts = [probe.forward(ids[: count // 2], all_logits=True)] if count > 1 else []
-        parts += [probe.forward(ids[i : i + 1], all_logits=True) for i in range(count // 2, count)]
+        # half of the tokens as a prompt and the others singly, which the loop computes with different code
+        parts: list[Tensor] = []
+        if count > 1:
+            parts.append(probe.forward(ids[: count // 2], all_logits=True))
+        for index in range(count // 2, count):
+            parts.append(probe.forward(ids[index : index + 1], all_logits=True))
         # in double precision, so that the norms do not round the small differences away
         computed = torch.cat(parts).double()
         difference = ((computed - expected).norm(dim=-1) / expected.norm(dim=-1)).mean().item()
+        # "not <=" also rejects NaN
         if not difference <= MOST_DIFFERENCE:
             raise DecoderError(
                 f"model_type = {model.config.model_type!r}: the native decoder's logits differ from those of "

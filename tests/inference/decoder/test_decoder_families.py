@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from pst_ds.errors import InputError
 from pst_ds.inference.decoder import Decoder, DecoderError
 from pst_ds.inference.decoder.decoder import PROBE_TOKENS
-from pst_ds.inference.decoder.table import table_of
+from pst_ds.inference.decoder.model_reader import table_of
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
