@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from pst_ds.atomic_files import file_sha256
-from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import shortened
 from pst_ds.file_names import CARD_FILE, MANIFEST_FILE
 from pst_ds.formats import FormatError, with_row_bits
@@ -40,6 +39,10 @@ def check_export(folder: Path) -> Facts:
     SHA-256 of each tensor. Raises ExportError, naming the tensor.
     """
     tensors, facts = read_manifest(folder)
+    if not tensors:
+        raise ExportError(
+            f"{folder / MANIFEST_FILE} is damaged: tensors = [], but every export has tensors. Export the model again"
+        )
     encoding = encoding_of(facts["kind"], facts)
     _check_files(folder, tensors, facts, encoding)
     files = _open_weights(folder, tensors)
@@ -70,23 +73,6 @@ def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
         require_plain(folder / name, f"{folder / name} is missing")
         if file_sha256(folder / name) != sha256:
             raise ExportError(f"{folder / name} is not what was exported: its SHA-256 differs. Export the model again")
-
-
-def check_onnx_export(folder: Path) -> list[str]:
-    """Compare the files of an ONNX export with its manifest; return the weight files of which it has no SHA-256.
-
-    Older manifests describe the packed weights that the graph was made from, and do not list the graph.
-    Raises ExportError for a missing or damaged manifest, and for a file that is missing or differs.
-    """
-    _, facts = read_manifest(folder)
-    files = facts["files"]
-    if ONNX_FILE not in files:
-        return sorted(path.name for path in folder.glob(f"{ONNX_FILE}*"))
-    check_sums(folder, files | facts.get("files_in_folders", {}))
-    unknown = sorted(path.name for path in folder.glob(f"{ONNX_FILE}*") if path.name not in files)
-    if unknown:
-        raise ExportError(f"{folder} has files that the manifest does not list: {shortened(unknown)}. Remove them")
-    return []
 
 
 def check_model(folder: Path) -> None:

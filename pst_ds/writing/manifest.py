@@ -199,7 +199,6 @@ class _Manifest(BaseModel):
         names = [name for tensor in self.tensors for name in {tensor.name, *tensor.spec.part_names()}]
         kept = self.tokens_kept
         for holds, problem in (
-            (self.tensors, "tensors = [], but every export has tensors"),
             (len(set(names)) == len(names), "two tensors have the same name"),
             (all(map(_is_plain_name, self.files)), "files must map plain names to SHA-256"),
             (
