@@ -89,6 +89,10 @@ class StorageFormat:
     """Name of another engine that alone computes with the weights, so that logits cannot be compared; "" for ours."""
     is_faster_packed_on_cpu = False
     """True if a CPU computes faster with packed floats than with the dense layer."""
+    runtime = ""
+    """Name of the engine that :meth:`model_of` computes with; "" if transformers loads an export."""
+    why_no_generation = ""
+    """Why a model that :meth:`opens` cannot generate text, for messages."""
     lists_unquantised = False
     """True if config.json names the linear layers that are not quantised."""
 
@@ -276,6 +280,20 @@ class StorageFormat:
         """Describe the written export in lines of text; None for those of any folder."""
         return None
 
+    # What loading and measuring an export ask.
+
+    def opens(self, path: Path) -> bool:
+        """Return whether ``path`` is a folder whose model :meth:`encoder` computes with, not transformers."""
+        return False
+
+    def encoder(self, path: Path, output: str, threads: int | None) -> Callable[[dict[str, Any]], Any]:
+        """Return a function of a batch's arrays that returns the array ``output`` of the model in ``path``."""
+        raise NotImplementedError(f"{self.name} is loaded by transformers")
+
+    def model_of(self, path: Path) -> Callable[..., Any]:
+        """Return an export as a model of torch tensors that computes in :attr:`runtime`. Raises InputError."""
+        raise NotImplementedError(f"{self.name} is loaded by transformers")
+
     # What ``pst-ds verify`` asks.
 
     def recognises(self, path: Path) -> bool:
@@ -362,6 +380,11 @@ def folder_formats() -> list[str]:
 def format_recognising(path: Path) -> StorageFormat | None:
     """Return the format with its own check that ``path`` is an export of; None for a folder with a manifest."""
     return next((each for each in storage_formats() if each.recognises(path)), None)
+
+
+def format_opening(path: Path) -> StorageFormat | None:
+    """Return the format that :meth:`~StorageFormat.opens` the model in ``path``; None if transformers loads it."""
+    return next((each for each in storage_formats() if each.opens(path)), None)
 
 
 def packed_format(packing: str, grid: Grid | None = None) -> PackedFormat:

@@ -7,13 +7,13 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError
 from pst_ds.hf.model_folder import ModelFolder, open_model_folder
 from pst_ds.inference.decoder import Decoder, Sampling
 from pst_ds.inference.decoder.sampling import GREEDY_BELOW
 from pst_ds.inference.encoder.encoder import Encoder
 from pst_ds.inference.engine import Engine, open_decoder
+from pst_ds.storage_format import format_opening
 
 
 class Generator:
@@ -23,8 +23,9 @@ class Generator:
         self, folder: ModelFolder, *, threads: int | None = None, context: int = 2048, engine: Engine = "auto"
     ):
         """Open a model in the engine that :func:`open_decoder` chooses. Raises InputError."""
-        if (folder.path / ONNX_FILE).is_file():
-            raise InputError(f"{folder.path} has a graph without a cache. Name a bitmask or dense export")
+        storage = format_opening(folder.path)
+        if storage is not None:
+            raise InputError(f"{folder.path} {storage.why_no_generation}. Name a bitmask or dense export")
         self.path, self.tokenizer = folder.path, folder.tokenizer()
         self._ends = folder.end_tokens(self.tokenizer)
         if threads:

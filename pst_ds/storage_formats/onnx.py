@@ -24,6 +24,8 @@ class Onnx(StorageFormat):
     has_weight_files = False
     has_manifest = False
     loads_with_pst_ds = False
+    runtime = "ONNX Runtime"
+    why_no_generation = "has a graph without a cache"
     activations_text = 'format = "onnx" with quantised weights'
 
     def problem(self, values: Grid | None, embeddings: Grid | None) -> str:
@@ -62,6 +64,29 @@ class Onnx(StorageFormat):
             f"wrote {Path(out) / ONNX_FILE}: {report['nodes']} nodes, {weights}, {report['file_bytes']:,} bytes; "
             f"{compared}"
         ]
+
+    def opens(self, path: Path) -> bool:
+        return (path / ONNX_FILE).is_file()
+
+    def encoder(self, path: Path, output: str, threads: int | None) -> Callable[[dict[str, Any]], Any]:
+        import numpy as np
+        import torch
+
+        from pst_ds.inference.onnx.operators import open_session
+
+        session = open_session(path / ONNX_FILE, threads or torch.get_num_threads())
+        inputs = [value.name for value in session.get_inputs()]
+
+        def model(batch: dict[str, Any]) -> Any:
+            (result,) = session.run([output], {name: batch[name] for name in inputs})
+            return np.asarray(result)
+
+        return model
+
+    def model_of(self, path: Path) -> Callable[..., Any]:
+        from pst_ds.export.verify.onnx import OnnxModel  # ONNX Runtime is optional
+
+        return OnnxModel(path / ONNX_FILE, exact=False)
 
     def recognises(self, path: Path) -> bool:
         return (path / ONNX_FILE).is_file() and not any(path.glob("*.safetensors"))

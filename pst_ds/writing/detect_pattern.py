@@ -8,8 +8,12 @@ from pst_ds.formats.rows import row_counts
 
 _LEAST_FILLED = 0.75
 """Share of the kept positions of N:M that must be non-zero; otherwise any very sparse matrix would match."""
-_LARGEST_BLOCK, _SAMPLE = 64, 64
-"""Largest block side that is searched for, and rows that are checked before all rows."""
+_LARGEST_BLOCK = 64
+"""Largest block side that is searched for."""
+_SAMPLE = 64
+"""Rows that are checked before all rows: enough to reject most matrices."""
+NO_PATTERN = "dense"
+"""Pattern of a matrix without pruned weights, and of tensors that are not linear weights."""
 Bits = NDArray[np.uint8]
 """(O, ceil(I/8)): a set bit for each non-zero, little-endian, padding bits zero."""
 
@@ -21,29 +25,35 @@ def detect_pattern(row_bits: Tensor, inputs: int) -> str:
     another N:M for groups of 4, 8 or 16 consecutive inputs; "row" when all rows have the same number of non-zeros; else
     "unstructured". If several hold, it is the first in this order; among several N:M, the one that keeps least.
     """
-    counts, bits = row_counts(row_bits), row_bits.numpy()
-    nonzero, outputs = int(counts.sum()), bits.shape[0]
+    counts = row_counts(row_bits)  # (O,)
+    bits = row_bits.numpy()
+    nonzero = int(counts.sum())
+    outputs = bits.shape[0]
     if nonzero == outputs * inputs:
-        return "dense"
+        return NO_PATTERN
     if nonzero:
-        found = _blocks(bits, inputs) or _groups(bits, inputs, nonzero / (outputs * inputs))
-        if found:
-            return found
-    return "row" if outputs > 1 and bool((counts == counts[0]).all()) else "unstructured"
+        pattern = _blocks(bits, inputs) or _groups(bits, inputs, nonzero / (outputs * inputs))
+        if pattern:
+            return pattern
+    if outputs > 1 and bool((counts == counts[0]).all()):
+        return "row"
+    return "unstructured"
 
 
 def _groups(bits: Bits, inputs: int, density: float) -> str:
-    """N:M, or ''."""
-    found = []
+    """Return N:M, the one that keeps the smallest share; "" without any. ``density``: share of non-zeros."""
+    candidates = []
     for m in (4, 8, 16):
-        most, n = min(m - 1, int(density / _LEAST_FILLED * m)), None
-        for rows in (bits[:_SAMPLE], bits):  # a sample suffices to reject most matrices
-            n = largest_group(rows, inputs, m)
-            if n is None or n > most:
-                break
+        most = min(m - 1, int(density / _LEAST_FILLED * m))
+        n = largest_group(bits[:_SAMPLE], inputs, m)
         if n is not None and n <= most:
-            found.append((n / m, m, n))
-    return "{2}:{1}".format(*min(found)) if found else ""
+            n = largest_group(bits, inputs, m)
+        if n is not None and n <= most:
+            candidates.append((n / m, m, n))
+    if not candidates:
+        return ""
+    _, m, n = min(candidates)
+    return f"{n}:{m}"
 
 
 def largest_group(bits: Bits, inputs: int, m: int) -> int | None:
@@ -56,7 +66,9 @@ def largest_group(bits: Bits, inputs: int, m: int) -> int | None:
 def _blocks(bits: Bits, inputs: int) -> str:
     """Return the largest blocks, outputs x inputs, that are entirely zero or non-zero; "" without any."""
     outputs = bits.shape[0]
-    tall = wide = 1
+    tall = 1
+    wide = 1
+    # blocks of 2 n rows are blocks of n rows, too: the search may stop at the first size that fails
     while outputs % (2 * tall) == 0 and tall < _LARGEST_BLOCK and _alike(bits, 2 * tall):
         tall *= 2
     while inputs % (2 * wide) == 0 and wide < _LARGEST_BLOCK and _uniform(bits, inputs, 2 * wide):
@@ -66,8 +78,12 @@ def _blocks(bits: Bits, inputs: int) -> str:
 
 def _alike(bits: Bits, size: int) -> bool:
     """Return whether rows are equal in groups of ``size`` consecutive rows."""
-    first, rest = bits[::size], (bits[i::size] for i in range(1, size))
-    return all(np.array_equal(first[:_SAMPLE], rows[:_SAMPLE]) and np.array_equal(first, rows) for rows in rest)
+    first_rows = bits[::size]
+    for i in range(1, size):
+        rows = bits[i::size]
+        if not np.array_equal(first_rows[:_SAMPLE], rows[:_SAMPLE]) or not np.array_equal(first_rows, rows):
+            return False
+    return True
 
 
 def _uniform(bits: Bits, inputs: int, size: int) -> bool:

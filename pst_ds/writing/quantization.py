@@ -1,18 +1,18 @@
 """The weights of a model that an export quantises, and the quantisation of one of them."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.packings import DENSE
 from pst_ds.core.quantization import Grid, quantize, squared_norms
 from pst_ds.formats import FormatError, QuantizedFormat, row_bits
 from pst_ds.formats.base_weights import names_in_files
 from pst_ds.formats.rows import as_bools
 from pst_ds.nn.model_structure import is_inside_block, is_of_transformers, router_names, untied_linear_layers
 from pst_ds.nn.tables.rounded import named_parameters, quantisable_tables
-from pst_ds.writing.detect_pattern import detect_pattern
+from pst_ds.writing.detect_pattern import NO_PATTERN, detect_pattern
 from pst_ds.writing.encoding import ExportError
 from pst_ds.writing.plan import TensorSpec, TensorValues
 
@@ -28,29 +28,44 @@ def grids(model: nn.Module, values: Grid | None, embeddings: Grid | None) -> dic
     if embeddings:
         chosen = {id(table): embeddings for table in quantisable_tables(model).values()}
     if values:
-        routers, layers = router_names(model), untied_linear_layers(model)
+        routers = router_names(model)
+        layers = untied_linear_layers(model)
         weights = {f"{name}.weight": module.weight for name, module in layers.items()}
-        # A tensor of the files from which several layers are made is copied unchanged.
-        written = set(names_in_files(model, weights).values()) if is_of_transformers(model) else set(weights)
+        written = set(weights)
+        if is_of_transformers(model):
+            # a tensor of the files from which several layers are made is copied unchanged
+            written = set(names_in_files(model, weights).values())
         for name, module in layers.items():
             if is_inside_block(name, model) and name not in routers and f"{name}.weight" in written:
                 chosen[id(module.weight)] = values
     return {name: chosen[id(param)] for name, param in named_parameters(model, chosen).items()}
 
 
-def quantised_parts(
-    output: TensorSpec, form: QuantizedFormat, held: list[Tensor], made: TensorValues
-) -> tuple[list[Tensor], int, str, float]:
-    """Quantise and pack the only tensor in ``held``, which is removed to free its memory early.
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """The parts of a packed tensor, and what the manifest says about its values."""
 
-    ``made``: its mask, scales and earlier error, if known. Returns the parts, the number of non-zero quantised values,
-    the sparsity pattern, and the relative error. Raises ExportError.
+    parts: list[Tensor]
+    nonzero: int
+    """Values, or quantised values, that are not 0."""
+    pattern: str
+    """Sparsity pattern."""
+    rounding_error: float = 0.0
+    """Norm of the quantisation error, relative to the norm of the kept weights."""
+
+
+def quantised_parts(
+    output: TensorSpec, form: QuantizedFormat, weights: list[Tensor], known: TensorValues
+) -> PackedTensor:
+    """Quantise and pack the only tensor in ``weights``, which is removed to free its memory early.
+
+    ``known``: its mask, scales and earlier error, if known. Raises ExportError.
     """
-    weight = output.as_matrix(held.pop()).contiguous()
-    keep = row_bits(weight) if made.keep is None else made.keep
+    weight = output.as_matrix(weights.pop()).contiguous()
+    keep = row_bits(weight) if known.keep is None else known.keep
     kept = as_bools(keep, weight.shape[1])
     try:
-        codes, scales = quantize(weight, kept, form.grid, made.scales)
+        codes, scales = quantize(weight, kept, form.grid, known.scales)
         changed, norm = squared_norms(weight, kept, codes, scales)
         del weight, kept
         parts = form.pack_codes(codes, scales, keep, output.name)
@@ -58,6 +73,11 @@ def quantised_parts(
         raise ExportError(str(error)) from None
     except ValueError as error:
         raise ExportError(f"{output.name}: {error}") from None
-    relative = float(f"{math.sqrt(changed / norm) if norm else 0.0:.4g}")
-    pattern = detect_pattern(keep, output.matrix[1]) if output.is_linear else DENSE
-    return list(parts.values()), int(torch.count_nonzero(codes)), pattern, max(relative, made.rounding_error)
+    relative_error = math.sqrt(changed / norm) if norm else 0.0
+    return PackedTensor(
+        parts=list(parts.values()),
+        nonzero=int(torch.count_nonzero(codes)),
+        pattern=detect_pattern(keep, output.matrix[1]) if output.is_linear else NO_PATTERN,
+        # a weight that was quantised before keeps the error that it had then
+        rounding_error=max(float(f"{relative_error:.4g}"), known.rounding_error),
+    )

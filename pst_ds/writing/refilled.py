@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from pst_ds.core.packings import DENSE
 from pst_ds.errors import shortened
 from pst_ds.formats.base_weights import names_in_files
 from pst_ds.nn.model_structure import is_inside_block, router_names, untied_linear_layers
+from pst_ds.writing.detect_pattern import NO_PATTERN
 from pst_ds.writing.manifest import ExportedTensor
 
 LEAST_PRUNED_SHARE = 0.01
@@ -31,7 +31,12 @@ def refilled_weights(
     if any(tensor.origin == "pruned" for tensor in tensors):
         return []
     if recorded_zeros:
-        return [tensor.name for tensor in tensors if _zeros(tensor) < recorded_zeros.get(_layer_name(tensor.name), 0)]
+        fewer = []
+        for tensor in tensors:
+            layer = tensor.name.removesuffix(".weight")
+            if _zeros(tensor) < recorded_zeros.get(layer, 0):
+                fewer.append(tensor.name)
+        return fewer
     in_blocks = linear_weights_in_blocks(model)
     candidates = [tensor for tensor in tensors if tensor.name in in_blocks]
     if not any(is_pruned(_zeros(tensor), tensor.numel) for tensor in candidates):
@@ -44,10 +49,13 @@ def measured_sparsity(tensors: Sequence[ExportedTensor], refilled: Sequence[str]
 
     Without any pruned tensor it is that of the linear weights with zeros.
     """
-    pruned = [tensor for tensor in tensors if tensor.origin == "pruned"]
-    counted = pruned or [tensor for tensor in tensors if tensor.pattern != DENSE or tensor.name in set(refilled)]
+    counted = [tensor for tensor in tensors if tensor.origin == "pruned"]
+    if not counted:
+        also = set(refilled)
+        counted = [tensor for tensor in tensors if tensor.pattern != NO_PATTERN or tensor.name in also]
     weights = sum(tensor.numel for tensor in counted)
-    return sum(map(_zeros, counted)) / weights if weights else 0.0
+    zeros = sum(_zeros(tensor) for tensor in counted)
+    return zeros / weights if weights else 0.0
 
 
 def is_pruned(zeros: int, weights: int) -> bool:
@@ -76,7 +84,3 @@ def refilled_text(names: Sequence[str]) -> str:
 
 def _zeros(tensor: ExportedTensor) -> int:
     return tensor.numel - tensor.nonzero
-
-
-def _layer_name(tensor_name: str) -> str:
-    return tensor_name.removesuffix(".weight")

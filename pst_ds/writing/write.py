@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.bits import INT_OF_SIZE
-from pst_ds.core.packings import DENSE, WHOLE_ROW
+from pst_ds.core.packings import WHOLE_ROW
 from pst_ds.formats import FormatError, PackedFormat, QuantizedFormat, row_bits, stored_bits
 from pst_ds.formats.rows import row_counts
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, Slot, tensor_bytes, write_at
 from pst_ds.progress import Progress
-from pst_ds.writing.detect_pattern import detect_pattern
+from pst_ds.writing.detect_pattern import NO_PATTERN, detect_pattern
 from pst_ds.writing.encoding import ExportError
 from pst_ds.writing.manifest import ExportedTensor, StoredPart, count_nonzero
 from pst_ds.writing.plan import PlannedFile, Source, TensorJob, TensorSpec, TensorValues
-from pst_ds.writing.quantization import quantised_parts
+from pst_ds.writing.quantization import PackedTensor, quantised_parts
 
 Places = dict[str, tuple[BinaryIO, Slot]]
 """The open file and the slot of every part, by its name."""
@@ -30,61 +30,72 @@ def write_tensors(
     folder: Path, files: Sequence[PlannedFile], jobs: Sequence[TensorJob], source: Source
 ) -> list[ExportedTensor]:
     """Write all files into ``folder``; return the tensors in the order of the jobs. Raises ExportError."""
-    tensors, place = list[ExportedTensor](), Places()
+    tensors = list[ExportedTensor]()
+    places = Places()
     nbytes = [sum(output.dense_nbytes for output in job.outputs) for job in jobs]
     with ExitStack() as stack:
         for file in files:
             stream = stack.enter_context((folder / file.name).open("wb", buffering=0))
             write_at(stream.fileno(), memoryview(file.header), 0)
             stream.truncate(file.nbytes)
-            place |= {name: (stream, slot) for name, slot in file.slots.items()}
+            places |= {name: (stream, slot) for name, slot in file.slots.items()}
         progress = stack.enter_context(Progress("export", sum(nbytes), "bytes"))
         for job, size in zip(jobs, nbytes, strict=True):
-            made = source.make(job)
-            tensors += [_written(output, [next(made)], place) for output in job.outputs]
+            values = source.make(job)
+            # a list, so that the writer can drop the last reference to the values
+            tensors += [_written(output, [next(values)], places) for output in job.outputs]
             progress.add(size)
     return tensors
 
 
-def _written(output: TensorSpec, made: list[TensorValues], place: Places) -> ExportedTensor:
-    """Write a tensor. ``made`` holds the only reference to its values, so they are freed once they are packed."""
-    one = made.pop()
-    rest, parts = replace(one, tensor=torch.empty(0)), [one.tensor.to(output.dtype)]
-    del one
-    pattern, error, form = DENSE, 0.0, output.form
-    if isinstance(form, QuantizedFormat):
-        parts, nonzero, pattern, error = quantised_parts(output, form, parts, rest)
-    elif form is not None:
-        packed = _packed(output, form, parts, rest.keep)
-        nonzero, pattern = _count_packed(output, form, packed, rest.keep)
-        parts = [packed[name] for name in form.part_names]
-        del packed
-    elif output.is_linear:
-        bits = row_bits(output.as_matrix(parts[0]))
-        nonzero, pattern = int(row_counts(bits).sum()), detect_pattern(bits, output.matrix[1])
-    else:
-        nonzero = count_nonzero(parts[0])
-    if form is not None and output.bitmask_shape:
-        at = form.part_names.index("bitmask")
-        parts[at] = stored_bits(parts[at])
-    written = tuple(_written_part(n, part, *place[n]) for n, part in zip(output.part_names(), parts, strict=True))
+def _written(output: TensorSpec, only: list[TensorValues], places: Places) -> ExportedTensor:
+    """Write a tensor. ``only`` holds the only reference to its values, so they are freed once they are packed."""
+    values = only.pop()
+    known = replace(values, tensor=torch.empty(0))
+    weights = [values.tensor.to(output.dtype)]
+    del values
+    packed = _packed(output, weights, known)
+    parts = packed.parts
+    if output.bitmask_shape:
+        assert output.form is not None
+        i = output.form.part_names.index("bitmask")
+        parts[i] = stored_bits(parts[i])
+    written = []
+    for name, part in zip(output.part_names(), parts, strict=True):
+        stream, slot = places[name]
+        written.append(_written_part(name, part, stream, slot))
     grid = output.grid
     return ExportedTensor(
         name=output.name,
         shape=output.shape,
         dtype=CODE_OF_DTYPE[output.dtype],
         origin=output.origin,
-        nonzero=nonzero,
-        pattern=pattern,
-        pruned_per_matrix=rest.pruned_per_matrix,
+        nonzero=packed.nonzero,
+        pattern=packed.pattern,
+        pruned_per_matrix=known.pruned_per_matrix,
         matrix_axis=1 if output.transposed else 0,
         packing=output.packing,
         transposed=output.transposed,
-        parts=written,
+        parts=tuple(written),
         values=grid.values if grid else "",
         group=(grid.group or WHOLE_ROW) if grid else "",
-        rounding_error=error,
+        rounding_error=packed.rounding_error,
     )
+
+
+def _packed(output: TensorSpec, weights: list[Tensor], known: TensorValues) -> PackedTensor:
+    """Pack the only tensor in ``weights`` as the export stores it. Raises ExportError."""
+    form = output.form
+    if isinstance(form, QuantizedFormat):
+        return quantised_parts(output, form, weights, known)
+    if form is not None:
+        by_name = _parts_of_floats(output, form, weights, known.keep)
+        nonzero, pattern = _count_packed(output, form, by_name, known.keep)
+        return PackedTensor([by_name[name] for name in form.part_names], nonzero, pattern)
+    if output.is_linear:
+        bits = row_bits(output.as_matrix(weights[0]))
+        return PackedTensor(weights, int(row_counts(bits).sum()), detect_pattern(bits, output.matrix[1]))
+    return PackedTensor(weights, count_nonzero(weights[0]), NO_PATTERN)
 
 
 def _written_part(name: str, tensor: Tensor, stream: BinaryIO, slot: Slot) -> StoredPart:
@@ -95,9 +106,11 @@ def _written_part(name: str, tensor: Tensor, stream: BinaryIO, slot: Slot) -> St
     return StoredPart(name=name, file=Path(stream.name).name, sha256=hashlib.sha256(data).hexdigest())
 
 
-def _packed(output: TensorSpec, form: PackedFormat, held: list[Tensor], keep: Tensor | None) -> dict[str, Tensor]:
-    """Pack the only tensor in ``held``, which is removed to free its memory early. Raises ExportError."""
-    matrix = output.as_matrix(held.pop())
+def _parts_of_floats(
+    output: TensorSpec, form: PackedFormat, weights: list[Tensor], keep: Tensor | None
+) -> dict[str, Tensor]:
+    """Pack the only tensor in ``weights``, which is removed to free its memory early. Raises ExportError."""
+    matrix = output.as_matrix(weights.pop())
     if output.transposed:
         matrix = matrix.contiguous()  # a copy, so the stored orientation is freed
     try:
@@ -110,11 +123,11 @@ def _count_packed(
     output: TensorSpec, form: PackedFormat, packed: dict[str, Tensor], keep: Tensor | None
 ) -> tuple[int, str]:
     """Return (non-zeros, sparsity pattern) of a packed tensor."""
-    values, inputs = packed[form.values_name], output.matrix[1]
+    values = packed[form.values_name]
     # a packed zero is +0.0, so integers of the same width can be counted, which is faster
     as_int = values.view(INT_OF_SIZE[values.element_size()])
     nonzero = int(torch.count_nonzero(as_int))
     bits = packed.get("bitmask", keep)
     if nonzero != values.numel() or bits is None:  # some kept weights are zero
         bits = row_bits(form.unpack(packed))
-    return nonzero, detect_pattern(bits, inputs)
+    return nonzero, detect_pattern(bits, output.matrix[1])

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.checkpoint.format import Checkpoint
-from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError
 from pst_ds.export.reference import load_folder
 from pst_ds.export.verify.masked_run import Compared, FewerTokens, MaskedRun, without_document_mask
@@ -129,27 +128,34 @@ def quantisation_loss(out: Path, resolved: ResolvedRun, checkpoint: Checkpoint, 
     transformers or ONNX Runtime loads the file. GGUF and compressed-tensors need other engines: in place of such a
     file, the trained model gets the same quantised weights. Raises InputError, also for unreadable data.
     """
-    is_onnx, foreign = (out / ONNX_FILE).is_file(), None
-    if is_onnx:
+    kind = storage_format(storage.packing)
+    foreign = None
+    if kind.runtime:
         resolved = without_document_mask(resolved)
-    elif storage_format(storage.packing).engine:
+    elif kind.engine:
         foreign = Encoding(storage.packing, storage.values, storage.embeddings)
     run = MaskedRun.of(out, resolved, checkpoint, "validation", None, foreign)
     run.limit = max(1, int(np.searchsorted(np.cumsum(run.examples.lengths), MEASURED_TOKENS, "right")))
     run.examples = run.examples.first(run.limit)
     trained = run.metrics_of(run.model)
     run.trim()
-    if is_onnx:
-        from pst_ds.export.verify.onnx import OnnxModel  # ONNX Runtime is optional
-
-        by, exported = "ONNX Runtime", run.metrics_of(OnnxModel(out / ONNX_FILE, exact=False))
+    if kind.runtime:
+        by = kind.runtime
+        exported = run.metrics_of(kind.model_of(out))
     elif foreign:
         run.quantise()
-        by, exported = "its weights in the trained model", run.metrics_of(run.model)
+        by = "its weights in the trained model"
+        exported = run.metrics_of(run.model)
     else:
-        by, exported = "transformers", run.metrics_of(_loaded(run, "dense"))
-    measured = {"trained": trained, "exported": exported, "by": by}
-    return {"examples": len(run.examples), "unit": run.context.task.unit, **measured}
+        by = "transformers"
+        exported = run.metrics_of(_loaded(run, "dense"))
+    return {
+        "examples": len(run.examples),
+        "unit": run.context.task.unit,
+        "trained": trained,
+        "exported": exported,
+        "by": by,
+    }
 
 
 def _weights_of_both(run: MaskedRun, plain: nn.Module, quantised: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -11,12 +11,14 @@ from transformers.utils import ModelOutput
 
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.core.packings import ONNX_FILE
-from pst_ds.errors import InputError, first_problem
+from pst_ds.errors import InputError, first_problem, shortened
 from pst_ds.export.verify.masked_run import Compared, MaskedRun, without_document_mask
 from pst_ds.inference.onnx.arithmetic import DRAWS, RoundedProducts, allowed_difference
 from pst_ds.inference.onnx.operators import open_session
 from pst_ds.train.resolved import ResolvedRun
-from pst_ds.writing.check import check_onnx_export
+from pst_ds.writing.check import check_sums
+from pst_ds.writing.encoding import ExportError
+from pst_ds.writing.manifest import read_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ def facts_of_file(folder: Path) -> dict[str, object]:
     Returns its size, inputs and outputs, and in "without_sha256" the files that an older manifest does not list. Raises
     InputError.
     """
-    without_sha256 = check_onnx_export(folder)
+    without_sha256 = _check_files(folder)
     session = open_session(folder / ONNX_FILE)
     return {
         "kind": "onnx",
@@ -45,6 +47,23 @@ def facts_of_file(folder: Path) -> dict[str, object]:
         "outputs": [value.name for value in session.get_outputs()],
         "without_sha256": without_sha256,
     }
+
+
+def _check_files(folder: Path) -> list[str]:
+    """Compare the files of an ONNX export with its manifest; return the weight files of which it has no SHA-256.
+
+    Older manifests describe the packed weights that the graph was made from, and do not list the graph.
+    Raises ExportError for a missing or damaged manifest, and for a file that is missing or differs.
+    """
+    _, facts = read_manifest(folder)
+    files = facts["files"]
+    if ONNX_FILE not in files:
+        return sorted(path.name for path in folder.glob(f"{ONNX_FILE}*"))
+    check_sums(folder, files | facts.get("files_in_folders", {}))
+    unknown = sorted(path.name for path in folder.glob(f"{ONNX_FILE}*") if path.name not in files)
+    if unknown:
+        raise ExportError(f"{folder} has files that the manifest does not list: {shortened(unknown)}. Remove them")
+    return []
 
 
 @torch.no_grad()

@@ -10,13 +10,13 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto import modeling_auto as known
 
-from pst_ds.core.packings import ONNX_FILE
 from pst_ds.data.labelled import tokenized_columns
 from pst_ds.data.model_limits import positions_of
 from pst_ds.errors import InputError
 from pst_ds.hf.model_folder import INPUTS, ModelFolder, input_names, open_model_folder
 from pst_ds.inference.encoder.pooling import pooling_of
 from pst_ds.nn.folder_facts import data_of_run, read_typed
+from pst_ds.storage_format import format_opening
 
 Text = str | tuple[str, str]
 """A text, or a pair of texts."""
@@ -65,8 +65,12 @@ class Encoder:
         self._is_exclusive = config.problem_type != "multi_label_classification"
         self._pool = pooling_of(folder.path) if self.kind == EMBEDDER else None
         output = "last_hidden_state" if self.kind == EMBEDDER else "logits"
-        opened = _onnx_model if (folder.path / ONNX_FILE).is_file() else _torch_model
-        self._model = opened(folder, output, threads)
+        storage = format_opening(folder.path)
+        self._model: Callable[[Arrays], np.ndarray]
+        if storage is None:
+            self._model = _torch_model(folder, output, threads)
+        else:
+            self._model = storage.encoder(folder.path, output, threads)
 
     def predict(self, texts: Sequence[Text]) -> list[Prediction]:
         """Return the prediction for each text, or pair of texts; see :meth:`outputs`."""
@@ -205,19 +209,6 @@ def _length_limit(folder: ModelFolder, of_tokenizer: int, asked: int | None) -> 
     sentences = read_typed(folder.path / _SENTENCE_FILE, _SentenceConfig, "Copy it from the original model")
     limits = [positions, of_tokenizer, data_of_run(folder.path).max_length, sentences.max_seq_length]
     return min(limit for limit in limits if isinstance(limit, int) and limit > 0)
-
-
-def _onnx_model(folder: ModelFolder, output: str, threads: int | None) -> Callable[[Arrays], np.ndarray]:
-    from pst_ds.inference.onnx.operators import open_session
-
-    session = open_session(folder.path / ONNX_FILE, threads or torch.get_num_threads())
-    names = [value.name for value in session.get_inputs()]
-
-    def model(feed: Arrays) -> np.ndarray:
-        (outputs,) = session.run([output], {name: feed[name] for name in names})
-        return np.asarray(outputs)
-
-    return model
 
 
 def _torch_model(folder: ModelFolder, output: str, threads: int | None) -> Callable[[Arrays], np.ndarray]:
