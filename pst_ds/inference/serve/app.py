@@ -98,8 +98,9 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get(HEALTH)
     async def health() -> JSONResponse:
-        is_alive = service.worker.is_alive
-        return JSONResponse({"status": "ok" if is_alive else "failed"}, 200 if is_alive else 503)
+        if service.worker.is_alive:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "failed"}, 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -111,6 +112,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> JsonTable:
+        # in a thread: the names of users are read from files
         names = await asyncio.to_thread(lambda: service.models)
         return {"object": "list", "data": [described(name) for name in names]}
 
@@ -122,6 +124,7 @@ def make_app(service: Service) -> FastAPI:
 
     service.add_routes(app)
     limits = service.limits
+    # the last one added is the outermost: Record also counts what Gate rejects
     app.add_middleware(Gate, access=service.access, most=limits.body_bytes, seconds=limits.body_seconds)
     quiet = (HEALTH, PAGE, "/metrics")
     app.add_middleware(Record, metrics=service.metrics, load=lambda: service.load, quiet=quiet)
@@ -137,13 +140,18 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ProtocolError)
     async def refused(_: Request, error: ProtocolError) -> JSONResponse:
-        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+        headers = None
+        if error.status in (429, 503):
+            headers = {"Retry-After": "1"}  # seconds
         return JSONResponse(error.body(), error.status, headers=headers)
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> JSONResponse:
-        answered = [one.path for one in app.routes if isinstance(one, Route) and "POST" in (one.methods or ())]
-        hint = f". This model answers POST {' and '.join(answered)}" if error.status_code == 404 else ""
+        hint = ""
+        if error.status_code == 404:
+            routes = [route for route in app.routes if isinstance(route, Route)]
+            answered = [route.path for route in routes if "POST" in (route.methods or ())]
+            hint = f". This model answers POST {' and '.join(answered)}"
         place = f"{request.method} {request.scope['path'][:200]}"
         why = ProtocolError(error.status_code, f"{place}: {error.detail}{hint}")
         return JSONResponse(why.body(), error.status_code, headers=error.headers)

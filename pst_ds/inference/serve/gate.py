@@ -15,8 +15,10 @@ from starlette.types import Message, Receive, Send
 
 from pst_ds.inference.serve.protocol import ProtocolError
 
-HEALTH, PAGE = "/health", "/"
-"""Routes that need no key: the state of the server, and the chat page, which asks for one."""
+HEALTH = "/health"
+"""Route of the server's state, which needs no key."""
+PAGE = "/"
+"""Route of the chat page, which needs no key: it asks for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +39,30 @@ class Access:
             self._require_key(headers)
         else:
             self._require_program(headers)
-        if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        # a page may send other types to any server without asking it first (a "simple request" of CORS)
+        content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if method == "POST" and content_type != "application/json":
             raise ProtocolError(415, "the body must be JSON; send the header Content-Type: application/json")
 
     def _require_key(self, headers: Headers) -> None:
-        scheme, _, given = headers.get("authorization", "").encode("latin-1").partition(b" ")
-        codes = [code for key in self.keys for code in _on_the_wire(key)]
+        # headers are bytes, which starlette decodes as Latin-1; this undoes it
+        scheme, _, sent_key = headers.get("authorization", "").encode("latin-1").partition(b" ")
         # compare with all keys, so that the time reveals nothing
-        same = [hmac.compare_digest(given.strip(), code) for code in codes]
-        if scheme.lower() != b"bearer" or not any(same):
+        is_known = False
+        for key in self.keys:
+            for code in _on_the_wire(key):
+                is_known |= hmac.compare_digest(sent_key.strip(), code)
+        if scheme.lower() != b"bearer" or not is_known:
             why = "this server requires one of its keys (Authorization: Bearer KEY)"
             raise ProtocolError(401, why, code="invalid_api_key")
 
     def _require_program(self, headers: Headers) -> None:
-        host, origin = headers.get("host", ""), headers.get("origin")
+        host = headers.get("host", "")
+        origin = headers.get("origin")
         if not self._is_name(host):
             why = "is not a name of this server, which has no keys. Use its IP address, or start the server with keys"
             raise ProtocolError(403, f"Host {host[:200]!r} {why}")
+        # an origin is its scheme, "://" and the host
         if origin is not None and origin.lower().partition("://")[2] != host.lower():
             why = "requests from web pages are refused by a server without keys. Start the server with keys"
             raise ProtocolError(403, f"Origin {origin[:200]!r}: {why}")
@@ -75,40 +84,48 @@ class Gate:
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], access: Access, most: int, seconds: float):
-        self._app, self._access, self._most, self._seconds = app, access, most, seconds
+        self._app = app
+        self._access = access
+        self._most = most
+        self._seconds = seconds
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         try:
+            # before the body, so that a stranger cannot make the server read one
             if scope["path"] not in (HEALTH, PAGE):
                 self._access.require(scope["method"], Headers(scope=scope))
-            whole = await self._body(receive)
+            body = await self._body(receive)
         except ProtocolError as error:
             closes = {"Connection": "close"}  # the rest of the body is not read
             await JSONResponse(error.body(), error.status, headers=closes)(scope, receive, send)
             return
-        if whole is None:
+        if body is None:
             return
-        waiting: list[Message] = [{"type": "http.request", "body": whole, "more_body": False}]
+        waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_again() -> Message:
-            return waiting.pop() if waiting else await receive()
+            if waiting:
+                return waiting.pop()
+            return await receive()  # only that the client has disconnected
 
         await self._app(scope, receive_again, send)
 
     async def _body(self, receive: Receive) -> bytes | None:
         """Return the body, or None if its client has disconnected. Raises ProtocolError."""
-        body, more = bytearray(), True
+        body = bytearray()
+        is_complete = False
         try:
+            # of the whole body: a client that sends a byte now and then keeps a connection open
             async with asyncio.timeout(self._seconds):
-                while more:
+                while not is_complete:
                     message = await receive()
                     if message["type"] != "http.request":
                         return None
                     body += message.get("body", b"")
-                    more = message.get("more_body", False)
+                    is_complete = not message.get("more_body", False)
                     if len(body) > self._most:
                         raise ProtocolError(413, f"the body has more than {self._most} bytes")
         except TimeoutError:

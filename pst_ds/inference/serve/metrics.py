@@ -22,7 +22,8 @@ class Metrics:
     """Counters of a process."""
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
+        registry = CollectorRegistry()
+        self._registry = registry
         self.requests = Counter("pst_ds_requests", "Requests by route, status", ["route", "status"], registry=registry)
         timing = partial(Histogram, buckets=_SECONDS, registry=registry)
         self.seconds = timing("pst_ds_request_seconds", "Time of a request")
@@ -40,6 +41,7 @@ class Metrics:
         folder = os.environ.get(FOLDER)
         if not folder:
             return generate_latest(self._registry)
+        # the load of workers that have ended would be added to that of the others
         for file in Path(folder).glob("gauge_live*_*.db"):
             process = file.stem.rpartition("_")[2]
             if not Path("/proc", process).exists():
@@ -60,13 +62,18 @@ class Record:
         quiet: Collection[str],
     ):
         """``load``: numbers of running and waiting answers. ``quiet``: routes that are neither counted nor logged."""
-        self._app, self._metrics, self._load, self._quiet = app, metrics, load, quiet
+        self._app = app
+        self._metrics = metrics
+        self._load = load
+        self._quiet = quiet
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in self._quiet:
             await self._app(scope, receive, send)
             return
-        began, status, facts = time.monotonic(), 499, scope.setdefault("pst_ds_facts", {})
+        began = time.monotonic()
+        status = 499  # "client closed request", unless an answer starts
+        facts = scope.setdefault("pst_ds_facts", {})  # routes add to it
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -76,7 +83,9 @@ class Record:
         try:
             await self._app(scope, receive, noting)
         finally:
-            seconds, route = time.monotonic() - began, getattr(scope.get("route"), "path", "none")
+            seconds = time.monotonic() - began
+            # the route's pattern, because paths of strangers would be an unlimited number of labels
+            route = getattr(scope.get("route"), "path", "none")
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.observe(seconds)
             self._metrics.note_load(self._load())

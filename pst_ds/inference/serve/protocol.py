@@ -15,8 +15,14 @@ JsonTable = dict[str, object]
 _NAME_CHARACTERS = 64
 """Characters of an unknown field's name that a message quotes."""
 _WITHOUT_EFFECT = {
-    *("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-    *("parallel_tool_calls", "max_tokens"),
+    "user",
+    "metadata",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "parallel_tool_calls",
+    "max_tokens",
 }
 """Fields of the protocol that never change an answer, and max_tokens next to max_completion_tokens."""
 MOST_FIELDS = 64
@@ -30,8 +36,11 @@ MOST_PROMPTS = 128
 MOST_PROMPT_TOKENS = 1 << 20
 """Tokens of a prompt that is given as tokens; the model's limit is lower."""
 MOST_BIASES = 1024
-MOST_VALUES, MOST_DEPTH = 10_000, 100
-"""Values, and levels, of a JSON schema or of a tool call's arguments."""
+"""Tokens of logit_bias."""
+MOST_VALUES = 10_000
+"""Values of a JSON schema or of a tool call's arguments."""
+MOST_DEPTH = 100
+"""Levels of a JSON schema or of a tool call's arguments."""
 MOST_BODY_VALUES = 1 << 15
 """Lists, objects and names in a body. Python takes a second for a body of empty lists only."""
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
@@ -47,7 +56,10 @@ class ProtocolError(Exception):
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
 
     def body(self) -> JsonTable:
         kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
@@ -79,21 +91,30 @@ class _Object(BaseModel):
         for name, value in (self.model_extra or {}).items():
             shown = place + name[:_NAME_CHARACTERS]
             if name not in self.without_effect and name not in self.not_served:
+                # the start of a name only: the time of a comparison grows with the product of the lengths
                 near = difflib.get_close_matches(name[:_NAME_CHARACTERS], type(self).model_fields, n=1)
-                hint = f"Did you mean {near[0]!r}?" if near else "Omit it."
+                hint = "Omit it."
+                if near:
+                    hint = f"Did you mean {near[0]!r}?"
                 raise ProtocolError(400, f"unknown field '{shown}'. {hint}", param=shown)
             if name in self.not_served and value not in (False, [], {}, *self.not_served[name]):
                 raise ProtocolError(400, f"{shown} is not supported. Omit it.", param=shown)
         for name in type(self).model_fields:
             value = getattr(self, name)
-            for at, part in enumerate(value if isinstance(value, list) else [value]):
-                if isinstance(part, _Object):
-                    part.require_known(f"{place}{name}[{at}]." if isinstance(value, list) else f"{place}{name}.")
+            if isinstance(value, _Object):
+                value.require_known(f"{place}{name}.")
+            elif isinstance(value, list):
+                for index, part in enumerate(value):
+                    if isinstance(part, _Object):
+                        part.require_known(f"{place}{name}[{index}].")
 
 
 def _require_small(table: object) -> object:
     """Return a JSON value unless it has too many values or levels. Raises ValueError."""
-    values, level, depth = 0, [table], 0
+    # level by level instead of recursively, which hostile depth would end with a RecursionError
+    level = [table]
+    values = 0
+    depth = 0
     while level:
         depth += 1
         if depth > MOST_DEPTH:
@@ -105,6 +126,7 @@ def _require_small(table: object) -> object:
             elif isinstance(value, list):
                 below.extend(value)
             values += 1
+            # counts what is still to come too, so that the lists here stay below the limit
             if values + len(below) > MOST_VALUES:
                 raise ValueError(f"more than {MOST_VALUES} values")
         level = below
@@ -128,10 +150,13 @@ def _joined_parts(content: object) -> object:
         return content
     if len(content) > MOST_MESSAGES:
         raise ValueError(f"at most {MOST_MESSAGES} text parts are supported")
-    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-    if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("a list must consist of text parts")
-    return "".join(map(str, texts))
+    texts: list[str] = []
+    for part in content:
+        is_text_part = isinstance(part, dict) and part.get("type") == "text"
+        if not is_text_part or not isinstance(part.get("text"), str):
+            raise ValueError("a list must consist of text parts")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 class _Called(_Object):
@@ -299,10 +324,10 @@ class ChatRequest(_Request):
             if self.tool_choice == "required" and not self.tools:
                 raise ProtocolError(400, "tool_choice requires a call, and there are no tools", param="tool_choice")
             return self.tools
-        found = [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
-        if not found:
+        chosen = [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        if not chosen:
             raise ProtocolError(400, "tool_choice names none of the tools", param="tool_choice")
-        return found
+        return chosen
 
     @property
     def must_call(self) -> bool:
@@ -318,8 +343,10 @@ class ChatRequest(_Request):
         if self.callable_tools:
             why = "response_format with tools is not supported. Omit one, or set tool_choice"
             raise ProtocolError(400, why, param="response_format")
-        given = self.response_format.json_schema
-        return {"type": "object"} if given is None else given.content
+        schema = self.response_format.json_schema
+        if schema is None:  # the type "json_object"
+            return {"type": "object"}
+        return schema.content
 
     @property
     def likeliest(self) -> int | None:
@@ -370,7 +397,7 @@ class PredictionRequest(_Object):
     input: Annotated[
         list[str | Annotated[list[str], Field(min_length=2, max_length=2)]],
         Field(min_length=1, max_length=2048, fail_fast=True),
-        BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+        BeforeValidator(lambda texts: [texts] if isinstance(texts, str) else texts),
     ]
     truncate_prompt_tokens: Annotated[int | None, Field(ge=-1)] = None
     """Tokens to which a text is truncated, -1 for what the model allows; None rejects longer ones."""
@@ -380,11 +407,18 @@ class PredictionRequest(_Object):
 
     @property
     def texts(self) -> list[str | tuple[str, str]]:
-        return [text if isinstance(text, str) else (text[0], text[1]) for text in self.input]
+        texts: list[str | tuple[str, str]] = []
+        for text in self.input:
+            if isinstance(text, str):
+                texts.append(text)
+            else:
+                texts.append((text[0], text[1]))
+        return texts
 
 
 def read_json(body: bytes) -> JsonTable:
     """Parse the body of a request. Raises ProtocolError unless it is a JSON object."""
+    # counted in the bytes, because parsing them is what takes long
     without_strings = _STRING.sub(b"", body)
     if sum(without_strings.count(mark) for mark in (b"[", b"{", b":")) > MOST_BODY_VALUES:
         raise ProtocolError(400, f"the JSON has more than {MOST_BODY_VALUES} lists, objects and names. Send less")
@@ -432,12 +466,23 @@ def validated(kind: type[Kind], table: JsonTable) -> Kind:
         asked = kind.model_validate(table)
     except ValidationError as error:
         first = _most_telling(error.errors(include_url=False))
-        loc = first["loc"][:1] if first["loc"][:1] and first["loc"][0] in _WHOLE else first["loc"]
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
-        what = "Input should be an object" if first["type"] == "model_type" else first["msg"]
+        place = _place(first["loc"])
+        what = first["msg"]
+        if first["type"] == "model_type":
+            what = "Input should be an object"  # pydantic's message names our class
         raise ProtocolError(400, f"{place or 'the request'}: {what}", param=place or None) from None
     asked.require_known()
     return asked
+
+
+def _place(loc: Sequence[int | str]) -> str:
+    """Return the place of an error as clients write it: "messages[2].content"; "" for the request itself."""
+    if loc and loc[0] in _WHOLE:
+        loc = loc[:1]
+    place = ""
+    for part in loc:
+        place += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return place.removeprefix(".")
 
 
 def _most_telling(errors: Sequence[ErrorDetails]) -> ErrorDetails:

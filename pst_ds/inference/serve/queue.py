@@ -9,6 +9,7 @@ from typing import Generic, Protocol, TypeVar
 from pst_ds.inference.serve.protocol import ProtocolError
 
 _JOIN_SECONDS = 60.0
+"""Longest time that closing waits for the answers in progress."""
 _LOG = logging.getLogger(__name__)
 
 

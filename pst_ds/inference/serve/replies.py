@@ -46,7 +46,12 @@ class Piece:
 class Reply(ABC):
     """The JSON of a request's answers; all chunks of a stream have one id."""
 
-    kind, chunk_kind, prefix = "", "", ""
+    kind = ""
+    """"object" of an answer that is sent at once."""
+    chunk_kind = ""
+    """"object" of a chunk of a stream."""
+    prefix = ""
+    """Start of the id."""
 
     def __init__(self, model: str, has_logprobs: bool):
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
@@ -71,56 +76,83 @@ class Reply(ABC):
         return {**self._head, "object": kind, "choices": choices}
 
     def _choice(self, piece: Piece, place: str) -> JsonTable:
-        logprobs = self._logprobs(piece.tokens) if self._has_logprobs else None
-        return {"index": piece.index, **self._said(piece, place), "logprobs": logprobs, "finish_reason": piece.why}
+        logprobs = None
+        if self._has_logprobs:
+            logprobs = self._logprobs(piece.tokens)
+        return {"index": piece.index, **self._content(piece, place), "logprobs": logprobs, "finish_reason": piece.why}
 
     @abstractmethod
-    def _said(self, piece: Piece, place: str) -> JsonTable: ...
+    def _content(self, piece: Piece, place: str) -> JsonTable:
+        """Return the fields with the text and the calls; ``place``: "message", or "delta" in a chunk."""
 
     @abstractmethod
-    def _logprobs(self, tokens: Sequence[TokenText]) -> JsonTable: ...
+    def _logprobs(self, tokens: Sequence[TokenText]) -> JsonTable:
+        """Return the log-probabilities of the tokens of a piece."""
 
 
 class ChatReply(Reply):
-    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+    prefix = "chatcmpl"
 
     def opening(self, index: int) -> JsonTable:
         delta = {"role": "assistant", "content": ""}
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         return self._of([choice], self.chunk_kind)
 
-    def _said(self, piece: Piece, place: str) -> JsonTable:
+    def _content(self, piece: Piece, place: str) -> JsonTable:
         if place == "message":
-            calls: JsonTable = {"tool_calls": piece.calls} if piece.calls else {}
-            return {place: {"role": "assistant", "content": piece.text if piece.text or not calls else None, **calls}}
-        calls = {"tool_calls": [{"index": at, **call} for at, call in enumerate(piece.calls)]} if piece.calls else {}
-        return {place: ({"content": piece.text} if piece.text else {}) | calls}
+            return {place: self._message(piece)}
+        return {place: self._delta(piece)}
+
+    def _message(self, piece: Piece) -> JsonTable:
+        message: JsonTable = {"role": "assistant", "content": piece.text}
+        if piece.calls:
+            if not piece.text:
+                message["content"] = None  # the protocol's content of an answer that only calls
+            message["tool_calls"] = piece.calls
+        return message
+
+    def _delta(self, piece: Piece) -> JsonTable:
+        delta: JsonTable = {}
+        if piece.text:
+            delta["content"] = piece.text
+        if piece.calls:
+            # clients join the parts of a call by its index; a call is never split here
+            delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(piece.calls)]
+        return delta
 
     def _logprobs(self, tokens: Sequence[TokenText]) -> JsonTable:
-        return {
-            "content": [self._token(one) | {"top_logprobs": list(map(self._token, one.likeliest))} for one in tokens]
-        }
+        content = []
+        for token in tokens:
+            likeliest = [self._token(other) for other in token.likeliest]
+            content.append(self._token(token) | {"top_logprobs": likeliest})
+        return {"content": content}
 
-    def _token(self, one: TokenText) -> JsonTable:
-        return {"token": one.text, "bytes": list(one.data), "logprob": one.logprob}
+    def _token(self, token: TokenText) -> JsonTable:
+        # the bytes too, because a token may be a part of a character
+        return {"token": token.text, "bytes": list(token.data), "logprob": token.logprob}
 
 
 class CompletionReply(Reply):
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
 
-    def _said(self, piece: Piece, place: str) -> JsonTable:
+    def _content(self, piece: Piece, place: str) -> JsonTable:
         return {"text": piece.text}
 
     def _logprobs(self, tokens: Sequence[TokenText]) -> JsonTable:
-        offsets, at = [], 0
-        for one in tokens:
-            offsets.append(at)
-            at += len(one.text)
+        offsets: list[int] = []
+        likeliest: list[dict[str, float]] = []
+        offset = 0  # characters of this piece's tokens before a token
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token.text)
+            likeliest.append({other.text: other.logprob for other in token.likeliest})
         return {
-            "tokens": [one.text for one in tokens],
-            "token_logprobs": [one.logprob for one in tokens],
-            "top_logprobs": [{other.text: other.logprob for other in one.likeliest} for one in tokens],
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": likeliest,
             "text_offset": offsets,
         }
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -102,11 +103,13 @@ class TextService(Service):
         """
         asked = validated(CompletionRequest, read_json(body))
         self._require_limits(asked, len(asked.prompts))
+        # the sizes of all prompts before the tokens of any: a rejected request must be cheap
         for prompt in asked.prompts:
             self._require_size(prompt, "prompt")
         state = self.state_of(asked.model)
         prompts = [self.continued(prompt, is_long) for prompt in asked.prompts]
-        return self._question(asked, state, prompts, CompletionReply(asked.model, asked.likeliest is not None))
+        reply = CompletionReply(asked.model, has_logprobs=asked.likeliest is not None)
+        return self._question(asked, state=state, prompts=prompts, reply=reply)
 
     def read_chat(self, body: bytes, is_long: bool = False) -> Question:
         """Return what a request for chat asks. Raises ProtocolError."""
@@ -116,13 +119,16 @@ class TextService(Service):
         state = self.state_of(asked.model)
         prompts = [self.prompt_of(asked.chat, tools, is_long)]
         names = [tool.function.name for tool in asked.callable_tools]
-        question = self._question(asked, state, prompts, ChatReply(asked.model, asked.logprobs))
+        reply = ChatReply(asked.model, has_logprobs=asked.logprobs)
+        question = self._question(asked, state=state, prompts=prompts, reply=reply)
         return replace(question, names=names, grammar=self._grammar_of(asked))
 
     def _grammar_of(self, asked: ChatRequest) -> Grammar | None:
         schema = asked.schema_of_answer
+        if schema is None:
+            return None
         try:
-            return None if schema is None else self.grammars.of_schema(schema)
+            return self.grammars.of_schema(schema)
         except GrammarError as error:
             place = "tools" if asked.must_call else "response_format"
             raise ProtocolError(400, f"the JSON schema is not supported: {error}", param=place) from None
@@ -144,7 +150,10 @@ class TextService(Service):
     def _question(
         self, asked: ChatRequest | CompletionRequest, state: State | None, prompts: list[list[int]], reply: Reply
     ) -> Question:
-        return Question(asked, state, [prompt for prompt in prompts for _ in range(asked.n)], reply)
+        repeated: list[list[int]] = []
+        for prompt in prompts:
+            repeated += [prompt] * asked.n
+        return Question(asked=asked, state=state, prompts=repeated, reply=reply)
 
     def prompt_of(
         self, messages: Sequence[JsonTable], tools: Sequence[JsonTable] = (), is_long: bool = False
@@ -157,13 +166,21 @@ class TextService(Service):
             raise ProtocolError(400, why, param="messages")
         if tools and "tools" not in str(template):
             raise ProtocolError(400, "the model's chat template does not support tools. Omit it.", param="tools")
-        apply = partial(tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False)
-        render = partial(apply, list(messages), tools=list(tools) or None)
+        conversation: list[Any] = list(messages)  # transformers declares values as strings only
+        # as text, so that its size is checked before it is tokenised
+        render = partial(
+            tokenizer.apply_chat_template,
+            conversation,
+            tools=list(tools) or None,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
         try:
             text = str(call_within(self.limits.template_seconds, render))
             if len(text) > 4 * self.limits.body_bytes:  # only a template that loops expands a body this much
                 raise ValueError(f"it wrote {len(text)} characters")
             self._require_size(text, "messages")
+            # the template has written the special tokens
             prompt = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         except ProtocolError:
             raise
@@ -188,6 +205,7 @@ class TextService(Service):
     @property
     def _most_prompt_tokens(self) -> int | None:
         """Longest prompt; None for no limit."""
+        # one position remains for the answer's first token
         limits = (self.limits.prompt_tokens, self.limits.positions - 1)
         return min((most for most in limits if most > 0), default=None)
 
@@ -198,7 +216,7 @@ class TextService(Service):
             return
         unit = "tokens"
         if isinstance(prompt, str):
-            most *= self.limits.token_characters
+            most *= self.limits.token_characters  # 0 if the longest token is not known
             unit = "characters"
         if most and len(prompt) > most:
             why = f"{param}: {len(prompt)} {unit}; 1 to {most} are supported"
@@ -214,25 +232,38 @@ class TextService(Service):
     def new_tokens_of(self, asked: ChatRequest | CompletionRequest, prompt: Sequence[int]) -> int:
         """Return how many tokens may be generated."""
         most = asked.max_tokens or self.limits.new_tokens
-        return min(most, self.limits.positions - len(prompt)) if self.limits.positions else most
+        if self.limits.positions:
+            most = min(most, self.limits.positions - len(prompt))
+        return most
 
     def answers(self, question: Question, arrived: asyncio.Queue[tuple[int, Item]]) -> list[Answer]:
         """Return the answers to be generated, whose tokens go to ``arrived`` with their index."""
-        loop, asked = asyncio.get_running_loop(), question.asked
+        loop = asyncio.get_running_loop()
+        asked = question.asked
 
+        # called in the worker's thread, where an asyncio.Queue may not be touched
         def put(index: int, item: Item) -> None:
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(arrived.put_nowait, (index, item))
 
-        seed = random.getrandbits(62) if asked.seed is None else asked.seed
-        made = []
+        seed = asked.seed
+        if seed is None:
+            seed = random.getrandbits(62)
+        answers = []
         for index, prompt in enumerate(question.prompts):
-            most = self.new_tokens_of(asked, prompt)
-            job = Job(prompt, most, asked.sampling, seed ^ index, partial(put, index), question.state)
+            job = Job(
+                prompt=prompt,
+                max_tokens=self.new_tokens_of(asked, prompt),
+                sampling=asked.sampling,
+                seed=seed ^ index,  # several answers to one prompt differ
+                put=partial(put, index),
+                state=question.state,
+            )
             job.likeliest = asked.likeliest
-            job.grammar = None if question.grammar is None else question.grammar.copy()
-            made.append(Answer(index, job, self, asked.stop, question.names))
-        return made
+            if question.grammar is not None:
+                job.grammar = question.grammar.copy()  # a grammar holds its place in one answer
+            answers.append(Answer(index, job=job, service=self, stops=asked.stop, names=question.names))
+        return answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,10 +283,13 @@ class Answer:
     """One answer to a request, as its tokens arrive."""
 
     def __init__(self, index: int, job: Job, service: TextService, stops: Sequence[str], names: Sequence[str]):
-        self.index, self.job, self._service = index, job, service
+        self.index = index
+        self.job = job
+        self._service = service
         self.text = TextStream(service.tokenizer, stops)
         self._calls = ToolCalls(names) if names else None
         self._tokens: list[TokenText] = []
+        """Tokens with log-probabilities whose text is not final yet."""
         self._last = 0.0
         """Time of the last token."""
 
@@ -270,7 +304,9 @@ class Answer:
             raise ProtocolError(500, "the model failed to process this request")
         if isinstance(item, str):
             text = self.text.end()
-            return self._end(text, DONE_STOP if self.text.stopped else item)
+            if self.text.stopped:  # the text that was held back has a stop string
+                return self._end(text, DONE_STOP)
+            return self._end(text, item)
         if self.job.likeliest is not None:
             self._tokens.append(self._token(item))
         now = time.monotonic()
@@ -285,16 +321,19 @@ class Answer:
             text = self._calls.add(text)
         if not text:
             return None
-        tokens, self._tokens = self._tokens, []
+        tokens = self._tokens
+        self._tokens = []
         return Piece(self.index, text, tokens)
 
     def _end(self, text: str, why: str) -> Piece:
         calls: list[JsonTable] = []
         if self._calls is not None:
             text = self._calls.add(text)
-            rest, calls = self._calls.end()
-            text += rest
-        return Piece(self.index, text, self._tokens, calls, _DONE_CALLS if calls else why)
+            held_back, calls = self._calls.end()
+            text += held_back
+        if calls:
+            why = _DONE_CALLS
+        return Piece(self.index, text=text, tokens=self._tokens, calls=calls, why=why)
 
     def _token(self, token: Token) -> TokenText:
         def data(number: int) -> bytes:
@@ -308,6 +347,7 @@ async def _answer(service: TextService, request: Request, *, is_chat: bool) -> R
     began = time.monotonic()
     body = await request.body()
     read = service.read_chat if is_chat else service.read_completion
+    # in another thread: templates and tokenisers would stop the streams of all others
     question = await service.readers.read(body, read, service.worker.waiting)
     if await request.is_disconnected():
         raise ProtocolError(499, "the client has gone")  # nobody reads this
@@ -367,17 +407,21 @@ async def _pieces(
             if not first and isinstance(item, Token):
                 first = time.monotonic() - began
                 service.metrics.first.observe(first)
-            if index in missing and (piece := answers[index].take(item)):
-                if piece.why:
-                    missing.remove(index)
-                yield piece
+            if index not in missing:  # a token that was under way when a stop string ended the answer
+                continue
+            piece = answers[index].take(item)
+            if piece is None:
+                continue
+            if piece.why:
+                missing.remove(index)
+            yield piece
     finally:
         for answer in answers:
             answer.job.cancelled = True  # nobody reads on
-        used = _counts(answers)
-        for kind, number in used.items():
+        facts["first_token_seconds"] = round(first, 4)
+        for kind, number in _counts(answers).items():
             service.metrics.tokens.labels(kind).inc(number)
-        facts |= {"first_token_seconds": round(first, 4), **{f"{kind}_tokens": count for kind, count in used.items()}}
+            facts[f"{kind}_tokens"] = number
 
 
 def _counts(answers: Sequence[Answer]) -> dict[str, int]:
@@ -390,19 +434,22 @@ def _counts(answers: Sequence[Answer]) -> dict[str, int]:
 
 def _used(question: Question, answers: Sequence[Answer]) -> JsonTable:
     """Return the usage; the protocol counts a prompt once for several answers to it."""
-    counts, once = _counts(answers), answers[:: question.asked.n]
-    prompts, cached = sum(len(one.job.prompt) for one in once), sum(one.job.reused for one in once)
-    return usage(prompts, counts["new"], cached)
+    first_of_prompts = answers[:: question.asked.n]
+    counts = _counts(first_of_prompts)
+    new_tokens = _counts(answers)["new"]
+    return usage(counts["prompt"], new_tokens, cached=counts["cached"])
 
 
 async def _events(question: Question, answers: Sequence[Answer], pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
     """Yield the server-sent events of a stream."""
     reply = question.reply
     for answer in answers:
-        if (opening := reply.opening(answer.index)) is not None:
+        opening = reply.opening(answer.index)
+        if opening is not None:
             yield _event(opening)
     try:
         async for piece in pieces:
+            # the protocol's last chunk has the finish reason only
             if piece.text or piece.calls or piece.tokens:
                 yield _event(reply.chunk(replace(piece, why=None)))
             if piece.why:
