@@ -16,6 +16,7 @@ from pst_ds.config.settings import (
     NotNegative,
     OnLoad,
     Positive,
+    Rate,
     Section,
     Share,
     settings,
@@ -112,7 +113,8 @@ class PSTConfig(_LibrarySection):
     """Rank of A B; 0 disables it."""
     update_form: str = LOW_RANK
     """How the weights of layers are updated while they train: "low-rank" is W0 + beta U V; "spp" is multiplicative and
-    keeps every zero of W0 (docs/how-to/methods.md); installed packages can add forms by name."""
+    keeps every zero of W0; "learned-ranks" cuts terms of U V (docs/how-to/methods.md); installed packages can add forms
+    by name."""
     update_rank: InShapes[NotNegative] = 8
     """Rank of U V; 0 disables it."""
     expert_rank: InShapes[NotNegative] = 4
@@ -150,6 +152,8 @@ class PSTConfig(_LibrarySection):
     zero and V with 1/sqrt(3 in_features), as LoRA does."""
     update_init_scale: BeforeLoading[Finite] = 0.1
     """Factor on the standard deviation of ``update_init``."""
+    update_penalty: BeforeLoading[Rate] = 1.0
+    """Factor on the penalty of update forms that have one, such as that of the gates of "learned-ranks"."""
     pattern: BeforeLoading[str] = "matrix"
     """Weights that are ranked together: "matrix", each matrix separately; "stack", the matrices of a layer (fused, or
     experts), whose sparsity may then differ; "global", all matrices; "row", the weights of each output; N:M such as

@@ -12,7 +12,11 @@ LOW_RANK = "low-rank"
 UPDATE_FORMS: "Registry[type[UpdateForm]]" = Registry(
     "pst_ds.update_forms",
     "update form",
-    {LOW_RANK: "pst_ds.core.forms.low_rank:LowRank", "spp": "pst_ds.core.forms.spp:SPP"},
+    {
+        LOW_RANK: "pst_ds.core.forms.low_rank:LowRank",
+        "spp": "pst_ds.core.forms.spp:SPP",
+        "learned-ranks": "pst_ds.core.forms.learned_ranks:LearnedRanks",
+    },
 )
 
 

@@ -35,7 +35,7 @@ def pst_parameter_groups(
     num_steps: int = USUAL_STEPS,
     epochs: float = 1.0,
 ) -> list[ParamGroup]:
-    """Sort the trained parameters of ``model`` into groups for AdamW, without weight decay; empty groups are omitted.
+    """Sort the trained parameters of ``model`` into groups for AdamW; empty groups are omitted.
 
     Args:
         model: a model with PST modules.
@@ -48,8 +48,9 @@ def pst_parameter_groups(
         num_steps, epochs: length of the run, in optimizer steps and passes over the training data.
 
     Each group has "name", "lr" and "peak_lr" (the rate at the end of the warm-up). Parameters of an update form that
-    learn faster or slower are in a separate group, such as "updates x 3", at 3 times the rate of "updates". Each
-    addition has a group, such as "additions.prompt", with the rate in its settings.
+    learn faster or slower are in a separate group, such as "updates x 3", at 3 times the rate of "updates". So are
+    those that a form penalises; no other group has weight decay. Each addition has a group, such as
+    "additions.prompt", with the rate in its settings.
     """
     settled_layers(model)
     rates = _default_rates(model, num_steps, epochs)
@@ -64,6 +65,7 @@ def pst_parameter_groups(
     embeddings = pst_embeddings(model)
     specs = _update_specs(model)
     added = _added_parameters(model)
+    decays: dict[str, float] = {}
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
@@ -75,18 +77,35 @@ def pst_parameter_groups(
             continue
         spec = specs.get(param)
         group = _group_of(name, embeddings) if spec is None else spec.group
-        if spec is not None and spec.rate != 1.0:
+        if spec is not None and (spec.rate != 1.0 or spec.decay != 0.0):
             rate = rates[group] * spec.rate
-            group = f"{group} x {spec.rate:g}"
+            group = _name_of_subgroup(group, spec)
             rates[group] = rate
+            decays[group] = spec.decay
             groups.setdefault(group, [])
         groups[group].append(param)
-    shared = {"weight_decay": 0.0, "betas": betas}
     return [
-        {"params": params, "name": name, "lr": rates[name], "peak_lr": rates[name], **shared}
+        {
+            "params": params,
+            "name": name,
+            "lr": rates[name],
+            "peak_lr": rates[name],
+            "weight_decay": decays.get(name, 0.0),
+            "betas": betas,
+        }
         for name, params in groups.items()
         if params
     ]
+
+
+def _name_of_subgroup(group: str, spec: ParamSpec) -> str:
+    """Return the name of the parameters in ``group`` with the rate and the decay of ``spec``."""
+    name = group
+    if spec.rate != 1.0:
+        name += f" x {spec.rate:g}"
+    if spec.decay != 0.0:
+        name += f" with decay {spec.decay:g}"
+    return name
 
 
 def _default_rates(model: nn.Module, num_steps: int, epochs: float) -> dict[str, float]:

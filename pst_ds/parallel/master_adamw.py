@@ -14,7 +14,7 @@ _MASTERS = "masters"
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW without weight decay, on fp32 masters of the parameters in its groups.
+    """AdamW on fp32 masters of the parameters in its groups, without weight decay in groups that set none.
 
     An fp32 parameter is its own master, so this is plain AdamW under DeepSpeed, which puts flat fp32 tensors into the
     groups. A master is created when it is first needed, and again after the parameter got other values, such as by the

@@ -24,7 +24,12 @@ from tests.update_forms import install_forms
 
 pytestmark = pytest.mark.usefixtures("alone")
 FORMS = {"shift": "tests.update_forms:OutputShift", "dora": "tests.update_forms:DoRA"}
-PARAMETERS = {"shift": {"shift", "t"}, "dora": {"lora_A", "lora_B", "magnitude"}, "spp": {"U", "V"}}
+PARAMETERS = {
+    "shift": {"shift", "t"},
+    "dora": {"lora_A", "lora_B", "magnitude"},
+    "spp": {"U", "V"},
+    "learned-ranks": {"U", "V", "G"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +95,16 @@ def test_two_ranks_train_as_one_does(form, run_ranks, tmp_path, verb):
             assert torch.allclose(values[name], value, atol=1e-3), name
     verb("export", str(tmp_path / "2"), "--out", str(tmp_path / "exported"))
     assert main(["verify", str(tmp_path / "exported"), "--against", str(tmp_path / "2")]) == 0
+
+
+def test_inspect_shows_the_kept_ranks(tmp_path, verb):
+    """A penalty of 40 cuts every term in six steps, one of 0 none."""
+    for penalty, kept in ((40, 0), (0, 8)):
+        folder = tmp_path / str(penalty)
+        _train(folder, "learned-ranks", f"pst.update_penalty={penalty}", "train.update_learning_rate=0.01")
+        layers = verb("inspect", str(folder))["layers"]
+        ranks = {layer["update"]["kept rank"] for layer in layers if layer["pattern"]}
+        assert ranks == {kept}
 
 
 def test_a_form_s_rates_are_those_of_its_groups(tmp_path):

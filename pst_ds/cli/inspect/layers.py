@@ -34,6 +34,8 @@ class Layer(TypedDict, total=False):
     sparsity_requested: float
     trained: int
     """Trained parameters."""
+    update: dict[str, float]
+    """Numbers by which the update form describes a layer's update."""
     expert_zeros: list[int]
     """Pruned weights of each expert of a stack."""
     expert_tokens: list[int]
@@ -111,8 +113,9 @@ def layer_table(layers: Sequence[Layer], *, every_layer: bool) -> list[str]:
             key = _VECTORS if is_vector else alike
         groups.setdefault(key, []).append(layer)
     rows = [_row(key[0], groups[key]) for key in sorted(groups, key=lambda key: key == _VECTORS)]
-    columns = [name for name in rows[0] if any(row[name] for row in rows)]
-    return aligned([columns, *([row[name] or "-" for name in columns] for row in rows)])
+    headings = dict.fromkeys(name for row in rows for name in row)
+    columns = [name for name in headings if any(row.get(name) for row in rows)]
+    return aligned([columns, *([row.get(name) or "-" for name in columns] for row in rows)])
 
 
 def _row(name: str, group: Sequence[Layer]) -> dict[str, str]:
@@ -137,7 +140,17 @@ def _row(name: str, group: Sequence[Layer]) -> dict[str, str]:
         "rounding": _range([layer["rounding_error"] for layer in group if "rounding_error" in layer], "{:.4f}"),
         "bits": _range([layer["bits_per_weight"] for layer in group if "bits_per_weight" in layer], "{:.2f}"),
         "bytes": f"{sum(layer['bytes'] for layer in group):,}",
+        **_update_cells(group),
     }
+
+
+def _update_cells(group: Sequence[Layer]) -> dict[str, str]:
+    """Return the numbers about the updates of layers, by heading."""
+    values: dict[str, list[float]] = {}
+    for layer in group:
+        for heading, value in layer.get("update", {}).items():
+            values.setdefault(heading, []).append(value)
+    return {heading: _range(numbers, "{:.4g}") for heading, numbers in values.items()}
 
 
 def _range(values: Sequence[float], form: str) -> str:

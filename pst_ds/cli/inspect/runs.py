@@ -9,9 +9,13 @@ from pathlib import Path
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, open_checkpoint, read_checkpoint
 from pst_ds.cli.inspect.layers import Facts, Inspection, Layer, add_experts, sparsity_of
+from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.toml import load_run, run_from_table
+from pst_ds.config.update_forms import update_form
 from pst_ds.core.bits import count_bits, shard_bytes, unpack_range
+from pst_ds.core.factors import SCORE_FACTORS
+from pst_ds.core.forms.form import UpdateForm
 from pst_ds.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, links_to, step_folders
 from pst_ds.writing.manifest import read_table
 
@@ -179,8 +183,23 @@ def _layers(checkpoint: Checkpoint, run: RunConfig | None) -> list[Layer]:
             layer["weights"], layer["zeros"] = weights, weights - int(count_bits(bits, bits)[1])
             parts = contents.parts.get(name, 1)
             layer["bytes"] += contents.num_shards * shard_bytes(weights // parts, contents.num_shards // parts)
+            if rules is not None and (described := _update(checkpoint, name, rules)):
+                layer["update"] = described
         layers.append(layer)
     return layers
+
+
+def _update(checkpoint: Checkpoint, layer: str, config: PSTConfig) -> dict[str, float]:
+    """Return what the update form says about the update of ``layer``; {} for forms that say nothing."""
+    form = update_form(config.update_form)
+    if type(form).describe is UpdateForm.describe:
+        return {}  # without reading parameters
+    prefix = f"{layer}.pst_"
+    # the update of a layer is all of its trained parameters but those of the scores
+    names = [name for name in checkpoint.contents.trained if name.startswith(prefix)]
+    endings = {name: name.removeprefix(prefix) for name in names}
+    parameters = {end: checkpoint.trained[name] for name, end in endings.items() if end not in SCORE_FACTORS}
+    return form.describe(parameters) if parameters else {}
 
 
 def _matrix_shape(name: str, trained: Mapping[str, tuple[int, ...]]) -> list[int] | None:

@@ -27,6 +27,8 @@ class UpdateSettings(Protocol):
     def update_init(self) -> str: ...
     @property
     def update_init_scale(self) -> float: ...
+    @property
+    def update_penalty(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,8 @@ class ParamSpec:
     """Optimizer group, one of :data:`GROUPS`, whose peak learning rate it has."""
     rate: float = 1.0
     """Multiplier of that rate, above 0."""
+    decay: float = 0.0
+    """AdamW's weight decay, at least 0: a penalty of decay / 2 times the sum of squares, apart from the gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,14 @@ class UpdateForm(ABC):
         terms = torch.autograd.grad(updated, list(leaves.values()), weight_gradient, allow_unused=True)
         return {name: term for name, term in zip(leaves, terms, strict=True) if term is not None}
 
+    def describe(self, parameters: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return numbers about a layer's trained parameters, by heading, for ``pst-ds inspect``; {} by default.
+
+        Args:
+            parameters: those of a layer, which stacks those of its matrices along the first dimension; fp32.
+        """
+        return {}
+
     def checked_parameters(self, outputs: int, inputs: int, settings: UpdateSettings) -> Mapping[str, ParamSpec | None]:
         """Return :meth:`parameters`. Raises ValueError, naming the class, for those that a layer cannot hold."""
         specs = self.parameters(outputs, inputs, settings)
@@ -127,6 +139,8 @@ class UpdateForm(ABC):
                 problem = f"is in the optimizer group {spec.group!r}. Choose one of {', '.join(GROUPS)}"
             elif spec.rate <= 0.0:
                 problem = f"has the rate {spec.rate}. Set one above 0"
+            elif spec.decay < 0.0:
+                problem = f"has the decay {spec.decay}. Set one of at least 0"
             if problem:
                 raise ValueError(f"the parameter {name!r} of the update form {type(self).__name__} {problem}")
         return specs

@@ -43,7 +43,7 @@ class Whole(Sharding):
     def fragment(self, name: str, param: nn.Parameter, optimizer: Optimizer) -> Fragment | None:
         if not _is_in_flat_master(param):
             return super().fragment(name, param, optimizer)
-        mapping = param._hp_mapping
+        mapping = param._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:  # no value of the parameter lies in this rank's range
             return None
         # DeepSpeed says high and low precision for the fp32 master and the parameter

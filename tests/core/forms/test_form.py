@@ -10,6 +10,7 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.core.bits import pack_shard
 from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.forms.form import ParamSpec, Tile, UpdateForm
+from pst_ds.core.forms.learned_ranks import LearnedRanks
 from pst_ds.core.forms.low_rank import LowRank
 from pst_ds.core.forms.spp import SPP
 from pst_ds.core.layout import WeightLayout
@@ -118,7 +119,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("form", [SPP(), DoRA(), OutputShift()], ids=repr)
+@pytest.mark.parametrize("form", [SPP(), DoRA(), OutputShift(), LearnedRanks()], ids=repr)
 def test_gradients_are_those_of_autograd_through_whole_matrices(form, layout):
     state, keep = _state(form, layout)
     leaves = {name: value.double().requires_grad_() for name, value in state.factors.update.items()}
@@ -170,6 +171,7 @@ def test_forms_of_one_class_are_equal():
         ("p", ParamSpec(()), r"has the shape \(\)"),
         ("p", ParamSpec((2,), group="scores"), "is in the optimizer group 'scores'"),
         ("p", ParamSpec((2,), rate=0.0), "has the rate 0.0"),
+        ("p", ParamSpec((2,), decay=-1.0), "has the decay -1.0"),
     ],
 )
 def test_parameters_that_no_layer_can_hold_are_refused(name, spec, problem):
