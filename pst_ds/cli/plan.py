@@ -41,7 +41,7 @@ EXIT_DOES_NOT_FIT = 3
 """Exit code for a run that certainly needs more memory than a rank has: ``pst-ds plan ... && sbatch ...`` stops."""
 _SHOWN = 5
 """Choices of a search that are printed."""
-FLAGS = {"no_data": "--no-data"}
+FLAGS = {"machine": "--machine", "no_data": "--no-data"}
 """Flags for the settings that messages of this verb name."""
 
 

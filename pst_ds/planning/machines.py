@@ -81,12 +81,12 @@ MACHINES = {name: Machine(**table) for name, table in _TABLES.items()}
 
 
 def machine_of(name: str) -> Machine:
-    """Return the machine that ``--machine`` names: one of :data:`MACHINES`, or a TOML file. Raises InputError."""
+    """Return a machine by its name: one of :data:`MACHINES`, or a TOML file. Raises InputError."""
     if name in MACHINES:
         return MACHINES[name]
     if not name.endswith(".toml"):
         raise InputError(
-            f"--machine {name!r} is not a machine. Choose from {', '.join(MACHINES)}, or name a TOML file with your "
+            f"machine = {name!r} is not a machine. Choose from {', '.join(MACHINES)}, or name a TOML file with your "
             "rates, whose name ends in .toml (docs/how-to/large-models.md)"
         )
     return read_machine(Path(name))
@@ -98,7 +98,7 @@ def read_machine(path: Path) -> Machine:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(
-            f"--machine {str(path)!r} cannot be read as TOML: {first_line(error)}. Name a TOML file of rates"
+            f"machine = {str(path)!r} cannot be read as TOML: {first_line(error)}. Name a TOML file of rates"
         ) from None
     missing = [field.name for field in fields(Machine) if field.default is MISSING and field.name not in table]
     if missing:

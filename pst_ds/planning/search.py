@@ -42,7 +42,7 @@ class Choice:
 
     @property
     def settings(self) -> dict[str, str]:
-        """The settings of the run that a search or a cure may change, as for ``--set``."""
+        """The settings of the run that a search or a cure may change, with their values as in TOML."""
         run = self.plan.run
         return {
             "train.batch_size": str(run.train.batch_size),

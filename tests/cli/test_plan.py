@@ -170,7 +170,7 @@ def test_rates_may_be_a_file(capsys, llama_of_4_layers, tmp_path):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--machine", "h101"], ("--machine 'h101'", "h100, h200, b200, a100, mi300x, cpu", "name a TOML file")),
+        (["--machine", "h101"], ("--machine h101", "h100, h200, b200, a100, mi300x, cpu", "name a TOML file")),
         (["--world-size", "513"], ("train.batch_size = 512", "513 ranks x 1 accumulation steps", "513 or more")),
         (
             ["--set", "train.num_steps=0", "--set", "train.num_epochs=1.0"],

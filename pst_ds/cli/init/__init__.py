@@ -14,6 +14,7 @@ from pst_ds.errors import InputError
 FLAGS = {
     "task": "--task",
     "method": "--method",
+    "machine": "--machine",
     "speedup": "--speedup",
     "data.train": "--train",
     "data.validation": "--validation",
