@@ -28,7 +28,9 @@ _ROWS_WITH_PATH = 1000
 """Rows in which a path into JSON values must occur."""
 _SLICED = re.compile(r"(?P<file>.+)(?P<slice>\[(-?\d+%?)?:(-?\d+%?)?\])")
 _QUOTED = r'^"([^"]|"")*"$'
+"""A value with quotes around it, and doubled ones inside, if any."""
 _QUOTED_INSIDE = r'^"([^"]|"")*""([^"]|"")*"$'
+"""The same with doubled quotes inside."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +72,10 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
         raise ConfigError(f"data.{split} is not set. Name a file, or a split of data.dataset")
     if isinstance(data, DataInMemory):
         rows = data.rows
+    elif data.dataset:
+        rows = _read_from_hub(data, where)
     else:
-        rows = _read_from_hub(data, where) if data.dataset else read_local(where, f"data.{split}", data.sample_by)
+        rows = read_local(where, f"data.{split}", data.sample_by)
     settings = {column: f"data.{setting}" for column, setting in columns.items()}
     require_columns(rows, settings, where, nested=nested, is_local=not data.dataset)
     if not len(rows):
@@ -116,8 +120,12 @@ def require_columns(
 
 def file_and_slice(where: str) -> tuple[str, str]:
     """Split "a.csv[:80%]" into the file "a.csv" and the slice "[:80%]", or "" without a slice."""
-    found = None if Path(where).exists() else _SLICED.fullmatch(where)
-    return (found["file"], found["slice"]) if found else (where, "")
+    if Path(where).exists():  # brackets may be part of a file's name
+        return where, ""
+    sliced = _SLICED.fullmatch(where)
+    if sliced is None:
+        return where, ""
+    return sliced["file"], sliced["slice"]
 
 
 def values_of(rows: Dataset, column: str) -> Iterable[object]:
@@ -132,8 +140,10 @@ def values_of(rows: Dataset, column: str) -> Iterable[object]:
 def _nested_values(rows: Dataset, column: str, where: str) -> str:
     """Return what a column holds, for a message: "a list in line 3"."""
     for row, value in enumerate(values_of(rows, column)):
-        if isinstance(value, list | dict):
-            return f"{'a list' if isinstance(value, list) else 'an object'} in {row_place(rows, where, row)}"
+        if isinstance(value, list):
+            return f"a list in {row_place(rows, where, row)}"
+        if isinstance(value, dict):
+            return f"an object in {row_place(rows, where, row)}"
     return f"{type(rows.features[column]).__name__} values"
 
 
@@ -143,7 +153,9 @@ def column_types(rows: Dataset, where: str) -> dict[str, str]:
     """
     types = {name: str(getattr(feature, "dtype", "")) for name, feature in rows.features.items()}
     if Path(file_and_slice(where)[0]).suffix.lower() in (".csv", _TSV, ".jsonl", ".json"):
-        types |= {name: _possible_type(rows, name) for name, of in types.items() if of == "string"}
+        for name, arrow_type in list(types.items()):
+            if arrow_type == "string":
+                types[name] = _possible_type(rows, name)
     return types
 
 
@@ -196,14 +208,20 @@ def place_in_split(data: DataConfig, split: str, rows: Dataset, row: int) -> str
 
 
 def _path_of(column: str, rows: Dataset) -> list[str]:
-    return [column] if column in rows.column_names else column.split(".")
+    if column in rows.column_names:  # a name may have dots, as columns of flattened tables do
+        return [column]
+    return column.split(".")
 
 
 def _value_at(value: object, path: list[str]) -> object:
-    if isinstance(value, list) and path:
+    if not path:
+        return value
+    if isinstance(value, list):
         return [_value_at(item, path) for item in value]
-    # A JSON object may lack a field; Arrow stores None for it.
-    return _value_at(value.get(path[0]), path[1:]) if isinstance(value, dict) and path else value
+    if isinstance(value, dict):
+        # A JSON object may lack a field; Arrow stores None for it.
+        return _value_at(value.get(path[0]), path[1:])
+    return value
 
 
 def _require_column(rows: Dataset, column: str, setting: str, where: str) -> None:
@@ -235,13 +253,21 @@ def _require_unquoted(rows: Dataset, columns: Iterable[str], where: str) -> None
     import pyarrow.compute as arrow
 
     def count(values: ChunkedArray, pattern: str) -> int:
-        return arrow.sum(arrow.match_substring_regex(values, pattern)).as_py() or 0
+        return arrow.sum(arrow.match_substring_regex(values, pattern)).as_py() or 0  # None for no values
 
-    quoted = "names of columns" if any(name[:1] == name[-1:] == '"' for name in rows.column_names) else ""
+    quoted = ""
+    if any(name[:1] == name[-1:] == '"' for name in rows.column_names):
+        quoted = "names of columns"
     for column in columns:
+        if "string" not in rows.features[column].dtype:
+            continue
         values = rows.data.column(column)
-        around = count(values, _QUOTED) if "string" in rows.features[column].dtype else 0
-        if around and (around == len(values) or (around == count(values, '"') and count(values, _QUOTED_INSIDE))):
+        num_quoted = count(values, _QUOTED)
+        if not num_quoted:
+            continue
+        # CSV quotes some values only if they contain quotes, which it doubles; a text may have quotes around it as well
+        quotes_as_csv = num_quoted == count(values, '"') and count(values, _QUOTED_INSIDE)
+        if num_quoted == len(values) or quotes_as_csv:
             quoted = f"values in column {column!r}"
     if quoted:
         raise ConfigError(
@@ -259,10 +285,13 @@ def _require_path(rows: Dataset, top: str, path: list[str], column: str, setting
         for part in path:
             values = _objects_in(values)
             if not any(isinstance(value, dict) and part in value for value in values):
-                parts = dict.fromkeys(key for value in values if isinstance(value, dict) for key in value)
+                parts: dict[object, None] = {}  # each once, in the order of the file
+                for value in values:
+                    if isinstance(value, dict):
+                        parts |= dict.fromkeys(value)
+                there = ", ".join(map(str, parts)) or "no objects"
                 raise ConfigError(
-                    f"{where}: {setting} = {column!r} has no part {part!r} in the data, which has "
-                    f"{', '.join(map(str, parts)) or 'no objects'}. Name a part"
+                    f"{where}: {setting} = {column!r} has no part {part!r} in the data, which has {there}. Name a part"
                 )
             values = [value.get(part) for value in values if isinstance(value, dict)]
         return
@@ -273,7 +302,8 @@ def _require_path(rows: Dataset, top: str, path: list[str], column: str, setting
             raise ConfigError(
                 f"{where}: {setting} = {column!r} has no part {step!r} in the data, which has {there}. Name a part"
             )
-        feature = feature[step] if isinstance(feature, dict) and step is not None else feature
+        if isinstance(feature, dict) and step is not None:
+            feature = feature[step]
         while hasattr(feature, "feature"):  # a list of
             feature = feature.feature
 
@@ -282,7 +312,10 @@ def _objects_in(values: Iterable[object]) -> list[object]:
     """Return ``values`` with the items of lists, and of lists in them, in place of the lists."""
     items: list[object] = []
     for value in values:
-        items += _objects_in(value) if isinstance(value, list) else [value]
+        if isinstance(value, list):
+            items += _objects_in(value)
+        else:
+            items.append(value)
     return items
 
 
@@ -340,8 +373,11 @@ def _read_saved(path: Path, named: str, piece: str) -> Dataset:
 def _read_from_hub(data: DataConfig, split: str) -> Dataset:
     import datasets
 
+    # the branch of converted files has a folder per subset, and no configurations
     subset = {"data_dir" if data.revision == PARQUET_BRANCH else "name": data.subset or None}
-    revision = {} if Path(data.dataset).is_dir() else {"revision": data.revision or None}
+    revision = {}
+    if not Path(data.dataset).is_dir():  # a folder has no revisions
+        revision = {"revision": data.revision or None}
     try:
         rows = datasets.load_dataset(data.dataset, split=split, **subset, **revision)
     except Exception as error:

@@ -23,6 +23,7 @@ OpenFile: TypeAlias = Callable[[], IO[bytes]]
 """Opens a file from its beginning. A file is opened again to find the line of an error."""
 JsonRow: TypeAlias = dict[str, object]
 LinesBefore: TypeAlias = Callable[[], int]
+"""Counts the lines of a file before a piece of it: a function, because only messages need the number."""
 
 MAX_DEPTH = 64
 """Maximum nesting of a JSON value. Python's parser and chat templates recurse."""
@@ -43,13 +44,16 @@ def table_rows(name: str, open_file: OpenFile, *, is_tsv: bool) -> Iterator[tupl
     Raises ConfigError, which starts with ``name`` and the line, for a row with more or fewer fields than columns, for
     quotes that are not closed or inside a quoted field, and for bytes that are not UTF-8.
     """
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(sys.maxsize)  # documents are longer than the default of 131,072 characters
     names: list[str] = []
     next_line = 1
     with open_file() as file:
         stream = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         tabs = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-        rows = tabs if is_tsv else csv.reader(stream, strict=True)
+        # without "strict", a quote that is never closed makes one field of the rest of the file
+        commas = csv.reader(stream, strict=True)
+        rows = tabs if is_tsv else commas
+        # kept until a row follows: those that end the file are not rows
         blank_lines: list[int] = []
         try:
             for fields in rows:
@@ -65,7 +69,8 @@ def table_rows(name: str, open_file: OpenFile, *, is_tsv: bool) -> Iterator[tupl
                     continue
                 if blank_lines:
                     if len(names) == 1:
-                        yield from ((blank, [""]) for blank in blank_lines)
+                        for blank in blank_lines:
+                            yield blank, [""]
                     blank_lines.clear()
                 if len(fields) != len(names):
                     _refuse_fields(fields, names, name, line, is_tsv=is_tsv)
@@ -83,12 +88,12 @@ def _column_names(fields: list[str], name: str, line: int, *, is_tsv: bool) -> l
     """Return the names of the columns. Raises ConfigError for equal names, and for another separator."""
     if len(fields) == 1:
         expected = "\t" if is_tsv else ","
-        other = next((mark for mark in _SEPARATORS if mark != expected and mark in fields[0]), None)
-        if other is not None:
-            raise ConfigError(
-                f"{name} looks separated by {_SEPARATORS[other]}: line {line} is {fields[0][:80]!r}. Save it as .csv, "
-                "separated by commas, or as .tsv, separated by tabs"
-            )
+        for separator, plural in _SEPARATORS.items():
+            if separator != expected and separator in fields[0]:
+                raise ConfigError(
+                    f"{name} looks separated by {plural}: line {line} is {fields[0][:80]!r}. Save it as .csv, "
+                    "separated by commas, or as .tsv, separated by tabs"
+                )
     names = [field or f"Unnamed: {index}" for index, field in enumerate(fields)]
     repeated = next((field for field in names if names.count(field) > 1), None)
     if repeated is not None:
@@ -112,6 +117,7 @@ def _refuse_fields(fields: list[str], names: list[str], name: str, line: int, *,
 
 def _refuse_encoding(name: str, open_file: OpenFile, error: UnicodeDecodeError) -> NoReturn:
     """Raise ConfigError, which names the first line that is not UTF-8."""
+    # read again, because the places in ``error`` count from the start of the decoder's buffer
     with open_file() as file:
         for number, line in enumerate(file, 1):
             try:
@@ -126,8 +132,12 @@ def byte_blocks(file: IO[bytes], start: int = 0, stop: int = -1) -> Iterator[byt
     if start:
         file.seek(start)
     remaining = stop - start if stop >= 0 else sys.maxsize
+    # parts of a line longer than a block: joining them with each block would take quadratic time
     unfinished: list[bytes] = []
-    while remaining > 0 and (data := file.read(min(_BLOCK_BYTES, remaining))):
+    while remaining > 0:
+        data = file.read(min(_BLOCK_BYTES, remaining))
+        if not data:
+            break
         remaining -= len(data)
         end = data.rfind(b"\n") + 1
         if end:
@@ -135,7 +145,8 @@ def byte_blocks(file: IO[bytes], start: int = 0, stop: int = -1) -> Iterator[byt
             unfinished = [data[end:]]
         else:
             unfinished.append(data)
-    if last := b"".join(unfinished):
+    last = b"".join(unfinished)
+    if last:
         yield last
 
 
@@ -162,9 +173,13 @@ def json_lines(
                 if not isinstance(row, dict):
                     raise _NotReadable(f"is not a JSON object (it is a {_json_type(row)}). Write one per line")
             except _NotReadable as error:
-                place = number + (lines_before() if lines_before else 0)
-                raise ConfigError(f"{name}: line {place} {error}") from None
+                line_number = number + _count_of(lines_before)
+                raise ConfigError(f"{name}: line {line_number} {error}") from None
             yield number, _as_written(row)
+
+
+def _count_of(lines_before: LinesBefore | None) -> int:
+    return 0 if lines_before is None else lines_before()
 
 
 def json_file(name: str, open_file: OpenFile) -> tuple[str, Iterator[tuple[int, JsonRow]]]:
@@ -173,6 +188,7 @@ def json_file(name: str, open_file: OpenFile) -> tuple[str, Iterator[tuple[int, 
     with open_file() as file:
         begin = file.read(_BLOCK_BYTES).removeprefix(_BOM).lstrip()
         first = begin.partition(b"\n")[0]
+        # the first line of a file of lines is a value by itself; that of an object over several lines is not
         is_whole = begin.startswith(b"[") or (len(begin) < _BLOCK_BYTES and not _is_json(first))
         whole = begin + file.read() if is_whole else b""
     if not is_whole:
@@ -183,7 +199,9 @@ def json_file(name: str, open_file: OpenFile) -> tuple[str, Iterator[tuple[int, 
         raise ConfigError(f"{name} {error}") from None
     if isinstance(content, dict) and content and all(isinstance(column, list) for column in content.values()):
         columns = content.values()
-        if len({len(column) for column in columns}) == 1:
+        lengths = {len(column) for column in columns}
+        if len(lengths) == 1:
+            # one row for each place in the columns
             content = [dict(zip(content, values, strict=True)) for values in zip(*columns, strict=True)]
     if not isinstance(content, list):
         raise ConfigError(
@@ -236,7 +254,7 @@ class _WrittenFloat(float):
 
 def _int(text: str) -> _WrittenInt | _WrittenFloat:
     if len(text) > _MAX_DIGITS:
-        return _float(text)
+        return _float(text)  # infinite, which nothing reads: only the text is used
     number = _WrittenInt(text)
     number.text = text
     return number
@@ -254,6 +272,7 @@ _DECODER = json.JSONDecoder(
 
 
 def _json_type(value: object) -> str:
+    # bool before int, of which it is a subclass
     names = {bool: "boolean", str: "string", list: "list", dict: "object", int: "number", float: "number"}
     return next((name for kind, name in names.items() if isinstance(value, kind)), "null")
 
@@ -266,7 +285,9 @@ def _as_written(row: JsonRow) -> JsonRow:
 def _written(value: object) -> object:
     if isinstance(value, bool):
         return "true" if value else "false"
-    return value.text if isinstance(value, _WrittenInt | _WrittenFloat) else value
+    if isinstance(value, _WrittenInt | _WrittenFloat):
+        return value.text
+    return value
 
 
 class _NotReadable(ValueError):
@@ -277,8 +298,10 @@ def _parsed(text: bytes) -> object:
     """Return a JSON value. Raises _NotReadable."""
     try:
         value: object = _DECODER.decode(text.decode())
+        # few rows have this many brackets, so that the depth of most is never counted
         if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
             raise RecursionError
+        # half of a surrogate pair can only come from an escape, and cannot be encoded
         if b"\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -301,9 +324,18 @@ def _depth(value: object) -> int:
     depth = 0
     level = [value]
     while level:
-        nested = [item for item in level if isinstance(item, dict | list)]
-        level = [child for item in nested for child in (item.values() if isinstance(item, dict) else item)]
-        depth += bool(nested)
+        children: list[object] = []
+        has_nested = False
+        for item in level:
+            if isinstance(item, dict):
+                has_nested = True
+                children += item.values()
+            elif isinstance(item, list):
+                has_nested = True
+                children += item
+        if has_nested:
+            depth += 1
+        level = children
     return depth
 
 
@@ -323,9 +355,11 @@ def plain_documents(
         try:
             decoded = block.decode()
         except UnicodeDecodeError as error:
-            line = lines_read + len(block[: error.start + 1].splitlines()) + (lines_before() if lines_before else 0)
+            line_in_block = len(block[: error.start + 1].splitlines())
+            line = _count_of(lines_before) + lines_read + line_in_block
             raise ConfigError(f"{name}: line {line} is not UTF-8 text: {error}. Save it in UTF-8") from None
         lines_read += block.count(b"\n")
+        # blocks end with a line, so that no CR LF lies across two of them
         decoded = decoded.replace("\r\n", "\n").replace("\r", "\n")
         if sample_by == "line":
             if decoded:
@@ -333,6 +367,7 @@ def plain_documents(
             continue
         text += decoded
         if sample_by == "paragraph":
+            # the last one may continue in the next block
             *paragraphs, text = text.split("\n\n")
             yield from filter(None, paragraphs)
     if text:
@@ -342,13 +377,22 @@ def plain_documents(
 def place_of_row(path: Path, row: int) -> str:
     """Return "line 7" for row 5 of a CSV, TSV or JSON file whose first rows can be read; "row 5" of other files."""
     suffix = path.suffix.lower()
+    name = str(path)
+
+    def open_file() -> IO[bytes]:
+        return path.open("rb")
+
+    # a message must not fail because the file has changed or a row before this one cannot be read
     with suppress(ConfigError, OSError):
         if suffix in (".csv", ".tsv"):
-            rows = table_rows(str(path), lambda: path.open("rb"), is_tsv=suffix == ".tsv")
-            return f"line {next(islice(rows, row + 1, None))[0]}"
+            rows = table_rows(name, open_file, is_tsv=suffix == ".tsv")
+            line, _ = next(islice(rows, row + 1, None))  # after the names of the columns
+            return f"line {line}"
         if suffix == ".jsonl":
-            return f"line {next(islice(_lines_of(str(path), lambda: path.open('rb')), row, None))[0]}"
+            line, _ = next(islice(_lines_of(name, open_file), row, None))
+            return f"line {line}"
         if suffix == ".json":
-            unit, numbered = json_file(str(path), lambda: path.open("rb"))
-            return f"{unit} {next(islice(numbered, row, None))[0]}"
+            unit, objects = json_file(name, open_file)
+            number, _ = next(islice(objects, row, None))
+            return f"{unit} {number}"
     return f"row {row}"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _LENGTH_WINDOW_BATCHES = 50
+"""Batches whose examples are sorted by length together; more of them pad less, and mix less."""
 _FEW_ROWS = 20
 """Rows up to which every row may have a different label."""
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")
@@ -47,11 +48,13 @@ class Examples:
 
     @property
     def lengths(self) -> list[int]:
-        return [len(f["input_ids"]) for f in self.features]
+        return [len(feature["input_ids"]) for feature in self.features]
 
     @property
     def digest(self) -> str:
-        digest = hashlib.sha256(array("d" if isinstance(self.labels[0], float) else "q", self.labels))
+        # fp64 numbers, or int64 class ids
+        kind = "d" if isinstance(self.labels[0], float) else "q"
+        digest = hashlib.sha256(array(kind, self.labels))
         for feature in self.features:
             for key, values in feature.items():
                 digest.update(f"{key} {len(values)}".encode())
@@ -91,7 +94,9 @@ def _names_in_training(data: DataConfig) -> list[str]:
     labels = set(rows.unique(data.label_column))
     if None in labels or "" in labels:
         empty = [row for row, value in enumerate(rows[data.label_column]) if value in (None, "")]
-        others = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        others = ""
+        if len(empty) > 1:
+            others = f" and {len(empty) - 1} more"
         raise ConfigError(
             f"{data.train}: column {data.label_column!r} has empty values, in "
             f"{place_in_split(data, 'train', rows, empty[0])}{others}. Give every example a label"
@@ -110,6 +115,7 @@ def _names_in_training(data: DataConfig) -> list[str]:
             f"{data.train}: column {data.label_column!r} has a different value in each of its {len(rows)} rows, so "
             "it does not hold classes. Name the column that does with data.label_column"
         )
+    # by number, so that class 10 follows class 9
     if all(_is_integer(label) for label in labels):
         return [str(label) for label in sorted(labels, key=int)]
     return [str(label) for label in sorted(labels)]
@@ -181,7 +187,8 @@ def tokenized_columns(
         if len(part) > 1 and tokenizer.is_fast and max_length:
             part = _as_far_as_needed(part, max_length, tokenizer)
         encoded = tokenizer(*part, truncation=max_length is not None, max_length=max_length)
-        features += [{key: values[i] for key, values in encoded.items()} for i in range(len(part[0]))]
+        for index in range(len(part[0])):
+            features.append({key: values[index] for key, values in encoded.items()})
     return features
 
 
@@ -202,17 +209,23 @@ def _as_far_as_needed(pairs: list[list[str]], max_length: int, tokenizer: Tokeni
                 longer = len(span) > len(spans[other].get(row, ()))
                 kept = limit + _MORE_TOKENS * longer
                 text = pairs[side][row]
-                from_end = tokenizer.truncation_side == "left"
-                cut[side][row] = text[span[-kept:][0][0] :] if from_end else text[: span[:kept][-1][1]]
+                if tokenizer.truncation_side == "left":
+                    start, _ = span[-kept:][0]
+                    cut[side][row] = text[start:]
+                else:
+                    _, end = span[:kept][-1]
+                    cut[side][row] = text[:end]
     return cut
 
 
 def _token_spans(texts: list[str], limit: int, tokenizer: Tokenizer) -> dict[int, list[tuple[int, int]]]:
     """Return the (start, end) offsets of the tokens of each text of more than ``limit`` characters, by its index."""
-    long = [i for i, text in enumerate(texts) if len(text) > limit]
+    long = [index for index, text in enumerate(texts) if len(text) > limit]
     if not long:
         return {}
-    encoded = tokenizer([texts[i] for i in long], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(
+        [texts[index] for index in long], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
     return dict(zip(long, encoded["offset_mapping"], strict=True))
 
 
@@ -263,11 +276,18 @@ class GlobalBatches:
     def micro_batches(self, batch: Sequence[int], rank: int, world_size: int, accumulation: int) -> list[Sequence[int]]:
         """Return this rank's examples of a global ``batch``, one list for each accumulation step; where they cannot all
         have as many, the first ones have one more."""
-        size, more = divmod(len(batch), world_size * accumulation)
-        shares = [step * world_size + rank for step in range(accumulation)]
-        starts = [share * size + min(share, more) for share in shares]
-        return [batch[i : i + size + (share < more)] for i, share in zip(starts, shares, strict=True)]
+        size, num_larger = divmod(len(batch), world_size * accumulation)
+        micro_batches = []
+        for step in range(accumulation):
+            # shares are numbered by step, then by rank
+            share = step * world_size + rank
+            start = share * size + min(share, num_larger)
+            end = start + size
+            if share < num_larger:
+                end += 1
+            micro_batches.append(batch[start:end])
+        return micro_batches
 
 
 def _cut(items: list[int], size: int) -> list[list[int]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
+    return [items[start : start + size] for start in range(0, len(items), size)]
