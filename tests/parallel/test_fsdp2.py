@@ -173,6 +173,31 @@ def test_training_is_that_of_one_process(run_ranks, reshards, checkpointing):
                 torch.testing.assert_close(values, expected[name])
 
 
+def _with_open_gates(model: Model) -> Model:
+    """Move the gates of learned ranks from around 0, where all are closed, to around 1."""
+    for layer in pst_layers(model).values():
+        gates = layer.update_parameters().get("G")
+        if gates is not None:
+            gates.data += 1.0
+    return model
+
+
+def _form_trained_by_fsdp2(form: str):
+    return _state(_trained(lambda model: _sharded(_with_open_gates(model)), update_form=form)[0])
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize("form", ["spp", "learned-ranks"])
+def test_an_update_form_trains_as_on_one_process(run_ranks, form):
+    model, _, masks = _trained(_with_open_gates, update_form=form)
+    expected = adapter_state(model)
+    for checksum, state in run_ranks(_form_trained_by_fsdp2, 2, form):
+        assert checksum == masks.masks.checksum
+        assert state.keys() == expected.keys()
+        for name, values in state.items():
+            torch.testing.assert_close(values, expected[name])
+
+
 def _trained_by_hsdp():
     from torch.distributed.device_mesh import init_device_mesh
 
