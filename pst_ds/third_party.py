@@ -1,11 +1,13 @@
 """Every change to code of other packages is made here, after a check that what it changes exists."""
 
 import re
+import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, requires, version
+from threading import RLock
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pst_ds.errors import InputError
 
@@ -36,20 +38,75 @@ def require(owner: object, name: str) -> Any:
     return getattr(owner, name)
 
 
-def patch(owner: object, name: str, make: Callable[[Code], Code]) -> None:
-    """Replace ``owner.name`` by what ``make`` returns for it, for good. Raises ThirdPartyError."""
-    setattr(owner, name, make(require(owner, name)))
-
-
 @contextmanager
 def patched(owner: object, name: str, make: Callable[[Code], Code]) -> Iterator[None]:
     """Replace ``owner.name`` by what ``make`` returns for it, inside the context. Raises ThirdPartyError."""
-    before = require(owner, name)
-    setattr(owner, name, make(before))
+    current = require(owner, name)
+    # what getattr returns is bound to the owner; an object may have the attribute from its class only
+    is_inherited = name not in vars(owner)
+    before = vars(owner).get(name)
+    setattr(owner, name, make(current))
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        if is_inherited:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+@contextmanager
+def appended(items: list[Any], item: object) -> Iterator[None]:
+    """Append ``item`` to a list of another package inside the context."""
+    items.append(item)
+    try:
+        yield
+    finally:
+        items.remove(item)
+
+
+class PatchHolder:
+    """An object during whose life other code is changed. The first of a subclass makes the change, the last undoes it.
+
+    An object of ours that needs the change has a holder as an attribute. A copy of it, also by pickle, has another.
+    """
+
+    _count: ClassVar[int] = 0
+    """Living holders of the subclass."""
+    _made: ClassVar[ExitStack]
+    """The change, while there are holders."""
+    # reentrant, since a garbage collection inside it can end the life of another holder
+    _lock: ClassVar[RLock] = RLock()
+
+    def __init__(self) -> None:
+        kind = type(self)
+        with self._lock:
+            if kind._count == 0:
+                made = ExitStack()
+                made.enter_context(self.change())
+                kind._made = made
+            kind._count += 1
+        self._end = weakref.finalize(self, kind._let_go)
+        self._end.atexit = False
+
+    @classmethod
+    def change(cls) -> AbstractContextManager[object]:
+        """Return the change, as a context. Raises ThirdPartyError."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Need the change no longer."""
+        self._end()
+
+    @classmethod
+    def _let_go(cls) -> None:
+        with cls._lock:
+            cls._count -= 1
+            if cls._count == 0:
+                cls._made.close()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
 
 
 @contextmanager

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import ast
+import copy
+import pickle
 import re
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
-from pst_ds.third_party import ThirdPartyError, patch, patched, patched_entry, require, supported, while_computing
+from pst_ds.third_party import (
+    PatchHolder,
+    ThirdPartyError,
+    appended,
+    patched,
+    patched_entry,
+    require,
+    supported,
+    while_computing,
+)
 from tests.pairs import every_pair
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pst_ds"
 USES = {
     ("hf/trainer_callback.py", "DEFAULT_CALLBACKS"),
-    ("hf/quantizer.py", "merge_quantization_configs"),
+    ("hf/config.py", "merge_quantization_configs"),
     ("nn/inject.py", "activation_relu_or_gelu"),
     ("nn/inject.py", "use_nested_tensor"),
     ("nn/sharded_weights.py", "_load_state_dict_into_zero3_model"),
@@ -50,8 +62,41 @@ def test_a_patch_inside_a_context_is_undone():
     with patched(module, "read", lambda read: lambda: read() + 1):
         assert module.read() == 2
     assert module.read is before
-    patch(module, "read", lambda read: lambda: read() + 2)
-    assert module.read() == 3
+
+
+def test_a_patch_of_an_object_leaves_the_attribute_to_its_class_again():
+    module = nn.Linear(1, 1)
+    with patched(module, "forward", lambda forward: lambda x: forward(x) + 1):
+        assert "forward" in vars(module)
+    assert "forward" not in vars(module)
+    before = vars(nn.Linear)["forward"]
+    with patched(nn.Linear, "extra_repr", lambda _: lambda self: "patched"):
+        assert repr(module) == "Linear(patched)"
+    assert vars(nn.Linear)["forward"] is before
+    assert repr(module) == "Linear(in_features=1, out_features=1, bias=True)"
+
+
+class _AppendsOne(PatchHolder):
+    items: ClassVar[list[int]] = []
+
+    @classmethod
+    def change(cls):
+        return appended(cls.items, 1)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda holder: pickle.loads(pickle.dumps(holder))])
+def test_a_patch_lasts_until_the_last_of_its_holders_ends(copied):
+    holder = _AppendsOne()
+    other = copied(holder)
+    holder.close()
+    holder.close()  # once is enough
+    assert _AppendsOne.items == [1]
+    del other
+    assert _AppendsOne.items == []
+    third = _AppendsOne()
+    assert _AppendsOne.items == [1]
+    del third
+    assert _AppendsOne.items == []
 
 
 @pytest.mark.parametrize("make_registry", [dict, AttentionInterface])
@@ -101,7 +146,7 @@ def test_a_scope_is_entered_once_for_a_model_and_for_a_part_by_itself():
 
 @every_pair
 @pytest.mark.parametrize("owner", [nn.Linear, nn.Linear(1, 1)], ids=["class", "object"])
-@pytest.mark.parametrize("change", [require, lambda *target: patch(*target, lambda code: code)])
+@pytest.mark.parametrize("change", [require, lambda *target: patched(*target, lambda code: code).__enter__()])
 def test_a_missing_target_is_an_error_that_names_the_versions(owner, change):
     found = rf"torch\.nn\.modules\.linear\.Linear\.gone: torch [\d.]+\S* does not have it.*'torch{re.escape('<3,>=2')}"
     with pytest.raises(ThirdPartyError, match=found):
@@ -132,12 +177,7 @@ def test_every_use_is_listed():
         }
         calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
         for call in calls:
-            if isinstance(call.func, ast.Name) and call.func.id in helpers & {
-                "patch",
-                "patched",
-                "patched_entry",
-                "require",
-            }:
+            if isinstance(call.func, ast.Name) and call.func.id in helpers & {"patched", "patched_entry", "require"}:
                 attribute = call.args[1]
                 found |= {(name, text) for text in _names(tree, attribute)}
     assert found == USES

@@ -1,10 +1,15 @@
 """The "quantization_config" of a packed folder, and how to load it."""
 
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Literal, get_args
 
+from transformers.quantizers import auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pst_ds.hf.weight_files import PackedFolderError
+from pst_ds.third_party import PatchHolder, patched
 from pst_ds.writing.encoding import PLAIN_VERSION, QUANT_METHOD
 
 LoadAs = Literal["auto", "dense", "sparse"]
@@ -40,10 +45,16 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         **unknown: object,
     ):
         self.quant_method = quant_method  # type: ignore[assignment]
-        self.load_as, self.format = load_as, format
-        self.format_version, self.weights_file = format_version, weights_file
-        self.values, self.group = values, group
-        self.embeddings, self.embedding_group = embeddings, embedding_group
+        self.load_as = load_as
+        self.format = format
+        self.format_version = format_version
+        self.weights_file = weights_file
+        self.values = values
+        self.group = group
+        self.embeddings = embeddings
+        self.embedding_group = embedding_group
+        # a config of the user's has no format; that of a loaded model is read from its folder, and needs no change
+        self._holder = _KeepsLoadAs() if format is None else None
         if load_as not in get_args(LoadAs):
             raise PackedFolderError(f"load_as is 'auto', 'dense' or 'sparse', got {load_as!r}")
         for key in unknown:
@@ -59,3 +70,30 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         """Return the keys of config.json, which has no ``load_as``."""
         table = {key: getattr(self, key) for key in ("quant_method", *_FOLDER_KEYS)}
         return {key: value for key, value in table.items() if value is not None or key not in _GRID_KEYS}
+
+
+class _KeepsLoadAs(PatchHolder):
+    """Makes ``from_pretrained`` keep ``load_as`` of a config that is passed to it, while the config exists.
+
+    transformers keeps only the loading settings of its config classes, and discards the user's config otherwise.
+    """
+
+    @classmethod
+    def change(cls) -> AbstractContextManager[object]:
+        def keeping(merge: Callable[..., object]) -> Callable[..., object]:
+            return staticmethod(_with_load_as(merge))
+
+        return patched(auto.AutoHfQuantizer, "merge_quantization_configs", keeping)
+
+
+def _with_load_as(merge: Callable[..., object]) -> Callable[..., object]:
+    @functools.wraps(merge)
+    def merged(quantization_config: object, quantization_config_from_args: object = None) -> object:
+        if isinstance(quantization_config_from_args, PackedWeightsConfig):
+            config = merge(quantization_config, None)
+            if isinstance(config, PackedWeightsConfig):
+                config.load_as = quantization_config_from_args.load_as
+                return config
+        return merge(quantization_config, quantization_config_from_args)
+
+    return merged

@@ -29,7 +29,6 @@ from pst_ds.hf.weight_files import (
 )
 from pst_ds.runtime import sparse_layers
 from pst_ds.storage_format import storage_format
-from pst_ds.third_party import patch
 from pst_ds.writing.encoding import ExportError, encoding_of_config
 
 DeviceMap = dict[str, object] | None
@@ -190,27 +189,8 @@ def _is_on_cpu(device_map: object) -> bool:
 
 
 def register() -> None:
-    """Register the config and the quantizer with transformers, once per process."""
+    """Register the config and the quantizer with transformers, once per process, as its plug-ins do."""
     if QUANT_METHOD in auto.AUTO_QUANTIZER_MAPPING and QUANT_METHOD in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         return
     auto.register_quantization_config(QUANT_METHOD)(PackedWeightsConfig)
     auto.register_quantizer(QUANT_METHOD)(PackedWeightsQuantizer)
-    patch(auto.AutoHfQuantizer, "merge_quantization_configs", lambda merge: staticmethod(_with_load_as(merge)))
-
-
-def _with_load_as(merge: Callable[..., object]) -> Callable[..., object]:
-    """Wrap transformers' ``merge_quantization_configs`` so that it keeps ``load_as`` of the user's config.
-
-    transformers keeps only the loading settings of its config classes, and discards the user's config otherwise.
-    """
-
-    @functools.wraps(merge)
-    def merged(quantization_config: object, quantization_config_from_args: object = None) -> object:
-        if isinstance(quantization_config_from_args, PackedWeightsConfig):
-            config = merge(quantization_config, None)
-            if isinstance(config, PackedWeightsConfig):
-                config.load_as = quantization_config_from_args.load_as
-                return config
-        return merge(quantization_config, quantization_config_from_args)
-
-    return merged

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from pst_ds.parallel.ds_config import validate_deepspeed_config
 from pst_ds.parallel.master_adamw import MasterAdamW
 from pst_ds.parallel.ranks import all_gather_objects, is_main
 from pst_ds.parallel.steps import torch_optimizer, unwrapped
-from pst_ds.third_party import require
+from pst_ds.third_party import PatchHolder, appended, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +41,16 @@ class _LogFigures(TrainerCallback):
         if isinstance(saver, _SavesAdapterState) and "loss" in logs:  # of training steps
             for entry in (logs, state.log_history[-1]):  # trainer_state.json keeps the latter
                 entry.update(saver.figures)
+
+
+class _LogsFigures(PatchHolder):
+    """Makes every Trainer that is created have :class:`_LogFigures`, while a PSTCallback exists."""
+
+    @classmethod
+    def change(cls) -> AbstractContextManager[object]:
+        from transformers import trainer
+
+        return appended(require(trainer, "DEFAULT_CALLBACKS"), _LogFigures)
 
 
 class PSTCallback(_LogFigures, ExportableState):
@@ -89,11 +100,7 @@ class PSTCallback(_LogFigures, ExportableState):
             _cubic(1, **fields)  # rejects bad fields now
         self._masks: MaskUpdater | None = None
         self._came_with_trainer = False
-        from transformers import trainer
-
-        callbacks = require(trainer, "DEFAULT_CALLBACKS")
-        if _LogFigures not in callbacks:
-            callbacks.append(_LogFigures)
+        self._logs_figures = _LogsFigures()
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Reject what masks cannot train with, and let the model read and write adapter checkpoints."""

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import wraps
 from typing import Any, Protocol, Self, TypeAlias
 
@@ -16,12 +16,14 @@ from pst_ds.errors import InputError
 from pst_ds.json_text import JsonObject
 from pst_ds.parallel import sharding
 from pst_ds.parallel.master_adamw import MasterAdamW
-from pst_ds.third_party import Code, patch, require
+from pst_ds.third_party import Code, PatchHolder, patched, require
 
 ParamGroup: TypeAlias = dict[str, Any]
 """A parameter group of torch's optimizers."""
 _OMITS_FROZEN = "pst_leaves_out_frozen"
-_UNTIMED = "pst_untimed"
+"""Attribute of a model whose frozen parameters are not saved."""
+_TIMED = "pst_timed"
+"""Attribute of an engine: what undoes its :func:`time_waits`."""
 
 
 class Engine(Protocol):
@@ -181,6 +183,7 @@ def release(engine: Engine) -> None:
     """Free the weights and the optimizer state of an engine; DeepSpeed keeps every ZeRO-3 model of a process alive."""
     if isinstance(engine, LocalEngine):
         return
+    _stop_timing(engine)
     params = list(engine.module.parameters())
     engine.destroy()  # type: ignore[attr-defined]
     for param in params:
@@ -204,54 +207,69 @@ def free_released() -> None:
 def time_waits(engine: Engine, timing: Callable[[], AbstractContextManager[None]]) -> None:
     """Make ``engine`` enter ``timing()`` whenever it waits for other ranks, instead of an earlier call's.
 
+    :func:`release` of the engine undoes it.
+
     On a GPU that is the time for which its stream waits. It excludes gradients that DeepSpeed reduces within a backward
     pass, but ranks that gather weights there are never far apart. Raises ThirdPartyError.
     """
     if isinstance(engine, LocalEngine):
         return
+    _stop_timing(engine)
 
     def timed(action: Code) -> Code:
-        untimed: Code = getattr(action, _UNTIMED, action)
-
-        @wraps(untimed)
+        @wraps(action)
         def within(*args: object, **kwargs: object) -> object:
             with timing():
-                return untimed(*args, **kwargs)
+                return action(*args, **kwargs)
 
-        setattr(within, _UNTIMED, untimed)
         return within
 
-    patch(engine, "allreduce_gradients", timed)
+    changes = ExitStack()
+    changes.enter_context(patched(engine, "allreduce_gradients", timed))
     if any(map(sharding.is_partitioned, engine.module.parameters())):
         offload = require(engine.optimizer, "parameter_offload")
-        patch(require(offload, "param_coordinator"), "fetch_sub_module", timed)
+        changes.enter_context(patched(require(offload, "param_coordinator"), "fetch_sub_module", timed))
+    setattr(engine, _TIMED, changes)
+
+
+def _stop_timing(engine: Engine) -> None:
+    """Undo :func:`time_waits`, if it was called."""
+    changes = vars(engine).pop(_TIMED, None)
+    if changes is not None:
+        changes.close()
 
 
 def omit_frozen(model: nn.Module) -> None:
     """Omit frozen parameters from ``save_checkpoint`` of every DeepSpeed engine of ``model``, unless told otherwise.
 
     HF Trainer only does so for PEFT's models, and a callback cannot access the engine. Does nothing if DeepSpeed is not
-    imported yet. Raises ThirdPartyError.
+    imported yet. :func:`keep_frozen`, or the end of the model's life, undoes it. Raises ThirdPartyError.
     """
-    setattr(model, _OMITS_FROZEN, True)
-    if "deepspeed" not in sys.modules:
-        return
-    from deepspeed import DeepSpeedEngine
-
-    def without_frozen(save_checkpoint: Code) -> Code:
-        @wraps(save_checkpoint)
-        def saves(self: Engine, *args: object, **kwargs: object) -> object:
-            if hasattr(self.module, _OMITS_FROZEN):
-                kwargs.setdefault("exclude_frozen_parameters", True)
-            return save_checkpoint(self, *args, **kwargs)
-
-        setattr(saves, _OMITS_FROZEN, True)
-        return saves
-
-    if not hasattr(DeepSpeedEngine.save_checkpoint, _OMITS_FROZEN):
-        patch(DeepSpeedEngine, "save_checkpoint", without_frozen)
+    if "deepspeed" in sys.modules:
+        setattr(model, _OMITS_FROZEN, _OmitsFrozen())
 
 
 def keep_frozen(model: nn.Module) -> None:
     """Undo :func:`omit_frozen`."""
-    vars(model).pop(_OMITS_FROZEN, None)
+    holder = vars(model).pop(_OMITS_FROZEN, None)
+    if holder is not None:
+        holder.close()
+
+
+class _OmitsFrozen(PatchHolder):
+    """Makes DeepSpeed's engines omit the frozen parameters of models that have the attribute."""
+
+    @classmethod
+    def change(cls) -> AbstractContextManager[object]:
+        from deepspeed import DeepSpeedEngine
+
+        def without_frozen(save_checkpoint: Code) -> Code:
+            @wraps(save_checkpoint)
+            def saves(self: Engine, *args: object, **kwargs: object) -> object:
+                if hasattr(self.module, _OMITS_FROZEN):
+                    kwargs.setdefault("exclude_frozen_parameters", True)
+                return save_checkpoint(self, *args, **kwargs)
+
+            return saves
+
+        return patched(DeepSpeedEngine, "save_checkpoint", without_frozen)

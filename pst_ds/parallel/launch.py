@@ -87,8 +87,6 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
     """
     import torch.distributed as dist
 
-    from pst_ds.parallel import traffic
-
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing and launch.world_size > 1 and not dist.is_initialized():
         raise InputError(
@@ -96,7 +94,6 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
             "the deepspeed launcher, torchrun or a script in launch/"
         )
     use_cpu_without_accelerator()
-    traffic.start(launch.node_size)
     _prepare_connections(launch.world_size)
     if launch.world_size > FEW_RANKS and launch.rank == 0:
         _start_store_server()  # it takes as long as the imports below

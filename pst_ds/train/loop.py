@@ -126,6 +126,10 @@ class Loop:
 
         Raises DivergedError on every rank.
         """
+        with traffic.counting(self.context.launch.node_size):
+            yield from self._counted_steps(state)
+
+    def _counted_steps(self, state: LoopState) -> Iterator[LoopState]:
         engine = self.engine
         engine.train()
         if self.scores is not None:
