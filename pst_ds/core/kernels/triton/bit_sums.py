@@ -1,10 +1,14 @@
 """Place, count and checksum the mask bits of many shards at once.
 
 A few launches for all by kernels, few operations for all in torch.
+
+Layout: bits are bytes, little-endian, in the order of :mod:`pst_ds.core.bits`. Those of all shards are placed in one
+array of int32 words, in which each shard starts at a word. Tables for the kernels are (items, numbers) int64, one row
+per matrix or shard, in the order of bit_kernels.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -42,36 +46,57 @@ class BitsOfShard:
     matrices: Sequence[MatrixBits]
 
 
+@dataclass
+class _Launch:
+    """Matrices that one launch places."""
+
+    rows: list[list[int]] = field(default_factory=list)
+    """Their rows of the kernel's table."""
+    programs: list[int] = field(default_factory=list)
+    """Programs for each."""
+
+
 def placed_bits(shards: Sequence[BitsOfShard], device: torch.device) -> list[Tensor]:
     """Return the bits of each shard, (num_bytes,) uint8, by kernels. Bits of no matrix are 0."""
     from pst_ds.core.kernels.triton import bit_kernels as kernels
 
     if not shards:
         return []
-    sizes = [blocks(shard.num_bytes, 4) for shard in shards]
+    sizes = [blocks(shard.num_bytes, 4) for shard in shards]  # in words
     words = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
     first_words = [0, *accumulate(sizes)]
-    kinds: dict[tuple[bool, tuple[int, int]], list[tuple[list[int], int]]] = {}
+    kinds: dict[tuple[bool, tuple[int, int]], _Launch] = {}
+    # first_words has one number more, the end
     for shard, first_word in zip(shards, first_words, strict=False):
-        for one in shard.matrices:
-            rect = one.rect
-            length = one.row_length
-            start = shard.start
-            first = max(0, rect.r0 * length - start)
+        start = shard.start
+        for matrix in shard.matrices:
+            rect = matrix.rect
+            length = matrix.row_length
+            matrix_start = rect.r0 * length
+            # flat places in the shard, between which the matrix has weights
+            first = max(0, matrix_start - start)
             end = min(shard.stop, rect.r1 * length) - start
-            in_order = one.unit == (1, 1) and rect.c1 - rect.c0 == length
-            skip = one.lead - one.first_unit + (max(0, start - rect.r0 * length) if in_order else 0)
-            numbers = [one.bits.data_ptr(), one.bits.numel(), words.data_ptr() + 4 * first_word, skip, first, end]
-            numbers += [start - rect.r0 * length, rect.c0, length, rect.c1 - rect.c0]
+            # bits of whole rows have the order of the shard, and are copied as words
+            in_order = matrix.unit == (1, 1) and rect.c1 - rect.c0 == length
+            skip = matrix.lead - matrix.first_unit
+            if in_order:
+                skip += max(0, start - matrix_start)
+            numbers = [matrix.bits.data_ptr(), matrix.bits.numel(), words.data_ptr() + 4 * first_word, skip, first, end]
+            numbers += [start - matrix_start, rect.c0, length, rect.c1 - rect.c0]
             num_words = blocks(end, 32) - first // 32 if first < end else 0
-            kinds.setdefault((in_order, one.unit), []).append((numbers, blocks(num_words, kernels.WORDS)))
-    for (in_order, unit), some in kinds.items():
-        table = upload(torch.tensor([numbers for numbers, _ in some]), device)
-        starts, mask = programs_of([count for _, count in some], device)
+            kind = kinds.setdefault((in_order, matrix.unit), _Launch())
+            kind.rows.append(numbers)
+            kind.programs.append(blocks(num_words, kernels.WORDS))
+    for (in_order, unit), kind in kinds.items():
+        table = upload(torch.tensor(kind.rows), device)
+        starts, matrix_of = programs_of(kind.programs, device)
         units: dict[str, Any] = {"UNIT_ROWS": unit[0], "UNIT_COLS": unit[1]}
-        launch(kernels.place, (len(mask),), table, starts, mask, IN_ORDER=in_order, WORDS=kernels.WORDS, **units)
-    ends = zip(first_words, shards, strict=False)
-    return [words[first:].view(torch.uint8)[: shard.num_bytes] for first, shard in ends]
+        grid = (len(matrix_of),)
+        launch(kernels.place, grid, table, starts, matrix_of, IN_ORDER=in_order, WORDS=kernels.WORDS, **units)
+    placed = []
+    for first_word, shard in zip(first_words, shards, strict=False):
+        placed.append(words[first_word:].view(torch.uint8)[: shard.num_bytes])
+    return placed
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,28 +121,36 @@ def replace_bits(shards: Sequence[ShardBits]) -> Tensor:
     if serves(device):
         _launch(shards, sums)
         return sums
-    together = [i for i, s in enumerate(shards) if device.type != "cpu" and s.start % 8 == 0]
-    for i in set(range(len(shards))).difference(together):
-        s = shards[i]
-        sums[i, :2] = count_bits(s.before, s.after)
-        sums[i, 2] = checksum(s.after, s.count, s.start, s.seed)
+    together = []
+    for i, shard in enumerate(shards):
+        if device.type != "cpu" and shard.start % 8 == 0:
+            together.append(i)
+        else:
+            sums[i, :2] = count_bits(shard.before, shard.after)
+            sums[i, 2] = checksum(shard.after, shard.count, shard.start, shard.seed)
     for run in runs_of([shards[i].after.numel() for i in together], _AT_A_TIME):
-        some = [together[i] for i in run]
-        _sum_together([shards[i] for i in some], [sums[i] for i in some])
-    for s in shards:
-        if s.after is not s.before:
-            s.before.copy_(s.after)
+        chosen = [together[i] for i in run]
+        _sum_together([shards[i] for i in chosen], [sums[i] for i in chosen])
+    for shard in shards:
+        if shard.after is not shard.before:
+            shard.before.copy_(shard.after)
     return sums
 
 
 def _launch(shards: Sequence[ShardBits], sums: Tensor) -> None:
     from pst_ds.core.kernels.triton import bit_kernels as kernels
 
-    rows = [[s.before.data_ptr(), s.after.data_ptr(), s.before.numel(), s.count, s.start, s.seed] for s in shards]
-    programs = [blocks(max(s.before.numel(), blocks(s.start % 8 + s.count, 8)), kernels.SIZE) for s in shards]
-    starts, mask = programs_of(programs, sums.device)
+    rows = []
+    programs = []
+    for shard in shards:
+        num_bytes = shard.before.numel()
+        rows.append([shard.before.data_ptr(), shard.after.data_ptr(), num_bytes, shard.count, shard.start, shard.seed])
+        # the checksum is over bytes of the whole mask, one more than the shard's where its first bit is inside a byte
+        hashed_bytes = blocks(shard.start % 8 + shard.count, 8)
+        programs.append(blocks(max(num_bytes, hashed_bytes), kernels.SIZE))
+    starts, shard_of = programs_of(programs, sums.device)
     table = upload(torch.tensor(rows), sums.device)
-    launch(kernels.replace_bits, (len(mask),), table, starts, mask, sums, SIZE=kernels.SIZE)
+    launch(kernels.replace_bits, (len(shard_of),), table, starts, shard_of, sums, SIZE=kernels.SIZE)
 
 
 def _sum_together(shards: Sequence[ShardBits], sums: Sequence[Tensor]) -> None:
@@ -129,8 +162,13 @@ def _sum_together(shards: Sequence[ShardBits], sums: Sequence[Tensor]) -> None:
     for shard, out in zip(shards, numbers.split(sizes), strict=True):
         first = shard.start // 8 + shard.seed + 1
         torch.arange(first, first + out.numel(), out=out)
-    columns = [(unpack_shard(bits, 8 * bits.numel()), 8) for bits in (differ, after)]
-    columns.append((splitmix64(numbers).mul_(after), 1))
+    # values to add, and how many there are per byte
+    columns = [
+        (unpack_shard(differ, 8 * differ.numel()), 8),
+        (unpack_shard(after, 8 * after.numel()), 8),
+        (splitmix64(numbers).mul_(after), 1),
+    ]
     for column, (values, width) in enumerate(columns):
-        for part, out in zip(values.split([width * size for size in sizes]), sums, strict=True):
+        lengths = [width * size for size in sizes]
+        for part, out in zip(values.split(lengths), sums, strict=True):
             torch.sum(part, 0, dtype=torch.int64, out=out[column])

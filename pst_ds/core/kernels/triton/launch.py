@@ -49,13 +49,16 @@ def launch(kernel: Any, grid: Grid, *args: object, num_warps: int = 4, fuse: boo
         return
     assert isinstance(args[0], Tensor)
     device = args[0].device
+    # Triton launches on the current device, which need not be that of the tensors
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=fuse, **constants)
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
     """Copy numbers from the host to ``device`` without waiting for it."""
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+    if device.type == "cuda":
+        values = values.pin_memory()  # a copy from pageable memory would wait
+    return values.to(device, non_blocking=True)
 
 
 def programs_of(counts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -64,6 +67,7 @@ def programs_of(counts: Sequence[int], device: torch.device) -> tuple[Tensor, Te
     Returns the first program of each, (n + 1,) int64, and whom every program serves, (sum of counts,) int32.
     """
     starts = upload(torch.tensor([0, *accumulate(counts)]), device)
+    # the search runs on the device: a list from the host would have as many entries as there are programs
     programs = torch.arange(sum(counts), device=device)
     return starts, torch.searchsorted(starts[1:], programs, right=True, out_int32=True)
 

@@ -49,9 +49,13 @@ def supports(dtype: torch.dtype | None, numel: int, num_shards: int) -> bool:
     ``dtype``: None for quantised weights. Shards may start at any bit. Requires a device that
     :func:`pst_ds.core.kernels.triton.launch.serves` names.
     """
+    if dtype not in _DTYPES:
+        return False
     per_shard = shard_numel(numel, num_shards)
-    fits = 8 <= per_shard < _MOST_PER_SHARD and num_shards < _MOST_SHARDS  # eight weights lie in at most two shards
-    return dtype in _DTYPES and (num_shards == 1 or per_shard % 8 == 0 or fits)
+    if num_shards == 1 or per_shard % 8 == 0:
+        return True
+    # eight weights of a vector then lie in at most two shards
+    return 8 <= per_shard < _MOST_PER_SHARD and num_shards < _MOST_SHARDS
 
 
 def kernel_mask(weight: object, bits: Tensor, shape: tuple[int, int], num_shards: int) -> MaskBits | None:
@@ -102,7 +106,15 @@ def merge_layer(weight: Tensor, mask: MaskBits, layout: WeightLayout, factors: F
     tile = tile_factors(factors, layout, matrix, matrix.rect)
     merged = torch.empty_like(weight)
     block = kernels.TILE_ROWS, kernels.TILE_COLS
-    grid, arguments, shapes = _merged(weight, mask, matrices, tile, constants, block, matrices.count > 1)
+    grid, arguments, shapes = _merged(
+        weight=weight,
+        mask=mask,
+        matrices=matrices,
+        tile=tile,
+        constants=constants,
+        block=block,
+        has_many=matrices.count > 1,
+    )
     launch(kernels.merge, grid, *arguments, merged, merged.stride(0), fuse=True, **shapes)
     return merged
 
@@ -130,18 +142,30 @@ def gradients_into(
     from pst_ds.core.kernels.triton import merge_kernels as kernels
 
     grid, arguments, shapes = _merged(
-        weight, mask, matrices, tile, constants, (kernels.GRADIENT_ROWS, kernels.GRADIENT_COLS), ends is not None
+        weight=weight,
+        mask=mask,
+        matrices=matrices,
+        tile=tile,
+        constants=constants,
+        block=(kernels.GRADIENT_ROWS, kernels.GRADIENT_COLS),
+        has_many=ends is not None,
     )
     first_expert = 0 if ends is None else matrices.first // matrices.expert_step
-    norms = [n if n is None else n.float().contiguous() for n in (tile.row_norms, tile.col_norms)]
-    norm_step = next((n.numel() for n in norms if n is not None), 0)
-    alike, each = (0.0, factor) if isinstance(factor, Tensor) else (factor, None)
-    outputs = (part for out in (merged, scores, updates) for part in (out, 0 if out is None else out.stride(0)))
-    shapes |= {"HAS_MAGNITUDE": each is not None or alike != 0.0}
-    launch(
-        kernels.gradients, grid, *arguments, grad, grad.stride(0), *norms, norm_step, alike, each, ends, first_expert,
-        *outputs, fuse=True, **shapes,
-    )  # fmt: skip
+    arguments += [grad, grad.stride(0)]
+    norm_step = 0  # from the norms of a matrix to those of the next
+    for norms in (tile.row_norms, tile.col_norms):
+        if norms is not None:
+            norms = norms.float().contiguous()
+            norm_step = norm_step or norms.numel()
+        arguments.append(norms)
+    # a factor for all matrices is an argument by value, one per matrix is in memory
+    common_factor = 0.0 if isinstance(factor, Tensor) else factor
+    factors = factor if isinstance(factor, Tensor) else None
+    arguments += [norm_step, common_factor, factors, ends, first_expert]
+    for output in (merged, scores, updates):
+        arguments += [output, 0 if output is None else output.stride(0)]
+    shapes |= {"HAS_MAGNITUDE": factors is not None or common_factor != 0.0}
+    launch(kernels.gradients, grid, *arguments, fuse=True, **shapes)
 
 
 def _merged(
@@ -158,18 +182,23 @@ def _merged(
 
     left = tile.update_left
     right = tile.update_right
-    m = matrices
-    grid = blocks(m.shape[0], block[0]), blocks(m.shape[1], block[1]), m.count
+    grid = blocks(matrices.shape[0], block[0]), blocks(matrices.shape[1], block[1]), matrices.count
     # without a pad it does not matter where shards end
     per_shard = mask.per_shard if mask.pad else _MOST_PER_SHARD
-    arguments: list[object] = [weight, weight.stride(0), *m.shape, mask.bits, m.first, mask.width]
+    arguments: list[object] = [weight, weight.stride(0), *matrices.shape, mask.bits, matrices.first, mask.width]
     arguments += [per_shard, mask.pad, mask.bits.numel()]
-    steps: list[object] = [m.parts, m.expert_step, m.part_step] if has_many else [None] * 3
-    aligned = mask.is_aligned and all(at % 8 == 0 for at in (m.first, m.expert_step, m.part_step))
+    # None removes the arithmetic for several matrices from the compiled kernel
+    steps: list[object] = [None, None, None]
+    if has_many:
+        steps = [matrices.parts, matrices.expert_step, matrices.part_step]
+    starts = (matrices.first, matrices.expert_step, matrices.part_step)
+    aligned = mask.is_aligned and all(at % 8 == 0 for at in starts)
     shapes: dict[str, int] = {"ALIGNED": aligned, "RANK": 0, "ROWS": block[0], "COLS": block[1]}
     if left is None or right is None:
         return grid, [*arguments, None, 0, 0, None, 0, 0, 0.0, 0, *steps, None, None], shapes
     rank = right.shape[0]
-    arguments += [left, *left.stride(), right, *right.stride(), constants.beta, rank]
-    arguments += [*steps, *([left.numel(), right.numel()] if has_many else [None, None])]
-    return grid, arguments, shapes | {"RANK": max(kernels.LEAST_RANK, 1 << (rank - 1).bit_length())}
+    arguments += [left, *left.stride(), right, *right.stride(), constants.beta, rank, *steps]
+    arguments += [left.numel(), right.numel()] if has_many else [None, None]  # from a matrix's factors to the next's
+    # a tile's inner size is a power of two; components beyond the rank are read as zeros
+    shapes["RANK"] = max(kernels.LEAST_RANK, 1 << (rank - 1).bit_length())
+    return grid, arguments, shapes

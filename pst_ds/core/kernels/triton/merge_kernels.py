@@ -1,6 +1,20 @@
 """Kernels of a layer's turn: the merged weight, and what its backward pass makes of a gradient, each in one pass.
 
 A weight's product U V is a separate matrix product, summed in fp32; W0 is added in fp32 and the sum rounded once.
+
+Layout of the data; a program computes a tile of ROWS x COLS weights, and the third axis of the grid counts matrices:
+
+* ``weight_ptr``, ``grad_ptr``, ``merged_ptr``, ``out_ptr``: (rows, cols) fp16, bf16 or fp32 as the layer stores it,
+  columns contiguous, rows ``*_row`` elements apart. Matrix n starts at the offset of :func:`_start`.
+* ``scores_ptr``, ``updates_ptr``: as these, but one matrix below the other.
+* ``bits``: the whole mask in shards (:mod:`pst_ds.core.bits`), little-endian, addressed by flat position in the stored
+  weight: ``first`` for the first matrix, and rows of the stored weight have ``width`` bits.
+* ``left``, ``right``: U and V, or V' and U' if the layer is transposed, with strides of rows (columns) and ranks; the
+  factors of the next matrix follow ``left_step`` and ``right_step`` elements later. RANK is the rank, padded to a
+  power of two; components beyond ``rank`` are zeros.
+
+Elements of a tile beyond the edges of its matrix are masked in every load and store. Nothing is shared between
+programs, so a tile may be merged in place.
 """
 
 from __future__ import annotations

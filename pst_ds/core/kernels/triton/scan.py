@@ -24,32 +24,34 @@ class KernelScans:
         self._matrices = matrices
         self._device = matrices[0].values.device
         table = Table(matrices)
-        words = torch.tensor([blocks(n, 32 * kernels.WORDS) for n in (m.num_bits for m in matrices)])
+        # blocks of each matrix: of words of bits, and of keys inside
+        words = torch.tensor([blocks(m.num_bits, 32 * kernels.WORDS) for m in matrices])
         keys = torch.tensor([blocks(room, kernels.KEYS) for room in rooms])
-        self._first_word = [kernels.WORDS * first for first in (words.cumsum(0) - words).tolist()]
-        own = torch.tensor([m.own_bits for m in matrices])
-        none = torch.zeros_like(words)
-        columns = [words.cumsum(0) - words, keys.cumsum(0) - keys, torch.tensor(rooms), *own.unbind(1), none, none]
+        first_words = words.cumsum(0) - words
+        first_keys = keys.cumsum(0) - keys
+        self._first_word = (kernels.WORDS * first_words).tolist()
+        counted_bits = torch.tensor([m.own_bits for m in matrices])  # (matrices, 2)
+        zero = torch.zeros_like(words)  # the kernels count here
+        # in the order of the constants of cut_kernels.py
+        columns = [first_words, first_keys, torch.tensor(rooms), *counted_bits.unbind(1), zero, zero]
         numbers = torch.arange(len(matrices))
         tables = [
             torch.stack(columns, 1),
             numbers.repeat_interleave(words),
             numbers.repeat_interleave(keys),
             torch.tensor(brackets).view(-1, 2),
-            own.diff(dim=1),
+            counted_bits.diff(dim=1),
         ]
         sizes = [part.numel() for part in tables]
         # one copy to the device for all tables
-        there = upload(torch.cat([part.flatten() for part in tables]).int(), self._device).split(sizes)
-        self._table = there[0].view(-1, kernels.COLUMNS)
-        self._of_words = there[1]
-        self._of_keys = there[2]
+        uploaded = upload(torch.cat([part.flatten() for part in tables]).int(), self._device)
+        table_numbers, self._of_words, self._of_keys, bracket_ends, self._num_own = uploaded.split(sizes)
+        self._table = table_numbers.view(-1, kernels.COLUMNS)
         num_words = int(words.sum()) * kernels.WORDS
         self.above, self.inside = torch.zeros(2, num_words, dtype=torch.int32, device=self._device)
         self._counts = torch.zeros(len(matrices), 3, dtype=torch.int64, device=self._device)
-        self._num_own = there[4]
-        first_words = self._table[:, kernels.FIRST_WORDS].contiguous()
-        _sort(table, there[3], first_words, self.above, self.inside, self._counts)
+        words_on_device = self._table[:, kernels.FIRST_WORDS].contiguous()
+        _sort(table, bracket_ends, words_on_device, self.above, self.inside, self._counts)
         self._index, self._keys = torch.empty(2, int(keys.sum()) * kernels.KEYS, dtype=torch.int32, device=self._device)
         launch(kernels.collect, (self._of_words.numel(),), self._table, self._of_words, self.inside, self._index)
         slots = self._table[:, kernels.FIRST_KEYS].long() * kernels.KEYS
@@ -67,8 +69,8 @@ class KernelScans:
         from pst_ds.core.kernels.triton import cut_kernels as kernels
 
         counts = torch.zeros(len(lows), bins, dtype=torch.int32, device=self._device)
-        there = upload(torch.tensor(lows, dtype=torch.int64), self._device)
-        args = (self._table, self._of_keys, self._keys, self._index, there, shift, counts)
+        lows_on_device = upload(torch.tensor(lows, dtype=torch.int64), self._device)
+        args = (self._table, self._of_keys, self._keys, self._index, lows_on_device, shift, counts)
         launch(kernels.histogram, (self._of_keys.numel(),), *args, BINS=bins)
         return counts.long()
 
@@ -76,8 +78,8 @@ class KernelScans:
         from pst_ds.core.kernels.triton import cut_kernels as kernels
 
         most = torch.iinfo(torch.int32).max
-        # Ties may exceed 32 bits, or be negative where lower ranks prune them all. A matrix here has fewer keys than
-        # ``most``, so the clamped numbers decide in the same way.
+        # Ties are negative where lower ranks prune them all. A matrix here has at most ``most`` keys (OwnKeys.fits), so
+        # numbers that are clamped to 32 bits decide in the same way.
         clamped = [max(-most, min(count, most)) for count in ties]
         cuts = torch.tensor([thresholds, clamped], dtype=torch.int32).t().contiguous()
         cuts = upload(cuts, self._device)
@@ -116,7 +118,8 @@ def _sort(table: Table, brackets: Tensor, words: Tensor, above: Tensor, inside: 
     sizes = {"WORD_BYTES": 4 * cut_kernels.WORDS}
     for kind, members in table.kinds.items():
         if kind.in_rows:
-            aligned = dict(zip(("ALIGNED", "ALIGNED_WEIGHT"), kind.aligned, strict=True))
+            factors_aligned, weights_aligned = kind.aligned
+            aligned = {"ALIGNED": factors_aligned, "ALIGNED_WEIGHT": weights_aligned}
             tile = {"ROWS": kernels.TILE_ROWS, "COLS": kernels.TILE_COLS}
             tiles = {i: table.matrices[i].num_tiles for i in members}
             table.launch(kernels.bracket_rows, kind, tiles, *outputs, **sizes, **tile, **aligned)
@@ -142,7 +145,8 @@ def _keys_at(
 def sample_keys(matrices: Sequence[OwnKeys], sizes: Sequence[int]) -> Tensor:
     """Return the keys of a sample of each matrix, one after another, (sum of sizes,) int32; 0 for other ranks' keys."""
     device = matrices[0].values.device
-    slots = upload(torch.tensor([[0, *accumulate(sizes)][: len(sizes)], sizes]), device)
+    first_slots = [0, *accumulate(sizes)][: len(sizes)]
+    slots = upload(torch.tensor([first_slots, sizes]), device)  # (2, matrices)
     keys = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
     _keys_at(Table(matrices), sizes, slots[0], slots[1], None, keys)
     return keys

@@ -1,4 +1,9 @@
-"""Patterns whose units are several weights, by kernels: keys of blocks and N:M groups, masks of N:M groups and rows."""
+"""Patterns whose units are several weights, by kernels: keys of blocks and N:M groups, masks of N:M groups and rows.
+
+Layout: keys are int32, one per unit, matrix after matrix. Bits are bytes as in the whole matrix: those of a matrix
+start at the byte of its first unit on this rank, after ``lead`` unused bits. ``slots`` has the place of each matrix's
+first key or byte, (matrices + 1,) int64. Sizes do not depend on the values of weights, so the host never waits.
+"""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -50,12 +55,13 @@ def keep_in_rows(matrices: Sequence[OwnKeys]) -> tuple[list[MatrixBits], Tensor]
     table, slots, bits, bad = _outputs(matrices)
     longest = max(m.width for m in matrices)
     rows = {i: len(m.rows) for i, m in enumerate(matrices)}
+    # programs that run concurrently; each needs a row of scratch, and does several rows in turn if there are more
     most = min(sum(rows.values()), max(1, _SCRATCH // longest))
     scratch = torch.empty(most * longest, dtype=torch.int32, device=slots.device)
     for kind, members in table.kinds.items():
-        own = {i: rows[i] for i in members}
-        args = sum(own.values()), scratch, longest, slots, bits, bad
-        table.launch(kernels.keep_in_rows, kind, own, *args, most=most, SIZE=kernels.ROW_SIZE)
+        programs = {i: rows[i] for i in members}
+        args = sum(programs.values()), scratch, longest, slots, bits, bad
+        table.launch(kernels.keep_in_rows, kind, programs, *args, most=most, SIZE=kernels.ROW_SIZE)
     return _masks(matrices, bits), bad
 
 
@@ -66,8 +72,8 @@ def _tiles(table: Table, members: set[int]) -> dict[int, int]:
 def _constants(table: Table, kind: Kind, members: set[int]) -> dict[str, Any]:
     assert kind.unit is not None, "a matrix without units"
     (rows, cols), lost, _ = kind.unit
-    tile = dict(zip(("ROWS", "COLS"), table.matrices[min(members)].tile_shape, strict=True))
-    return {"LOST": lost, "UNIT_ROWS": rows, "UNIT_COLS": cols, **tile}
+    tile_rows, tile_cols = table.matrices[min(members)].tile_shape  # the same for all matrices of a kind
+    return {"LOST": lost, "UNIT_ROWS": rows, "UNIT_COLS": cols, "ROWS": tile_rows, "COLS": tile_cols}
 
 
 def _outputs(matrices: Sequence[OwnKeys]) -> tuple[Table, Tensor, Tensor, Tensor]:
@@ -81,9 +87,16 @@ def _outputs(matrices: Sequence[OwnKeys]) -> tuple[Table, Tensor, Tensor, Tensor
 
 def _num_bytes(matrices: Sequence[OwnKeys]) -> list[int]:
     """Return how many bytes of the whole matrix have bits of its units on this rank."""
-    return [blocks(m.span[1], 8) - m.span[0] // 8 if m.span[0] < m.span[1] else 0 for m in matrices]
+    sizes = []
+    for matrix in matrices:
+        first, end = matrix.span
+        sizes.append(blocks(end, 8) - first // 8 if first < end else 0)
+    return sizes
 
 
 def _masks(matrices: Sequence[OwnKeys], bits: Tensor) -> list[MatrixBits]:
-    parts = zip(matrices, bits.split(_num_bytes(matrices)), strict=True)
-    return [MatrixBits(part, m.rect, m.row_length, first_unit=m.span[0], lead=m.span[0] % 8) for m, part in parts]
+    masks = []
+    for matrix, part in zip(matrices, bits.split(_num_bytes(matrices)), strict=True):
+        first = matrix.span[0]
+        masks.append(MatrixBits(part, matrix.rect, matrix.row_length, first_unit=first, lead=first % 8))
+    return masks

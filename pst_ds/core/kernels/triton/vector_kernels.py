@@ -2,6 +2,21 @@
 
 Lanes of a warp take as many steps as the lane with the most bits. A word without remaining bits uses place -1, where x
 has a zero.
+
+Layout of the data; a program is one warp, which computes one row of the weight times one vector:
+
+* ``bits_ptr``: (rows, columns / 32) int32, or (rows, ceil(columns / 8)) uint8 if rows do not end at a word; bit i of a
+  row keeps column i. A lane takes one word of 32 columns, a step of the warp 32 words.
+* ``values_ptr``: the kept values of all rows, row by row: floats, int8 codes, or two int4 codes per byte. Row r starts
+  at ``offsets_ptr[r]``, in values for floats and in bytes for codes. A lane finds the end of its values by a running
+  sum of the bits of the lanes before it.
+* ``scales_ptr``: (rows, GROUPS), a scale per GROUP_WORDS words of columns, or per row if that is 0.
+* ``x_ptr``: fp32, (words / WARP, X_ROWS, WARP) per vector. Row 0 has zeros; row 1 + p has, for each word, the x of its
+  column p. Neighbouring lanes thus read neighbouring addresses, if their places are equal.
+* ``y_ptr``: (vectors, rows), ``y_vector`` elements apart.
+
+Codes are loaded as whole aligned words, from the last code of a lane to its first. No load passes the word with the
+first code of the row, which for the first row starts ``lead`` bytes before ``values_ptr``.
 """
 
 from __future__ import annotations
