@@ -168,8 +168,8 @@ def tile_factors(factors: Factors, layout: WeightLayout, matrix: StoredMatrix, r
         if by_output is None or by_input is None:
             return None, None
         rank = by_output.shape[1]
-        outer = by_output[matrix.outputs][outputs]
-        inner = by_input[matrix.index * rank : (matrix.index + 1) * rank, inputs]
+        outer = by_output[matrix.outputs][outputs]  # (outputs, rank)
+        inner = by_input[matrix.index * rank : (matrix.index + 1) * rank, inputs]  # (rank, inputs)
         return (inner.t(), outer.t()) if layout.transposed else (outer, inner)
 
     score_left, score_right = pair(factors.A, factors.B)
@@ -177,22 +177,21 @@ def tile_factors(factors: Factors, layout: WeightLayout, matrix: StoredMatrix, r
     by_output = factors.R[matrix.outputs][outputs] if factors.R is not None else None
     by_input = factors.C[matrix.index, inputs] if factors.C is not None else None
     norms = factors.norms[matrix.inputs][inputs] if factors.norms is not None else None
-    score_rows, score_cols = (by_input, by_output) if layout.transposed else (by_output, by_input)
-    row_norms, col_norms = (norms, None) if layout.transposed else (None, norms)
     update = None
     if factors.update:
         parameters = {name: rows_of_matrix(value, matrix, layout) for name, value in factors.update.items()}
         num_outputs = layout.out_features // layout.num_matrices
         update = TileUpdate(parameters, Tile(outputs, inputs, num_outputs, layout.in_features), layout.transposed)
+    # rows of the stored weight are outputs, or inputs if it is transposed
     return TileFactors(
         score_left=score_left,
         score_right=score_right,
-        score_rows=score_rows,
-        score_cols=score_cols,
+        score_rows=by_input if layout.transposed else by_output,
+        score_cols=by_output if layout.transposed else by_input,
         update_left=update_left,
         update_right=update_right,
-        row_norms=row_norms,
-        col_norms=col_norms,
+        row_norms=norms if layout.transposed else None,
+        col_norms=None if layout.transposed else norms,
         update=update,
     )
 

@@ -111,14 +111,19 @@ def head_loss(
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grads = _Gradients(hidden, weight, readout, wants)
         for part in _slices(len(targets), sizes.rows(readout.weight.shape[0])):
-            own = _chosen(hidden, rows, part)
-            logits = readout.output(own)
-            taught = None if teacher is None else teacher.readout.output(_chosen(teacher.hidden, rows, part))
+            chunk = _chosen(hidden, rows, part)  # (rows, width)
+            logits = readout.output(chunk)  # (rows, classes)
+            taught = None
+            if teacher is not None:
+                taught = teacher.readout.output(_chosen(teacher.hidden, rows, part))
+            # overwrites the logits by their gradient: the largest tensor exists once
             total += _loss_of_chunk(logits, readout, targets[part], taught, teacher, sizes)
-            grads.add(part if rows is None else rows[part], own, logits)
+            grads.add(part if rows is None else rows[part], chunk, logits)
         return total, grads.tensors
 
-    return mean_with_gradients(compute, max(len(targets), 1) if count is None else count, hidden, weight, readout.bias)
+    if count is None:
+        count = max(len(targets), 1)
+    return mean_with_gradients(compute, count, hidden, weight, readout.bias)
 
 
 @torch.no_grad()
@@ -143,11 +148,19 @@ class _Gradients:
         bias = readout.bias
         self._readout = readout
         self._dtype = readout.weight.dtype
-        self._hidden = torch.zeros_like(hidden) if wants[0] else None
-        self._of_weight = None if weight is None or not wants[1] else torch.zeros_like(weight, dtype=torch.float32)
-        self._of_bias = None if bias is None or not wants[2] else torch.zeros_like(bias, dtype=torch.float32)
+        wants_hidden, wants_weight, wants_bias = wants
+        self._hidden: Tensor | None = None
+        self._of_weight: Tensor | None = None
+        self._of_bias: Tensor | None = None
+        if wants_hidden:
+            self._hidden = torch.zeros_like(hidden)
+        if wants_weight and weight is not None:
+            self._of_weight = torch.zeros_like(weight, dtype=torch.float32)
+        if wants_bias and bias is not None:
+            self._of_bias = torch.zeros_like(bias, dtype=torch.float32)
 
     def add(self, rows: Tensor | slice, hidden: Tensor, of_logits: Tensor) -> None:
+        """Add the terms of a chunk: its ``rows`` of the gradient of ``hidden``, and sums over these rows."""
         if self._hidden is not None:
             self._hidden[rows] = self._readout.of_hidden(of_logits)
         if self._of_weight is not None and self._dtype == torch.float32:
@@ -159,8 +172,10 @@ class _Gradients:
 
     @property
     def tensors(self) -> list[Tensor | None]:
-        of_weights = (None if t is None else t.to(self._dtype) for t in (self._of_weight, self._of_bias))
-        return [self._hidden, *of_weights]
+        tensors = [self._hidden]
+        for total in (self._of_weight, self._of_bias):
+            tensors.append(None if total is None else total.to(self._dtype))
+        return tensors
 
 
 def _chosen(hidden: Tensor, rows: Tensor | None, part: slice) -> Tensor:
@@ -174,7 +189,7 @@ def _loss_of_chunk(
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     for block in _slices(len(logits), sizes.rows_in_fp32(logits.shape[1])):
         final = readout.final(logits[block])
-        aims = targets[block].unsqueeze(1)
+        aims = targets[block].unsqueeze(1)  # (rows, 1)
         if teacher is None or taught is None:
             loss, gradient = loss_and_gradient(final, None, aims, 0.0, 1.0)
         else:

@@ -135,17 +135,17 @@ def _matrices(layout: WeightLayout) -> tuple[StoredMatrix, ...]:
     inputs = layout.in_features
     fused = layout.num_matrices // layout.num_experts
     width = layout.out_features // layout.num_matrices
-    found = []
+    matrices = []
     for i in range(layout.num_matrices):
         expert, part = divmod(i, fused)
         outputs = slice(i * width, (i + 1) * width)
-        own_inputs = slice(expert * inputs, (expert + 1) * inputs)
+        inputs_of_expert = slice(expert * inputs, (expert + 1) * inputs)
         if layout.transposed:
-            rect = Rect(own_inputs.start, own_inputs.stop, part * width, (part + 1) * width)
+            rect = Rect(inputs_of_expert.start, inputs_of_expert.stop, part * width, (part + 1) * width)
         else:
             rect = Rect(outputs.start, outputs.stop, 0, inputs)
-        found.append(StoredMatrix(i, rect, outputs, own_inputs))
-    return tuple(found)
+        matrices.append(StoredMatrix(i, rect, outputs, inputs_of_expert))
+    return tuple(matrices)
 
 
 def row_tiles(rect: Rect, max_elements: int) -> Iterator[Rect]:
@@ -168,7 +168,7 @@ def shard_tiles(whole: Rect, row_length: int, start: int, stop: int, max_element
     if first == last:
         pieces = [Rect(first, first + 1, head, tail)]
     else:
-        whole_from = first + (head > 0)
+        whole_from = first + (head > 0)  # the first whole row
         pieces = [
             Rect(first, whole_from, head, row_length),
             Rect(whole_from, last, 0, row_length),
@@ -183,8 +183,11 @@ def positions_before(rect: Rect, row_length: int, index: int) -> int:
     """Return how many weights of ``rect`` precede the flat ``index`` of a stored weight with rows of ``row_length``."""
     row, col = divmod(index, row_length)
     width = rect.c1 - rect.c0
-    within = min(max(0, col - rect.c0), width) if rect.r0 <= row < rect.r1 else 0
-    return (min(max(row, rect.r0), rect.r1) - rect.r0) * width + within
+    rows_above = min(max(row, rect.r0), rect.r1) - rect.r0
+    in_row = 0  # weights of the index's row to its left
+    if rect.r0 <= row < rect.r1:
+        in_row = min(max(0, col - rect.c0), width)
+    return rows_above * width + in_row
 
 
 def view_in_shard(shard: Tensor, rect: Rect, row_length: int, start: int) -> Tensor:

@@ -38,7 +38,9 @@ class Pattern:
     def __str__(self) -> str:
         if self.kind == "n:m":
             return f"{self.n}:{self.m}"
-        return f"{self.outputs}x{self.inputs}" if self.kind == "block" else self.kind
+        if self.kind == "block":
+            return f"{self.outputs}x{self.inputs}"
+        return self.kind
 
     @property
     def fixed_sparsity(self) -> float | None:
@@ -58,7 +60,9 @@ class Pattern:
 
     def require_fit(self, layout: WeightLayout) -> None:
         """Raise ValueError if units do not tile each matrix of ``layout``, naming the number that does not divide."""
-        outputs, inputs = reversed(self.unit(layout)) if layout.transposed else self.unit(layout)
+        outputs, inputs = self.unit(layout)
+        if layout.transposed:
+            outputs, inputs = inputs, outputs
         per_matrix = layout.out_features // layout.num_matrices
         if layout.in_features % inputs:
             raise ValueError(f"pattern {self} needs in_features divisible by {inputs}, got {layout.in_features}")
@@ -70,7 +74,7 @@ class Pattern:
         if stop <= start:
             return start, start
         rows, cols = self.unit(layout)
-        step = rows * layout.shape[1] if rows > 1 else cols
+        step = rows * layout.shape[1] if rows > 1 else cols  # taller units: whole rows of them
         return start // step * step, min(-(-stop // step) * step, layout.numel)
 
 

@@ -112,7 +112,10 @@ class CubicSchedule(ScheduleConfig):
     def solve_steps(self) -> tuple[int, ...]:
         """Steps after which masks are solved, in order; the last is the end of the ramp."""
         length = self.ramp_end - self.ramp_start
-        return tuple(sorted({self.ramp_start + -(-i * length // self.solves) for i in range(1, self.solves + 1)}))
+        steps = set()  # a ramp shorter than the number of solves has fewer steps
+        for solve in range(1, self.solves + 1):
+            steps.add(self.ramp_start + -(-solve * length // self.solves))
+        return tuple(sorted(steps))
 
     def sparsity_at(self, step: int) -> float:
         """Return v_f + (v_i - v_f) (1 - progress)^3 at the latest mask update up to ``step``."""
@@ -253,10 +256,14 @@ def _require_numbers(schedule: Any) -> None:
     """Raise ValueError for a field of a ``schedule`` that is not a number, or not a whole one where it counts."""
     for field in fields(schedule):
         value = getattr(schedule, field.name)
-        counts = field.type is int
-        is_number = isinstance(value, Integral if counts else Real) and not isinstance(value, bool)
-        if not is_number:
-            raise ValueError(f"{field.name} = {value!r} must be {'a whole number' if counts else 'a number'}")
+        kind: type = Real
+        wanted = "a number"
+        if field.type is int:
+            kind = Integral
+            wanted = "a whole number"
+        # numbers of numpy are allowed; True, an int in Python, is not
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{field.name} = {value!r} must be {wanted}")
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
@@ -331,10 +338,13 @@ def default_learning_rates(
     """
     length = min(max((USUAL_STEPS / num_steps) ** STEPS_POWER, _LEAST), _MOST)
     narrower = min(1.0, _WIDTH / width)
-    names = [field.name for field in fields(LearningRates)]
-    factors = {name: length * (1.0 if name == "scores" else narrower) for name in names}
-    few = predicts_tokens or 0 < num_labels <= FEW_LABELS
-    passes = max(1.0, epochs / (_PASSES_OF_FEW if few else _PASSES_OF_MANY))
-    factors["embeddings"] *= max(passes**-_EPOCHS_POWER, _LEAST_OF_EMBEDDINGS)
+    overfits_soon = predicts_tokens or 0 < num_labels <= FEW_LABELS
+    passes = max(1.0, epochs / (_PASSES_OF_FEW if overfits_soon else _PASSES_OF_MANY))
     measured = _OF_TOKENS if predicts_tokens else _MEASURED
-    return LearningRates(**{name: getattr(measured, name) * factor for name, factor in factors.items()})
+    rates = {}
+    for field in fields(LearningRates):
+        factor = length * (1.0 if field.name == "scores" else narrower)
+        if field.name == "embeddings":
+            factor *= max(passes**-_EPOCHS_POWER, _LEAST_OF_EMBEDDINGS)
+        rates[field.name] = getattr(measured, field.name) * factor
+    return LearningRates(**rates)

@@ -67,7 +67,8 @@ def add_learned_scores_(scores: Tensor, tile: TileFactors, constants: Constants,
     ``scratch``: a tensor like ``scores`` whose values may be overwritten.
     """
     # Terms are added to the scores one by one, as kernels do: adding their sum would round differently.
-    scratch = torch.empty_like(scores) if scratch is None else scratch
+    if scratch is None:
+        scratch = torch.empty_like(scores)
     add_low_rank_(scores, tile.score_left, tile.score_right, constants.alpha1, scratch)
     if tile.score_rows is not None:
         scores.add_((tile.score_rows * constants.alpha2).unsqueeze(1))
@@ -104,16 +105,23 @@ def merge_natively(
     Sums are fp32, in the order of the components, and rounded once: bit-identical in any rectangle, while torch may sum
     in another order. ``out`` may be ``weight``. Without a ``mask`` every weight is kept.
     """
-    native, left, right = merges(), tile.update_left, tile.update_right
+    native = merges()
+    left = tile.update_left
+    right = tile.update_right
     assert native is not None
     assert left is not None
     assert right is not None
-    width = 0 if mask is None else mask.width
-    bits = None if mask is None else mask.bits[(rect.r0 * width + rect.c0) // 8 :]
-    strides = [torch.tensor(matrix.stride()) for matrix in (left, right)]
+    bits = None
+    row_bytes = 0
+    if mask is not None:
+        # rows of the rectangle start at byte boundaries: see MaskBits.holds
+        bits = mask.bits[(rect.r0 * mask.width + rect.c0) // 8 :]
+        row_bytes = mask.width // 8
+    left_strides = torch.tensor(left.stride())
+    right_strides = torch.tensor(right.stride())
     native.pst_merge(
-        weight, weight.stride(0), out, out.stride(0), *weight.shape, left, strides[0], right, strides[1],
-        right.shape[0], constants.beta, bits, width // 8, torch.get_num_threads(),
+        weight, weight.stride(0), out, out.stride(0), *weight.shape, left, left_strides, right, right_strides,
+        right.shape[0], constants.beta, bits, row_bytes, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -129,7 +137,8 @@ def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out:
         return weight.clone() if out is None else out.copy_(weight)
     in_rows = out is None or out.stride(-1) == 1
     if in_rows and merges_natively(weight, tile.update_left, tile.update_right):
-        out = torch.empty_like(weight) if out is None else out
+        if out is None:
+            out = torch.empty_like(weight)
         merge_natively(out, weight, None, Rect(0, weight.shape[0], 0, weight.shape[1]), tile, constants)
         return out
     return torch.addmm(weight, tile.update_left, tile.update_right, alpha=constants.beta, out=out)
@@ -142,8 +151,10 @@ def merged_weight(weight: Tensor | CodedWeight, layout: WeightLayout, factors: F
     """
     merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     for matrix in layout.matrices():
-        rect, out = matrix.rect, merged[matrix.rect.slices]
-        updated_weight(weights_at(weight, rect, out), tile_factors(factors, layout, matrix, rect), constants, out)
+        rect = matrix.rect
+        out = merged[rect.slices]
+        tile = tile_factors(factors, layout, matrix, rect)
+        updated_weight(weights_at(weight, rect, out), tile, constants, out)
     return merged
 
 
@@ -173,10 +184,12 @@ def masked_weight(
         assert isinstance(weight, Tensor)
         merged = torch.empty_like(weight)
         for matrix in layout.matrices():
-            rect, tile = matrix.rect, tile_factors(factors, layout, matrix, matrix.rect)
+            rect = matrix.rect
+            tile = tile_factors(factors, layout, matrix, rect)
             merge_natively(merged[rect.slices], weight[rect.slices], mask, rect, tile, constants)
     else:
         merged = merged_weight(weight, layout, factors, constants)
+        # in bands of rows, so that an unpacked mask, a byte per weight, is never as large as the layer
         for band in row_tiles(whole, mask_band_elements(weight.device.type)):
             apply_range_(merged[band.r0 : band.r1], bits, layout.numel, num_shards, band.r0 * width)
             if rounding is not None:
@@ -192,8 +205,8 @@ def _native_mask(
 ) -> MaskBits | None:
     """Return the mask for :func:`merge_natively`, or None if that does not support the layer."""
     mask = mask_bits(bits, layout.shape, num_shards)
-    whole = all(mask.holds(matrix.rect) for matrix in layout.matrices())
-    return mask if whole and merges_natively(weight, factors.U, factors.V) else None
+    rows_at_bytes = all(mask.holds(matrix.rect) for matrix in layout.matrices())
+    return mask if rows_at_bytes and merges_natively(weight, factors.U, factors.V) else None
 
 
 def abs_sum_fixed_point(weight: Tensor, exponent: int) -> Tensor:
@@ -206,4 +219,7 @@ def abs_sum_fixed_point(weight: Tensor, exponent: int) -> Tensor:
 
 def fixed_point_exponent(largest: float) -> int:
     """Return the power of two that brings the largest |w| of a matrix to at most 2**30."""
-    return 30 - math.frexp(largest)[1] if largest > 0.0 else 0
+    if largest <= 0.0:
+        return 0
+    _, exponent = math.frexp(largest)  # largest < 2**exponent
+    return 30 - exponent

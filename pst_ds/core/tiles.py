@@ -99,11 +99,12 @@ def plan_tiles(
     output_strip = fits // inputs
     too_thin = input_strip < min(inputs, MIN_STRIP)
     cut_outputs = too_thin or (input_strip < min(inputs, _WIDE_STRIP) and output_strip > 2 * input_strip)
-    whole, strip = (outputs, output_strip) if cut_outputs else (inputs, input_strip)
+    whole = outputs if cut_outputs else inputs
+    strip = output_strip if cut_outputs else input_strip
+    along_rows = cut_outputs != layout.transposed  # stored rows are outputs, or inputs if transposed
+    height, width = layout.shape
     rects = []
     for start, stop in _strips(whole, min(strip, _WIDEST_STRIP.get(device_type, strip))):
-        along_rows = cut_outputs != layout.transposed
-        height, width = layout.shape
         rects.append(Rect(start, stop, 0, width) if along_rows else Rect(0, height, start, stop))
     return Tiles(tuple(rects), cut_outputs, band_elements)
 
@@ -117,7 +118,7 @@ def whole_tile(layout: WeightLayout) -> Tiles:
 def _strips(whole: int, strip: int) -> list[tuple[int, int]]:
     if strip >= whole:
         return [(0, whole)]
-    step = -(-whole // -(-whole // strip))
+    step = -(-whole // -(-whole // strip))  # as few strips as possible, of nearly equal width
     for alignment in (_ALIGNMENT, 8):
         aligned = -(-step // alignment) * alignment
         if aligned > strip:

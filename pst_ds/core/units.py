@@ -47,8 +47,8 @@ def loss_keys(keys: Tensor, unit: tuple[int, int], prune: int) -> Tensor:
 
 def expand_units(kept: Tensor, rect: Rect, unit: tuple[int, int]) -> Tensor:
     """Expand the mask of the units of ``rect``, (units,) uint8, to the mask of its weights, (rows, cols)."""
-    grid = kept.view((rect.r1 - rect.r0) // unit[0], (rect.c1 - rect.c0) // unit[1])
-    return grid.repeat_interleave(unit[0], 0).repeat_interleave(unit[1], 1)
+    by_unit = kept.view((rect.r1 - rect.r0) // unit[0], (rect.c1 - rect.c0) // unit[1])
+    return by_unit.repeat_interleave(unit[0], 0).repeat_interleave(unit[1], 1)
 
 
 def keep_n_of_m(keys: Tensor, unit: tuple[int, int], prune: int) -> Tensor:
@@ -60,13 +60,16 @@ def keep_n_of_m(keys: Tensor, unit: tuple[int, int], prune: int) -> Tensor:
     stride = keys.shape[1] if unit[0] > 1 else 1
     native = native_for(keys)
     if native is not None:
-        keys, keep = keys.contiguous(), torch.empty(keys.shape, dtype=torch.uint8)
+        keys = keys.contiguous()
+        keep = torch.empty(keys.shape, dtype=torch.uint8)
         groups = keys.numel() // (size * stride)
         native.pst_keep_n_of_m(keys, groups, size, stride, prune, keep)
         return keep
     grouped = keys.reshape(-1, size, stride)
-    rank = grouped.sort(dim=1, stable=True).indices.argsort(dim=1)
-    return (rank >= prune).to(torch.uint8).view(keys.shape)
+    # The inverse of the permutation that sorts is the place of each key in its group; a stable sort puts the first of
+    # equal keys first.
+    places = grouped.sort(dim=1, stable=True).indices.argsort(dim=1)
+    return (places >= prune).to(torch.uint8).view(keys.shape)
 
 
 def keep_in_rows(keys: Tensor, unit: tuple[int, int], prune: int) -> Tensor:
@@ -93,8 +96,11 @@ def _sum_of_units(scores: Tensor, unit: tuple[int, int]) -> Tensor:
 
 
 def _fold(values: Tensor, dim: int) -> Tensor:
+    """Add the second half of ``dim`` to the first until one value is left. A last value without a partner waits."""
     while (size := values.shape[dim]) > 1:
         half = size // 2
         folded = values.narrow(dim, 0, half) + values.narrow(dim, half, half)
-        values = torch.cat([folded, values.narrow(dim, size - 1, 1)], dim) if size % 2 else folded
+        if size % 2:
+            folded = torch.cat([folded, values.narrow(dim, size - 1, 1)], dim)
+        values = folded
     return values
