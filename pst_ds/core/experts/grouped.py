@@ -77,19 +77,19 @@ def backward(
         matrices = Matrices.of_experts(layout, experts)
         matrix = layout.matrices()[first * matrices.parts]
         stored = slice(first * one.shape[0], experts.stop * one.shape[0])
-        own = slice(matrix.index, matrix.index + matrices.count)
+        indices = slice(matrix.index, matrix.index + matrices.count)  # of these experts' matrices in the layer
         scores, updates = (
             None if total is None else buffer[: len(experts) * one.numel].view(-1, matrices.shape[1])
             for total, buffer in zip((sums.A, sums.U), buffers, strict=True)
         )
         tile = tile_factors(state.factors, layout, matrix, matrix.rect)
         grad = stack[stored]
-        factor = scales[own] if has_gradient else 0.0
+        factor = scales[indices] if has_gradient else 0.0
         places = mask, matrices, tile, state.constants, factor, routing.ends
         gradients_into(grad, scores, updates, state.weight[stored], grad, *places)
         for values, names in ((scores, "AB"), (updates, "UV")):
             if values is not None:
-                _low_rank_gradients(values.view(matrices.count, *matrices.shape), layout, own, names, factors, sums)
+                _low_rank_gradients(values.view(matrices.count, *matrices.shape), layout, indices, names, factors, sums)
     if state.rounding is not None:
         state.rounding.round_(stack)
     grads = Gradients()

@@ -70,7 +70,7 @@ def backward(
     whole = _zeros(state, need_weight=need_weight)
     for expert, rows in routing.runs():
         one = state.expert(expert)
-        own = masked_linear.backward(
+        of_expert = masked_linear.backward(
             routing.rows_of(x, rows, by_token),
             grad_y[rows],
             one,
@@ -80,11 +80,11 @@ def backward(
             tile_bytes=tile_bytes,
         )
         if grads.x is not None:
-            assert own.x is not None
-            grads.x[rows] = own.x
+            assert of_expert.x is not None
+            grads.x[rows] = of_expert.x
         for name, total in whole.items():
             share = total.shape[0] // layout.num_experts
-            term = own.of_parameter(name)
+            term = of_expert.of_parameter(name)
             assert term is not None
             total[expert * share : (expert + 1) * share] = term
     for name, total in whole.items():

@@ -65,14 +65,20 @@ class Routing(NamedTuple):
     def runs(self) -> Iterator[tuple[int, slice]]:
         """Yield each expert that has tokens, and the rows of its pairs. The host waits for a device other than CPUs."""
         start = 0
-        for expert, count in enumerate(_counts(self.ends).tolist() if self.counts is None else self.counts):
+        counts = self.counts
+        if counts is None:
+            counts = _counts(self.ends).tolist()
+        for expert, count in enumerate(counts):
             if count:
                 yield expert, slice(start, start + count)
             start += count
 
     def rows_of(self, x: Tensor, rows: slice, by_token: bool) -> Tensor:
         """Return rows of ``x``, which is (N, width) if ``by_token``, or (N*k, width) in the order of the experts."""
-        return x[self.order[rows] // self.places.shape[1]] if by_token else x[rows]
+        if not by_token:
+            return x[rows]
+        tokens = self.order[rows] // self.places.shape[1]  # pairs are counted token by token
+        return x[tokens]
 
     def sorted_rows(self, x: Tensor) -> Tensor:
         """Return (N*k, width) in the order of the experts from ``x`` (N, width), without gradient."""
@@ -84,7 +90,7 @@ class Routing(NamedTuple):
         """Sum ``values`` times ``weights`` (N, k) over the k experts of each token, see :meth:`summed`."""
         if values.device.type == "cpu":
             return self.summed(values * weights.reshape(-1)[self.order].unsqueeze(-1))
-        by_pair = values.index_select(0, self.places.view(-1)).view(*self.places.shape, -1)
+        by_pair = values.index_select(0, self.places.view(-1)).view(*self.places.shape, -1)  # (N, k, width)
         return torch.bmm(weights.to(values.dtype).unsqueeze(1), by_pair).squeeze(1)
 
     def summed(self, values: Tensor) -> Tensor:

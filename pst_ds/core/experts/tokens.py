@@ -11,12 +11,19 @@ def unused_experts(tokens: Mapping[str, Sequence[int]], since: str = "") -> str:
 
     ``tokens``: per expert, by the name of the module that contains them.
     """
-    found = {name: [i for i, count in enumerate(counts) if not count] for name, counts in tokens.items()}
-    unused = {name: numbers for name, numbers in found.items() if numbers}
+    unused: dict[str, list[int]] = {}
+    num_experts = 0
+    for name, counts in tokens.items():
+        num_experts += len(counts)
+        experts = [expert for expert, count in enumerate(counts) if not count]
+        if experts:
+            unused[name] = experts
     if not unused:
         return ""
-    named = [f"{name}: {', '.join(map(str, numbers))}" for name, numbers in list(unused.items())[:MOST_NAMED]]
+    named = []
+    for name, experts in list(unused.items())[:MOST_NAMED]:
+        named.append(f"{name}: {', '.join(map(str, experts))}")
     if len(unused) > MOST_NAMED:
         named.append(f"and in {len(unused) - MOST_NAMED} more modules")
-    without, number = (sum(map(len, values.values())) for values in (unused, tokens))
-    return f"{without} of {number} experts were given no token{since} ({'; '.join(named)})"
+    num_unused = sum(map(len, unused.values()))
+    return f"{num_unused} of {num_experts} experts were given no token{since} ({'; '.join(named)})"
