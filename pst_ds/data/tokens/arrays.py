@@ -19,6 +19,7 @@ class Bits:
 
     def __getitem__(self, place: slice) -> np.ndarray:
         start, stop, step = place.indices(self._length)
+        # the bytes with these bits, which may start and end inside a byte
         window = np.unpackbits(self._bits[start // 8 : -(-stop // 8)], bitorder="little")
         return window[start % 8 : start % 8 + max(0, stop - start)].astype(bool)[::step]
 
@@ -36,12 +37,16 @@ class JoinedArray:
 
     def __getitem__(self, place: slice) -> np.ndarray:
         start, stop, step = place.indices(len(self))
+        # the parts with the first element and with the one after the last
         first, last = np.searchsorted(self._starts[1:], (start, stop), side="right")
-        pieces = [
-            part[max(0, start - begin) : max(0, stop - begin)]
-            for part, begin in zip(self.parts[first : last + 1], self._starts[first:].tolist(), strict=False)
-        ]
-        return (pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, self.dtype), *pieces]))[::step]
+        pieces = []
+        for index in range(first, min(last + 1, len(self.parts))):
+            begin = int(self._starts[index])
+            pieces.append(self.parts[index][max(0, start - begin) : max(0, stop - begin)])
+        if len(pieces) == 1:
+            return pieces[0][::step]
+        # the empty array gives the type where no part is left
+        return np.concatenate([np.empty(0, self.dtype), *pieces])[::step]
 
 
 Array = np.ndarray | Bits | JoinedArray
@@ -50,7 +55,9 @@ Array = np.ndarray | Bits | JoinedArray
 def joined(parts: Sequence[np.ndarray | Bits]) -> Array:
     """Concatenate arrays without a copy; a single non-empty one is returned unchanged."""
     filled = [part for part in parts if len(part)]
-    return filled[0] if len(filled) == 1 else JoinedArray(filled or parts[:1])
+    if len(filled) == 1:
+        return filled[0]
+    return JoinedArray(filled or parts[:1])  # an empty part still has the type
 
 
 def between(starts: np.ndarray, first: int, stop: int) -> np.ndarray:

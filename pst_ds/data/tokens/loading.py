@@ -48,8 +48,13 @@ def load_sequences(data: DataConfig, split: str, tokenizer: Tokenizer) -> Sequen
     one sequence.
     """
     if split == "train" and data.sources:
-        sources = [_cut(data, "train", _stream_of_source(data, of, tokenizer), of.path) for of in data.sources]
-        return MixedSequences(sources, tuple(of.weight for of in data.sources) if data.sources[0].weight else ())
+        sources = []
+        for source in data.sources:
+            sources.append(_cut(data, "train", _stream_of_source(data, source, tokenizer), source.path))
+        weights: tuple[float, ...] = ()
+        if data.sources[0].weight:  # all sources have a weight, or none
+            weights = tuple(source.weight for source in data.sources)
+        return MixedSequences(sources, weights)
     return _cut(data, split, _stream_of_split(data, split, tokenizer), getattr(data, split))
 
 
@@ -60,16 +65,18 @@ def _cut(data: DataConfig, split: str, stream: TokenStream, where: str) -> Seque
         length = min(length, max(2, len(stream)))
     sequences = Sequences.of(stream, length, trains=trains, apart=data.keeps_documents_apart)
     if not len(sequences):
-        needed = f"one sequence of data.max_length = {data.max_length}" if trains else "2, one of which is predicted"
-        raise ConfigError(
-            f"{where} has {len(sequences.tokens)} tokens in all, fewer than {needed}. "
-            + ("Lower it, or add text" if trains else "Add text")
-        )
+        needed = "2, one of which is predicted"
+        fix = "Add text"
+        if trains:
+            needed = f"one sequence of data.max_length = {data.max_length}"
+            fix = "Lower it, or add text"
+        raise ConfigError(f"{where} has {len(sequences.tokens)} tokens in all, fewer than {needed}. {fix}")
     return sequences
 
 
 def _stream_of_source(data: DataConfig, source: DataSource, tokenizer: Tokenizer) -> TokenStream:
-    if is_store(path := Path(source.path)):
+    path = Path(source.path)
+    if is_store(path):
         return open_store(path, identity_of(tokenizer))
     return _stream_of_files(data, source.path, tokenizer, count=False, kind=source.kind)
 
@@ -89,9 +96,14 @@ def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> Toke
             yield text_column(rows[start : start + _ROWS_AT_A_TIME][column], column, where, place)
 
     if isinstance(data, DataInMemory):
-        found = [text for batch in texts() for text in batch]
-        return stream_of_documents(tokenize(found, tokenizer, count=count))
-    file, piece = (where, "") if data.dataset else file_and_slice(where)
+        in_memory: list[str] = []
+        for batch in texts():
+            in_memory += batch
+        return stream_of_documents(tokenize(in_memory, tokenizer, count=count))
+    file = where
+    piece = ""
+    if not data.dataset:
+        file, piece = file_and_slice(where)
     path = Path(file)
     if file and not data.dataset:
         is_tokens = is_store(path)
@@ -106,8 +118,12 @@ def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> Toke
         if is_several:
             return _stream_of_files(data, file, tokenizer, count=count)
     is_file = not data.dataset and path.is_file()
+    # what determines the tokens, apart from the tokenizer: the name of the cached store
     contents = [_hash_of_file(path) if is_file else _hash_of_texts(texts()), column, data.sample_by]
-    contents += [*([piece] if piece else []), *(data.test_rows if split == "test" else [])]
+    if piece:
+        contents.append(piece)
+    if split == "test":
+        contents += data.test_rows
     return _cached_tokens(contents, texts(), tokenizer, count=count, what=where)
 
 
@@ -134,7 +150,10 @@ def _stream_of_files(
                 f"{name!r} is not on this machine and would be downloaded at every start. Write a store with "
                 "pst-ds prepare, and name it"
             )
-        files += sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        if path.is_dir():
+            files += sorted(file for file in path.rglob("*") if file.is_file())
+        else:
+            files.append(path)
     contents = [*map(_hash_of_file, files), *map(str, asdict(plan.reading).values()), f"count {count}"]
     return _cached_store(contents, plan.tokenizer, lambda folder: write_pieces(plan, tokenizer, folder), where)
 
@@ -173,10 +192,12 @@ def _cached_store(
     One process per host builds it and the others wait."""
     about = json.dumps([VERSION, asdict(identity), contents])
     folder = cache_folder() / hashlib.sha256(about.encode()).hexdigest()[:32]
-    if (stream := _complete(folder, identity)) is not None:
+    stream = _complete(folder, identity)
+    if stream is not None:
         return stream
     require_writable(folder, f"the cache of {what} ({CACHE})")
     with only_writer(folder.with_name(f".{folder.name}{LOCK}"), f"tokenize {what}"):
+        # again: another process may have built it while this one waited
         if _complete(folder, identity) is None:
             with atomic_folder(folder) as partial:
                 build(partial)
@@ -186,7 +207,8 @@ def _cached_store(
 def _complete(folder: Path, identity: TokenizerIdentity) -> TokenStream | None:
     """Map a cached store; None if it is missing or damaged."""
     with suppress(ConfigError):
-        return open_store(folder, identity) if is_store(folder) else None
+        if is_store(folder):
+            return open_store(folder, identity)
     return None
 
 

@@ -53,13 +53,13 @@ class Sequences:
     def of(cls, stream: TokenStream, length: int, *, trains: bool, apart: bool) -> Self:
         """Cut a stream, for training or for evaluation; ``apart`` restricts attention to each document."""
         return cls(
-            stream.tokens,
-            length,
-            0 if trains else 1,
-            None if trains else stream.num_bytes,
-            stream.borders if apart else None,
-            stream.learned,
-            stream.digest,
+            tokens=stream.tokens,
+            length=length,
+            overlap=0 if trains else 1,
+            num_bytes=None if trains else stream.num_bytes,
+            borders=stream.borders if apart else None,
+            learned=stream.learned,
+            stream_digest=stream.digest,
         )
 
     def __len__(self) -> int:
@@ -105,14 +105,20 @@ class Sequences:
         """Return one sequence, with a view of its tokens."""
         first = index * self._stride
         stop = min(first + self.length, len(self.tokens))
-        starts = np.empty(0, np.int64) if self.borders is None else between(self.borders, first + 1, stop) - first
+        starts = np.empty(0, np.int64)
+        if self.borders is not None:
+            starts = between(self.borders, first + 1, stop) - first
         predicted = self._learned_between(first, stop)
+        # a first token has no token before it from which it could be predicted
         predicted[0] = False
         predicted[starts] = False
         return TokenSequence(self.tokens[first:stop], starts, predicted)
 
     def _learned_between(self, start: int, stop: int) -> np.ndarray:
-        return np.ones(stop - start, bool) if self.learned is None else self.learned[start:stop] != 0
+        """Return the mask of some tokens: a copy, which callers change."""
+        if self.learned is None:
+            return np.ones(stop - start, bool)
+        return self.learned[start:stop] != 0
 
     @property
     def num_predicted(self) -> int:
@@ -134,7 +140,7 @@ class Sequences:
         for first in range(0, len(self.tokens), _TOKENS_AT_A_TIME):
             stop = min(first + _TOKENS_AT_A_TIME, len(self.tokens))
             predicted = self._learned_between(first, stop)
-            predicted[0] &= first > 0
+            predicted[0] &= first > 0  # the stream's first token
             if self.borders is not None:
                 predicted[between(self.borders, first, stop) - first] = False
             yield slice(first, stop), predicted
@@ -145,6 +151,8 @@ class Sequences:
 
     def first(self, count: int) -> Self:
         """Return the first ``count`` sequences."""
-        tokens = min(count, len(self)) * self._stride + self.overlap
-        num_bytes = None if self.num_bytes is None else self.num_bytes[:tokens]
-        return replace(self, tokens=self.tokens[:tokens], num_bytes=num_bytes)
+        num_tokens = min(count, len(self)) * self._stride + self.overlap
+        num_bytes = self.num_bytes
+        if num_bytes is not None:
+            num_bytes = num_bytes[:num_tokens]
+        return replace(self, tokens=self.tokens[:num_tokens], num_bytes=num_bytes)

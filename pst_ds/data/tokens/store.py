@@ -20,14 +20,19 @@ from pst_ds.json_text import json_of
 MANIFEST = "manifest.json"
 KIND = "pst-ds tokens"
 VERSION = 1
-# Kinds of files: tokens, bytes per token, mask of trained tokens (one bit each), and document starts.
 TOKENS = "tokens"
+"""Kind of file with tokens, in the type of :attr:`TokenizerIdentity.dtype`."""
 BYTES = "bytes"
+"""Kind of file with the bytes of text of each token."""
 LEARNED = "learned"
+"""Kind of file with the mask of trained tokens, one bit each."""
 STARTS = "starts"
+"""Kind of file with document starts, which a finished store has in STARTS_FILE only."""
 STARTS_FILE = "documents.bin"
 _ITEM: dict[str, np.dtype] = {BYTES: np.dtype("<u4"), STARTS: np.dtype("<i8")}
+"""Types of two other kinds, little-endian on any machine."""
 _COPY_BYTES = 1 << 22
+"""Bytes that are read at once when starts are merged; a multiple of the size of a start."""
 _AGAIN = "Prepare it again (pst-ds prepare)"
 
 
@@ -51,8 +56,10 @@ class ShardRecord:
         """Return the bytes of the file of a kind, with tokens of ``dtype``."""
         if kind == LEARNED:
             return -(-self.tokens // 8)
+        if kind == TOKENS:
+            return self.tokens * dtype.itemsize
         count = self.documents if kind == STARTS else self.tokens
-        return count * (dtype if kind == TOKENS else _ITEM[kind]).itemsize
+        return count * _ITEM[kind].itemsize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,12 +75,18 @@ class Manifest:
     @property
     def counts(self) -> dict[str, int]:
         """Tokens, documents, and UTF-8 bytes of text ("text_bytes") in all shards."""
-        return {name: sum(getattr(s, name) for s in self.shards) for name in ("tokens", "documents", "text_bytes")}
+        return {
+            "tokens": sum(shard.tokens for shard in self.shards),
+            "documents": sum(shard.documents for shard in self.shards),
+            "text_bytes": sum(shard.text_bytes for shard in self.shards),
+        }
 
     @property
     def has(self) -> frozenset[str]:
         """Kinds of files of each shard."""
-        return frozenset(self.shards[0].sha256) if self.shards else frozenset()
+        if not self.shards:
+            return frozenset()
+        return frozenset(self.shards[0].sha256)  # all shards have the same
 
     @property
     def digest(self) -> str:
@@ -113,7 +126,8 @@ def read_manifest(folder: Path) -> Manifest:
     # Sizes only: hashing a store of billions of tokens would delay every start.
     sizes = {STARTS_FILE: manifest.counts["documents"] * _ITEM[STARTS].itemsize}
     for shard in manifest.shards:
-        sizes |= {shard.file(kind): shard.num_file_bytes(kind, manifest.tokenizer.dtype) for kind in shard.sha256}
+        for kind in shard.sha256:
+            sizes[shard.file(kind)] = shard.num_file_bytes(kind, manifest.tokenizer.dtype)
     for name, size in sizes.items():
         try:
             num_bytes = (folder / name).stat().st_size
@@ -190,19 +204,22 @@ def open_store(folder: Path, tokenizer: TokenizerIdentity | None = None) -> Toke
     if BYTES in manifest.has:
         num_bytes = without_separator(column(BYTES, _ITEM[BYTES]))
     if LEARNED in manifest.has:
-        last = manifest.shards[-1] if manifest.shards else None
-        lengths = [shard.tokens - (shard is last and shard.closed_by_us) for shard in manifest.shards]
-        bits = zip(column(LEARNED, np.dtype("u1")), lengths, strict=True)
-        learned = joined([Bits(values, length) for values, length in bits])
+        parts = []
+        for shard, values in zip(manifest.shards, column(LEARNED, np.dtype("u1")), strict=True):
+            length = shard.tokens  # the last byte may have more bits
+            if shard is manifest.shards[-1] and shard.closed_by_us:
+                length -= 1
+            parts.append(Bits(values, length))
+        learned = joined(parts)
     dtype = made_with.dtype
+    # an empty file cannot be mapped
+    tokens: Array = np.empty(0, dtype)
+    if manifest.shards:
+        tokens = without_separator(column(TOKENS, dtype))
     starts = np.empty(0, _ITEM[STARTS])
-    return TokenStream(
-        tokens=without_separator(column(TOKENS, dtype)) if manifest.shards else np.empty(0, dtype),
-        borders=mapped(folder / STARTS_FILE, starts.dtype) if manifest.counts["documents"] else starts,
-        digest=manifest.digest,
-        num_bytes=num_bytes,
-        learned=learned,
-    )
+    if manifest.counts["documents"]:
+        starts = mapped(folder / STARTS_FILE, starts.dtype)
+    return TokenStream(tokens=tokens, borders=starts, digest=manifest.digest, num_bytes=num_bytes, learned=learned)
 
 
 def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
@@ -220,7 +237,9 @@ class _HashedFile:
         self._digest = hashlib.sha256()
 
     def write(self, values: np.ndarray) -> None:
-        data = np.ascontiguousarray(values).data.cast("B") if values.size else b""
+        if not values.size:  # a memoryview of an empty array cannot be cast
+            return
+        data = np.ascontiguousarray(values).data.cast("B")
         self._stream.write(data)
         self._digest.update(data)
 
@@ -260,7 +279,9 @@ class ShardWriter:
             assert documents.num_bytes is not None, "bytes were not counted"
             self._files[BYTES].write(documents.num_bytes.astype("<u4"))
         if LEARNED in self._files:
-            learned = np.ones(len(documents.tokens), bool) if documents.learned is None else documents.learned
+            learned = documents.learned
+            if learned is None:
+                learned = np.ones(len(documents.tokens), bool)
             bits = np.concatenate([self._bits, learned])
             # Whole bytes only: the next documents may fill the last byte.
             filled = len(bits) // 8 * 8

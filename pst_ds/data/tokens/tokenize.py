@@ -120,14 +120,20 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer, *, count: bool = False)
     documents: list[list[int]] = []
     num_bytes: list[int] = []
     closed = False
-    for i, ids in enumerate(all_ids):
+    for index, ids in enumerate(all_ids):
         if not ids:
             continue
         closed = ids[-1] != end
         if count:
-            ends = [stop for _, stop in places[i]] if places else None
-            num_bytes += [*_bytes_of_tokens(texts[i], len(ids), ends), *([0] * closed)]
-        documents.append([*ids, end] if closed else ids)
+            ends = None
+            if places:
+                ends = [stop for _, stop in places[index]]
+            num_bytes += _bytes_of_tokens(texts[index], len(ids), ends)
+        if closed:
+            ids = [*ids, end]
+            if count:
+                num_bytes.append(0)
+        documents.append(ids)
     lengths = np.fromiter(map(len, documents), np.int64, len(documents))
     tokens = np.fromiter(chain.from_iterable(documents), np.int64, int(lengths.sum()))
     counted = np.array(num_bytes, dtype=np.uint32) if count else None
@@ -167,12 +173,14 @@ def _calls_only_its_backend(tokenizer: Tokenizer) -> bool:
 def _bytes_of_tokens(text: str, num_tokens: int, ends: Sequence[int] | None) -> list[int]:
     """Return the bytes of ``text`` that each token represents, given the character offsets of token ends."""
     characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    # UTF-8 has one byte per character, and one more above each of these code points
     widths = 1 + (characters >= 0x80) + (characters >= 0x800) + (characters >= 0x10000)
-    upto = np.concatenate([[0], np.cumsum(widths)])
+    upto = np.concatenate([[0], np.cumsum(widths)])  # (characters + 1,): bytes before each character
     if ends is None:
         reached = upto[-1] * np.arange(1, num_tokens + 1) // num_tokens
     else:
+        # ascending, since special tokens have the offset 0 wherever they are
         places = np.maximum.accumulate(np.clip(ends, 0, len(text)))
-        places[-1] = len(text)
+        places[-1] = len(text)  # bytes after the last offset belong to the last token
         reached = upto[places]
     return np.diff(reached, prepend=0).tolist()
