@@ -78,38 +78,46 @@ class RunSource:
     """Values of the model in a checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, base: BaseWeights, model: nn.Module):
-        self._checkpoint, self._base, self._model = checkpoint, base, model
+        self._checkpoint = checkpoint
+        self._base = base
+        self._model = model
+        self._compute_dtype = DTYPES[checkpoint.state.precision]
 
     def make(self, job: TensorJob) -> Iterator[TensorValues]:
         """Yield the values of the job's outputs. Raises ExportError."""
         recipe = job.recipe
         assert isinstance(recipe, RunRecipe)
         if recipe.layer is not None:
-            made = self._pruned(recipe, *recipe.layer)
-            yield replace(made, tensor=made.tensor.view(job.outputs[0].shape))
+            run, constants = recipe.layer
+            values = self._pruned(recipe, run, constants)
+            yield replace(values, tensor=values.tensor.view(job.outputs[0].shape))
         elif not recipe.in_files_form:
-            yield self._made(recipe)
+            yield self._unpruned(recipe)
         else:
-            whole = self._made(recipe)
+            whole = self._unpruned(recipe)
             saved = saved_tensors(self._model, {recipe.name: whole.tensor})
             for output in job.outputs:
                 yield replace(whole, tensor=saved.pop(output.name).clone(memory_format=torch.contiguous_format))
 
-    def _made(self, recipe: RunRecipe) -> TensorValues:
+    def _unpruned(self, recipe: RunRecipe) -> TensorValues:
         """Make a tensor that is not pruned."""
-        made, compute = self._unrounded(recipe), DTYPES[self._checkpoint.state.precision]
+        values = self._unrounded(recipe)
         if recipe.kept:
-            return replace(made, tensor=made.tensor[list(recipe.kept)])
+            return replace(values, tensor=values.tensor[list(recipe.kept)])
         if recipe.table is None:
-            return made
-        codes, scales = quantize(made.tensor.to(compute), None, recipe.table)
-        return replace(made, tensor=dequantize(codes, scales, compute).to(recipe.dtype), scales=scales)
+            return values
+        codes, scales = quantize(values.tensor.to(self._compute_dtype), None, recipe.table)
+        rounded = dequantize(codes, scales, self._compute_dtype).to(recipe.dtype)
+        return replace(values, tensor=rounded, scales=scales)
 
     def _unrounded(self, recipe: RunRecipe) -> TensorValues:
-        beta, checkpoint = recipe.embedding_beta, self._checkpoint
-        compute = DTYPES[checkpoint.state.precision]
+        """Make a tensor that is not pruned, before it is quantised as in training."""
+        beta = recipe.embedding_beta
+        trained = self._checkpoint.trained
+        compute = self._compute_dtype
         if recipe.trained and beta is None:
-            return TensorValues(checkpoint.trained[recipe.name].to(compute).to(recipe.dtype).contiguous())
+            # the model computed with masters rounded to its precision, and its export has those values
+            return TensorValues(trained[recipe.name].to(compute).to(recipe.dtype).contiguous())
         assert recipe.in_base is not None
         stored = self._base.read(recipe.in_base)
         if recipe.base is not None:
@@ -118,7 +126,9 @@ class RunSource:
             return TensorValues(quantised.to(recipe.dtype))
         if beta is None:
             return TensorValues(stored.contiguous())
-        left, right = (checkpoint.trained[f"{recipe.name.removesuffix('weight')}pst_{f}"].to(compute) for f in "UV")
+        owner = recipe.name.removesuffix(".weight")
+        left = trained[f"{owner}.pst_U"].to(compute)  # (rows, r)
+        right = trained[f"{owner}.pst_V"].to(compute)  # (r, width)
         return TensorValues(updated_rows(stored.to(compute), left, right, beta).to(recipe.dtype))
 
     def _pruned(self, recipe: RunRecipe, run: StackRun, constants: Constants) -> TensorValues:
@@ -126,34 +136,51 @@ class RunSource:
         if run.num_pieces == 1:
             return self._piece(recipe, run, constants, run.first)
         height, width = run.piece.shape
-        tensor, made = torch.empty(run.num_pieces * height, width, dtype=recipe.dtype), []
+        # filled piece by piece, so that memory holds the stack once, next to one piece
+        tensor = torch.empty(run.num_pieces * height, width, dtype=recipe.dtype)
+        keep = list[Tensor]()
+        scales = list[Tensor]()
+        pruned = list[int]()
         for i, piece in enumerate(range(run.first, run.last)):
-            one = self._piece(recipe, run, constants, piece)
-            tensor[i * height : (i + 1) * height] = one.tensor
-            made.append(replace(one, tensor=torch.empty(0)))
-        scales = [one.scales for one in made if one.scales is not None]
-        keep = torch.cat([one.keep for one in made if one.keep is not None])
-        pruned = tuple(count for one in made for count in one.pruned_per_matrix)
-        return TensorValues(tensor, keep, pruned, torch.cat(scales) if scales else None)
+            values = self._piece(recipe, run, constants, piece)
+            tensor[i * height : (i + 1) * height] = values.tensor
+            pruned += values.pruned_per_matrix
+            if values.keep is not None:
+                keep.append(values.keep)
+            if values.scales is not None:
+                scales.append(values.scales)
+        return TensorValues(tensor, torch.cat(keep), tuple(pruned), torch.cat(scales) if scales else None)
 
     def _start(self, recipe: RunRecipe, run: StackRun, piece: int) -> Tensor:
         """Return W0 of a piece, or the weight that was trained in its place, in storage shape."""
-        shape = height, _ = run.piece.shape
+        shape = run.piece.shape
         if recipe.trained:
-            return self._checkpoint.values(recipe.name, MASTER, *run.share(run.stack.numel, piece)).view(shape)
+            start, stop = run.share(run.stack.numel, piece)
+            return self._checkpoint.values(recipe.name, MASTER, start, stop).view(shape)
         if not recipe.rows_in_base:
             return self._base.read(recipe.in_base or "")
-        rows = piece * height, (piece + 1) * height
-        meet = [(name, first, max(first, rows[0]), min(last, rows[1])) for name, first, last in recipe.rows_in_base]
-        found = [self._base.read_rows(name, a - first, b - first) for name, first, a, b in meet if a < b]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        height = shape[0]
+        first_row = piece * height
+        last_row = first_row + height
+        rows = []
+        # a tensor of the files may have several pieces, or a piece several tensors
+        for name, first_in_file, last_in_file in recipe.rows_in_base:
+            first = max(first_in_file, first_row)
+            last = min(last_in_file, last_row)
+            if first < last:
+                rows.append(self._base.read_rows(name, first - first_in_file, last - first_in_file))
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _piece(self, recipe: RunRecipe, run: StackRun, constants: Constants, piece: int) -> TensorValues:
         """Make one piece of a stack, or a whole layer."""
-        checkpoint, owner = self._checkpoint, recipe.name.removesuffix(".weight")
-        layout, compute = run.piece, DTYPES[checkpoint.state.precision]
+        checkpoint = self._checkpoint
+        compute = self._compute_dtype
+        owner = recipe.name.removesuffix(".weight")
+        layout = run.piece
         if recipe.whole is not None:
+            # the checkpoint has all experts; the piece is looked up among them
             run, piece = run.in_whole(piece, recipe.whole, recipe.kept)
+        # products of another kind of device round differently
         device = checkpoint.state.device_type if torch.accelerator.is_available() else "cpu"
         start = self._start(recipe, run, piece).to(compute).to(device)
         weight: Tensor | CodedWeight = start
@@ -161,22 +188,31 @@ class RunSource:
             base = replace(recipe.base, stored=StoredGrid(layout, recipe.base.stored.grid))
             weight = CodedWeight(base, *base.encode(start, 0), compute)
         del start
-        mask = checkpoint.mask_bits(owner, *run.share(run.stack.numel, piece))
+        start_of_piece, end_of_piece = run.share(run.stack.numel, piece)
+        mask = checkpoint.mask_bits(owner, start_of_piece, end_of_piece)
         factors = Factors.of(self._factors(owner, run, piece, device), constants.form)
-        rounding = None if recipe.grid is None else self._rounding(owner, run, piece, recipe.grid, device)
+        rounding: Rounding | None = None
+        if recipe.grid is not None:
+            rounding = self._rounding(owner, run, piece, recipe.grid, device)
         if recipe.masked:
             merged = masked_weight(weight, mask.to(device), 1, layout, factors, constants, rounding)
         else:
+            # the packing reads kept values only
             merged = merged_weight(weight, layout, factors, constants)
-            merged = merged if rounding is None else rounding.round_(merged)
+            if rounding is not None:
+                merged = rounding.round_(merged)
         del weight
         merged = merged.cpu().to(recipe.dtype).contiguous()
         if recipe.masked:
             merged.add_(0.0)  # turns a kept -0.0 into +0.0
         keep = mask_row_bits(mask, layout)
-        kept = row_counts(keep)
-        pruned = tuple(matrix.rect.numel - int(kept[matrix.outputs].sum()) for matrix in layout.matrices())
-        return TensorValues(merged, keep, pruned, None if rounding is None else rounding.scales_by_output.cpu())
+        kept_per_row = row_counts(keep)
+        pruned = []
+        for matrix in layout.matrices():
+            kept = int(kept_per_row[matrix.outputs].sum())
+            pruned.append(matrix.rect.numel - kept)
+        scales = None if rounding is None else rounding.scales_by_output.cpu()
+        return TensorValues(merged, keep, tuple(pruned), scales)
 
     def _factors(self, owner: str, run: StackRun, piece: int, device: str) -> dict[str, Tensor]:
         """Return the factors of a piece, by name, in the dtype that the model computed with.
@@ -188,17 +224,18 @@ class RunSource:
         factors = {}
         for name, shape in checkpoint.contents.trained.items():
             if name.startswith(prefix):
-                values = checkpoint.values(name, MASTER, *run.share(math.prod(shape), piece))
-                by_row = values.view(-1, *shape[1:])
-                compute = DTYPES[checkpoint.state.precision]
-                factors[name.removeprefix(prefix)] = by_row.to(device=device, dtype=compute)
+                start, stop = run.share(math.prod(shape), piece)
+                by_row = checkpoint.values(name, MASTER, start, stop).view(-1, *shape[1:])
+                factors[name.removeprefix(prefix)] = by_row.to(device=device, dtype=self._compute_dtype)
         return factors
 
     def _rounding(self, owner: str, run: StackRun, piece: int, stored: StoredGrid, device: str) -> Rounding:
         """Return the quantisation that a piece was trained with. Raises ExportError for damaged scales."""
-        grid, checkpoint = StoredGrid(run.piece, stored.grid), self._checkpoint
+        checkpoint = self._checkpoint
+        grid = StoredGrid(run.piece, stored.grid)
         num_bytes = SCALE_DTYPE.itemsize * math.prod(stored.shape)
-        scales = scales_of_bytes(checkpoint.scale_bytes(owner, *run.share(num_bytes, piece)), grid.shape)
+        start, stop = run.share(num_bytes, piece)
+        scales = scales_of_bytes(checkpoint.scale_bytes(owner, start, stop), grid.shape)
         try:
             require_scales(scales, grid.grid)
         except ValueError as error:
@@ -233,35 +270,45 @@ class _Planner:
         dtype: str | None,
         whole: nn.Module | None,
     ):
-        self._model, self._checkpoint, self._base = model, checkpoint, base
+        self._model = model
+        self._checkpoint = checkpoint
+        self._base = base
         self._whole = model if whole is None else whole
         self._kept = {} if whole is None else kept_experts(whole, checkpoint)
-        self._whole_layers, self._whole_tensors = pst_layers(self._whole), plain_tensors(self._whole)
-        self._state, self._trained = checkpoint.state, checkpoint.contents.trained
-        self._encoding, self._cast = encoding, None if dtype is None else DTYPES[dtype]
+        self._whole_layers = pst_layers(self._whole)
+        self._whole_tensors = plain_tensors(self._whole)
+        self._state = checkpoint.state
+        self._trained = checkpoint.contents.trained
+        self._encoding = encoding
+        self._cast = None if dtype is None else DTYPES[dtype]
         # in a run that quantises, other layers stay unchanged, so that the export computes what was trained
         rounds = checkpoint.state.rounds
         values = None if rounds and checkpoint.contents.value_grid else encoding.values
         self._grids = grids(model, values, encoding.embeddings)
         self._table_grid = table_grid(model) if rounds else None
         self._rounded = quantisable_tables(model) if self._table_grid else {}
-        self._layers, self._embeddings, self._tables = pst_layers(model), updated_tables(model), plain_tables(model)
+        self._layers = pst_layers(model)
+        self._embeddings = updated_tables(model)
+        self._tables = plain_tables(model)
         self._tensors = plain_tensors(model)  # of plain tables
         self._linear = {name: module for name, module in model.named_modules() if is_linear(module)}
-        self._buffers, self._keeps_rest = persistent_buffers(model), is_text_part(model, base.folder)
+        self._buffers = persistent_buffers(model)
+        self._keeps_rest = is_text_part(model, base.folder)
 
     def jobs(self) -> Iterator[TensorJob]:
         tensors = self._tensors
         in_files = {name: saved for saved, name in names_in_files(self._model, tensors).items()}
         done: set[str] = set()
         for name, tensor in tensors.items():
-            made = self._of_stack(name) if name in self._layers else self._jobs_of(name, tensor, in_files.get(name))
-            for job in made:
+            jobs = self._of_stack(name) if name in self._layers else self._jobs_of(name, tensor, in_files.get(name))
+            for job in jobs:
                 if all(output.name in done for output in job.outputs):
                     continue  # a tensor of the files that several layers are made of
                 done.update(output.name for output in job.outputs)
                 yield job
-        for name in self._base.names if self._keeps_rest else ():
+        if not self._keeps_rest:
+            return
+        for name in self._base.names:
             if name not in done:
                 yield self._job(name, name, name, self._base.size(name)[1])
 
@@ -309,47 +356,58 @@ class _Planner:
 
     def _parts_of_stack(self, model: nn.Module, name: str, layer: PSTLayer) -> dict[str, FilePart]:
         """Return the tensors that a stack consists of, by their names in the base's files. Raises ExportError."""
-        found, parts = {}, self._named_parts(model, name, layer)
+        parts = self._named_parts(model, name, layer)
         if name in parts:
             return parts
+        by_name_in_base = {}
         for part in parts.values():
             in_base = self._base.find(part.name)
             if in_base is None:
                 raise ExportError(f"{part.name} is not in the base model {self._state.base_path!r}")
-            if (stored := self._base.size(in_base)[1]) != part.shape:
+            shape = self._base.size(in_base)[1]
+            if shape != part.shape:
                 raise ExportError(
-                    f"{part.name} has shape {stored} in the base model, and {part.shape} in the trained model"
+                    f"{part.name} has shape {shape} in the base model, and {part.shape} in the trained model"
                 )
-            found[in_base] = part
-        return found
+            by_name_in_base[in_base] = part
+        return by_name_in_base
 
     def _job(self, name: str, in_base: str | None, out_name: str, shape: tuple[int, ...]) -> TensorJob:
         """Plan the model's tensor ``name`` as ``out_name``; an export of a whole base uses the base's names."""
         recipe = self._recipe(name, in_base)
-        spec = self._spec(recipe, in_base if in_base and self._keeps_rest else out_name, shape)
+        if in_base and self._keeps_rest:
+            out_name = in_base
+        spec = self._spec(recipe, out_name, shape)
         return TensorJob((spec,), replace(recipe, masked=not spec.is_packed))
 
     def _recipe(self, name: str, in_base: str | None, dtype_of: str | None = None) -> RunRecipe:
         """Return how to make the tensor ``name``; ``dtype_of``: a tensor of the base with the dtype, if not in_base."""
         owner, _, last = name.rpartition(".")
-        state, trained = self._state, name in self._trained
-        compute, stored = DTYPES[state.precision], in_base or dtype_of
-        layer = self._layers.get(owner) if last == "weight" else None
-        embedding = self._embeddings.get(owner) if last == "weight" else None
-        coded = self._tables.get(name) if layer is None or layer.base_codes is None else layer.base_codes.layout
+        state = self._state
+        trained = name in self._trained
+        layer = None
+        embedding = None
+        if last == "weight":
+            layer = self._layers.get(owner)
+            embedding = self._embeddings.get(owner)
+        coded = self._tables.get(name)
+        if layer is not None and layer.base_codes is not None:
+            coded = layer.base_codes.layout
         if in_base is None and (embedding is not None or not trained):
             problem = "not" if embedding is not None else "neither trained nor"
             raise ExportError(f"{name} is {problem} in the base model {state.base_path!r}")
         # values have the precision of the run, but are stored at least as wide as the base's, to keep files uniform
-        kept = self._kept_of(name)
+        compute = DTYPES[state.precision]
+        stored = in_base or dtype_of
         width = compute if stored is None else self._base.size(stored)[0]
         if layer is not None or trained or embedding is not None or coded is not None:
             width = torch.promote_types(compute, width)
+        kept = self._kept_of(name)
         return RunRecipe(
-            name,
-            in_base,
-            width,
-            trained,
+            name=name,
+            in_base=in_base,
+            dtype=width,
+            trained=trained,
             layer=None if layer is None else (all_experts(layer.layout), layer.constants),
             grid=None if layer is None or not state.rounds else self._whole_layers[owner].stored_grid,
             table=self._table_grid if name in self._rounded else None,
@@ -374,7 +432,8 @@ class _Planner:
         linear = self._linear.get(owner) if last == "weight" else None
         origin: Origin
         if recipe.layer is not None:
-            transposed, origin = recipe.layer[0].piece.transposed, "pruned"
+            transposed = recipe.layer[0].piece.transposed
+            origin = "pruned"
         else:
             transposed = linear is not None and is_conv1d(linear)
             origin = "trained" if recipe.trained or recipe.embedding_beta is not None else "base"
@@ -383,20 +442,23 @@ class _Planner:
         spec = TensorSpec(name, shape, dtype, origin, transposed=transposed, is_linear=is_linear_weight)
         if recipe.layer is None:
             return spec.stored_as(self._encoding, self._grids.get(recipe.name))
-        masks, stack = self._checkpoint.masks, recipe.layer[0].stack
+        stack = recipe.layer[0].stack
 
-        def bits(_: TensorSpec) -> Tensor:  # kept experts are whole
-            return mask_row_bits(all_ones(stack.numel, 1) if recipe.kept else masks[owner], stack)
+        def bits(_: TensorSpec) -> Tensor:
+            # experts that are kept are whole
+            mask = all_ones(stack.numel, 1) if recipe.kept else self._checkpoint.masks[owner]
+            return mask_row_bits(mask, stack)
 
         return spec.stored_as(self._encoding, self._encoding.values, bits)
 
     def _require_shape(self, recipe: RunRecipe, shape: tuple[int, ...]) -> None:
         if (recipe.rows_in_base and not recipe.trained) or recipe.in_files_form:
             return  # checked by _parts_of_stack, or split by transformers
-        found = self._trained[recipe.name] if recipe.trained else self._base.size(recipe.in_base or "")[1]
-        if tuple(found) != (tuple(self._whole_tensors[recipe.name].shape) if recipe.kept else shape):
+        stored = tuple(self._trained[recipe.name] if recipe.trained else self._base.size(recipe.in_base or "")[1])
+        expected = tuple(self._whole_tensors[recipe.name].shape) if recipe.kept else shape
+        if stored != expected:
             raise ExportError(
-                f"{recipe.name} has shape {tuple(found)} in the base model or checkpoint, and {shape} in the trained "
+                f"{recipe.name} has shape {stored} in the base model or checkpoint, and {shape} in the trained "
                 "model. Use the base model that the run was trained from"
             )
 
