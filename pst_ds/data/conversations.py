@@ -144,10 +144,12 @@ def render(conversation: Conversation, tokenizer: Tokenizer, where: str) -> Rend
     ids = encoded["input_ids"]
     special = set(tokenizer.all_special_ids)
     is_answer = [False] * len(ids)
+    places = encoded["offset_mapping"]
     for start, stop in spans:
-        inside = [i for i, (first, end) in enumerate(encoded["offset_mapping"]) if end > start and first < stop]
-        for i in _up_to_its_end(inside, ids, text, encoded["offset_mapping"], special):
-            is_answer[i] = True
+        # also tokens that are only partly in the answer, such as a space joined with its first word
+        inside = [index for index, (first, end) in enumerate(places) if end > start and first < stop]
+        for index in _up_to_its_end(inside, ids=ids, text=text, places=places, special=special):
+            is_answer[index] = True
     return Rendered(ids, is_answer)
 
 
@@ -165,7 +167,9 @@ def _answers_by_prefix(
     for place, message in enumerate(conversation.messages):
         if message["role"] != ASSISTANT:
             continue
-        before = _text(conversation.upto(place), tokenizer, where, add_generation_prompt=True) if place else ""
+        before = ""
+        if place:  # templates that read messages[0] cannot render an empty conversation
+            before = _text(conversation.upto(place), tokenizer, where, add_generation_prompt=True)
         through = _text(conversation.upto(place + 1), tokenizer, where)
         if not text.startswith(through) or not through.startswith(before):
             raise ConfigError(
@@ -181,10 +185,15 @@ def _up_to_its_end(
     inside: Sequence[int], ids: Sequence[int], text: str, places: Sequence[tuple[int, int]], special: set[int]
 ) -> Sequence[int]:
     """Return the tokens of an answer without the white space after its last special token."""
-    last = next((n for n in reversed(range(len(inside))) if ids[inside[n]] in special), None)
-    if last is None or text[places[inside[last]][1] : places[inside[-1]][1]].strip():
-        return inside
-    return inside[: last + 1]
+    for number in reversed(range(len(inside))):
+        if ids[inside[number]] not in special:
+            continue
+        _, end_of_special = places[inside[number]]
+        _, end_of_answer = places[inside[-1]]
+        if text[end_of_special:end_of_answer].strip():
+            return inside  # the special token is not the end of the turn
+        return inside[: number + 1]
+    return inside
 
 
 def _text(conversation: Conversation, tokenizer: Tokenizer, where: str, **options: bool) -> str:
@@ -211,8 +220,10 @@ def _standard(message: Message) -> Message:
 def _without_none(value: Any) -> Any:
     """Return a JSON value without fields that are None."""
     if isinstance(value, dict):
-        return {name: _without_none(of) for name, of in value.items() if of is not None}
-    return [_without_none(of) for of in value] if isinstance(value, list) else value
+        return {name: _without_none(part) for name, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [_without_none(part) for part in value]
+    return value
 
 
 def template_hash(tokenizer: Tokenizer) -> str:
@@ -225,18 +236,21 @@ def columns_of_chat(names: Iterable[str], column: str) -> list[str]:
     names = set(names)
     if column not in names and not names.issuperset(PAIR):
         return []
-    return [*([column] if column in names else PAIR), *({TOOLS} & names)]
+    columns = [column] if column in names else list(PAIR)
+    if TOOLS in names:
+        columns.append(TOOLS)
+    return columns
 
 
 def row_of_chat(row: Mapping[str, object], column: str, place: str) -> str:
     """Return the conversation of a row as a line of JSON. Raises ConfigError, naming the row by ``place``."""
-    found = columns_of_chat(row, column)
-    if not found:
+    columns = columns_of_chat(row, column)
+    if not columns:
         raise ConfigError(
             f"{place} has neither a column {column!r} with messages nor {' and '.join(PAIR)}. "
             f"Columns: {', '.join(map(str, row))}"
         )
-    conversation = conversation_of(row, [name for name in found if name != TOOLS], place)
+    conversation = conversation_of(row, [name for name in columns if name != TOOLS], place)
     return json.dumps({"messages": conversation.messages, "tools": conversation.tools}, ensure_ascii=False)
 
 
@@ -250,10 +264,14 @@ def tokenize_chats(rows: Sequence[str], tokenizer: Tokenizer, where: str) -> Doc
     closed = False
     for row in rows:
         rendered = render(Conversation(**json.loads(row)), tokenizer, f"{where}: a conversation")
+        tokens += rendered.ids
+        learned += rendered.is_answer
+        lengths.append(len(rendered.ids))
         closed = rendered.ids[-1] != end
-        tokens += [*rendered.ids, *([end] * closed)]
-        learned += [*rendered.is_answer, *([False] * closed)]
-        lengths.append(len(rendered.ids) + closed)
+        if closed:
+            tokens.append(end)
+            learned.append(False)  # it separates conversations, and is not part of an answer
+            lengths[-1] += 1
     return Documents(
         np.array(tokens, np.int64), np.array(lengths, np.int64), learned=np.array(learned, bool), closed_by_us=closed
     )
