@@ -44,9 +44,13 @@ class LayerState:
 
     def expert(self, expert: int) -> Self:
         """Return one expert of a stack; views, except bits that start within a byte or cross a shard."""
-        layout, share = self.layout, self.layout.num_matrices // self.layout.num_experts
+        layout = self.layout
+        share = layout.num_matrices // layout.num_experts
         start, stop = layout.expert_range(expert)
         height = layout.expert.shape[0]
+        rounding = None
+        if self.rounding is not None:
+            rounding = self.rounding.of_expert(expert)
         return replace(
             self,
             weight=self.weight[expert * height : (expert + 1) * height],
@@ -55,7 +59,7 @@ class LayerState:
             layout=layout.expert,
             factors=self.factors.of_expert(expert, layout.num_experts),
             magnitude_scales=self.magnitude_scales[expert * share : (expert + 1) * share],
-            rounding=None if self.rounding is None else self.rounding.of_expert(expert),
+            rounding=rounding,
         )
 
     def masked_weight(self) -> Tensor:
@@ -91,13 +95,16 @@ class Gradients:
 def forward(x: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
     """Return y = x (M . W)' + bias, (..., O), for ``x`` (..., I)."""
     merged = state.masked_weight()
-    return torch.nn.functional.linear(x, merged.t() if state.layout.transposed else merged, bias)
+    if state.layout.transposed:
+        merged = merged.t()
+    return torch.nn.functional.linear(x, merged, bias)
 
 
 def forward_into(out: Tensor, x: Tensor, state: LayerState) -> None:
     """Write x (M . W)' to ``out`` (N, O), for ``x`` (N, I)."""
     merged = state.masked_weight()
-    torch.mm(x, merged if state.layout.transposed else merged.t(), out=out)
+    by_input = merged if state.layout.transposed else merged.t()  # (I, O)
+    torch.mm(x, by_input, out=out)
 
 
 def backward(
@@ -123,7 +130,9 @@ def backward(
         tiles = whole_tile(state.layout)
     else:
         tiles = plan_tiles(state.layout, x.element_size(), tile_bytes, device_type=x.device.type)
-    x, grad_y = x.contiguous(), grad_y.contiguous()
+    x = x.contiguous()
+    grad_y = grad_y.contiguous()
+    # sums over tokens and tiles are at least fp32, also for 16-bit inputs
     high = torch.promote_types(x.dtype, torch.float32)
     factors = factors_with_ones(state) if state.scores_train else state.factors.of_update()
     sums = Factors(
@@ -135,10 +144,15 @@ def backward(
         grads.bias = grad_y.sum(0, dtype=high)
     if need_weight:
         grads.weight = torch.empty(state.layout.shape, dtype=state.weight.dtype, device=state.weight.device)
-    if need_x:  # accumulate the sum over tiles in a wider dtype
-        grads.x = torch.zeros_like(x, dtype=high) if tiles.cut_outputs else torch.empty_like(x)
-    mask = None if need_weight else mask_for_kernels(x, state)
-    work = _Work(x, grad_y, state, factors, sums, grads, tiles, mask)
+    if need_x and tiles.cut_outputs:
+        # dX is then a sum over tiles, which is accumulated in the wider dtype
+        grads.x = torch.zeros_like(x, dtype=high)
+    elif need_x:
+        grads.x = torch.empty_like(x)
+    mask = None
+    if not need_weight:  # the kernels do not write G . M
+        mask = mask_for_kernels(x, state)
+    work = _Work(x=x, grad_y=grad_y, state=state, factors=factors, sums=sums, grads=grads, tiles=tiles, mask_bits=mask)
     for rect in tiles.rects:
         _tile_backward(work, rect)
     finish_factors(sums, state, grads)
@@ -168,17 +182,25 @@ class _Work:
     """Set if GPU kernels compute the layer."""
 
     def __post_init__(self) -> None:
-        tile, band, integer = self.tiles.max_numel, self.tiles.max_band_numel, INT_OF_SIZE[self.x.element_size()]
-        self.weight, self.grad, self.product, self.magnitude = (self.x.new_empty(n) for n in (tile, tile, band, band))
-        self.mask = self.x.new_empty(band, dtype=integer)
+        # allocated once for all tiles, of which the largest needs all of it
+        tile = self.tiles.max_numel
+        band = self.tiles.max_band_numel
+        self.weight = self.x.new_empty(tile)
+        self.grad = self.x.new_empty(tile)
+        self.product = self.x.new_empty(band)
+        self.magnitude = self.x.new_empty(band)
+        # integers of the size of a weight, so that a mask is applied by "and"
+        self.mask = self.x.new_empty(band, dtype=INT_OF_SIZE[self.x.element_size()])
 
 
 def _tile_backward(work: _Work, rect: Rect) -> None:
     layout = work.state.layout
     rows, cols = rect.slices
     outputs, inputs = (cols, rows) if layout.transposed else (rows, cols)
-    x, grad_y = work.x[:, inputs], work.grad_y[:, outputs]
-    weight, grad = _shaped(work.weight, rect), _shaped(work.grad, rect)
+    x = work.x[:, inputs]
+    grad_y = work.grad_y[:, outputs]
+    weight = _shaped(work.weight, rect)
+    grad = _shaped(work.grad, rect)
     if work.sums.update or any(wanted is not None for wanted in (work.sums.A, work.sums.U, work.grads.weight)):
         # G and everything derived from it have the dtype of x, as in autograd
         left, right = (x, grad_y) if layout.transposed else (grad_y, x)
@@ -189,12 +211,14 @@ def _tile_backward(work: _Work, rect: Rect) -> None:
             continue
         by_kernel = work.mask_bits is not None
         if not by_kernel:
-            state, merged = work.state, weight[part.inside(rect)]
+            state = work.state
+            merged = weight[part.inside(rect)]
             factors = tile_factors(state.factors, layout, matrix, part)
             updated_weight(weights_at(state.weight, part, merged), factors, state.constants, out=merged)
+        band_gradients = _band_by_kernel if by_kernel else _band_backward
         for band in row_tiles(part, work.tiles.band_elements):
             here = band.inside(rect)
-            (_band_by_kernel if by_kernel else _band_backward)(work, matrix, band, weight[here], grad[here])
+            band_gradients(work=work, matrix=matrix, rect=band, weight=weight[here], grad=grad[here])
             if work.state.rounding is not None:
                 work.state.rounding.round_(weight[here], band)
     if work.grads.x is not None:
@@ -246,16 +270,20 @@ def _add_form_gradients(work: _Work, matrix: StoredMatrix, rect: Rect, weight_gr
 
 def _band_by_kernel(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor, grad: Tensor) -> None:
     """Do the same as :func:`_band_backward`, from W0, in one launch and the products with the factors."""
-    state, constants = work.state, work.state.constants
+    state = work.state
+    constants = state.constants
     assert work.mask_bits is not None
     assert isinstance(state.weight, Tensor)
-    has_scores, has_updates = work.sums.A is not None, work.sums.U is not None
+    has_scores = work.sums.A is not None
+    has_updates = work.sums.U is not None
+    # the kernel writes what the products with the factors read: dS and dW, into the buffers that the other path uses
     scores = _shaped(work.product, rect) if has_scores else None
     updates = _shaped(work.magnitude, rect) if has_updates else None
     has_gradient = has_scores and not constants.frozen_magnitude
     factor = 1.0 / state.magnitude_scales[matrix.index] if has_gradient else 0.0
     own = tile_factors(state.factors, state.layout, matrix, rect)
-    base, place = state.weight[rect.slices], Matrices.of_rect(rect, state.layout.shape[1])
+    base = state.weight[rect.slices]
+    place = Matrices.of_rect(rect, state.layout.shape[1])
     gradients_into(weight, scores, updates, base, grad, work.mask_bits, place, own, constants, factor)
     factors, sums = (tile_factors(f, state.layout, matrix, rect) for f in (work.factors, work.sums))
     if scores is not None:
@@ -287,8 +315,10 @@ def factors_with_ones(state: LayerState) -> Factors:
     dS is thus read twice instead of four times. Without R and C, A and B stay unchanged. On a GPU, zeros follow up to a
     multiple of eight: cuBLAS is several times slower with rows that are not aligned to 16 bytes.
     """
-    own, num_matrices = state.factors, state.layout.num_matrices
-    A, B = own.A, own.B
+    own = state.factors
+    num_matrices = state.layout.num_matrices
+    A = own.A
+    B = own.B
     if own.R is not None and own.C is not None:
         rank = 0 if A is None else A.shape[1]
         extra = own.R.new_zeros(1 if own.R.device.type == "cpu" else 1 + -(rank + 1) % 8)
@@ -302,15 +332,18 @@ def factors_with_ones(state: LayerState) -> Factors:
 
 def finish_factors(sums: Factors, state: LayerState, grads: Gradients) -> None:
     """Set the gradients of the factors from the sums over tiles. They are zero for scores that do not train."""
-    own, constants = state.factors, state.constants
+    own = state.factors
+    constants = state.constants
     if sums.U is not None and sums.V is not None:
-        grads.U, grads.V = sums.U * constants.beta, sums.V * constants.beta
+        grads.U = sums.U * constants.beta
+        grads.V = sums.V * constants.beta
     grads.update = dict(sums.update)
     if sums.A is None or sums.B is None:
         for name in "ABRC":
             factor = getattr(own, name)
             if factor is not None:
-                setattr(grads, name, torch.zeros_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32)))
+                high = torch.promote_types(factor.dtype, torch.float32)
+                setattr(grads, name, torch.zeros_like(factor, dtype=high))
         return
     rank = 0 if own.A is None else own.A.shape[1]
     by_matrix = sums.B.view(state.layout.num_matrices, -1, sums.B.shape[1])

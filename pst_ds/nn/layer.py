@@ -107,15 +107,19 @@ class PSTLayer(nn.Module):
         self.register_parameter(BASE_CODES, None if base is None else base.codes)
         self.register_parameter(BASE_SCALES, None if base is None else base.scales)
         if weight is not None:
-            device, dtype = weight.device, weight.dtype
+            device = weight.device
+            dtype = weight.dtype
             bits = all_ones(layout.numel, self.num_shards).to(device)
-            bits = bits.view(self.mask_rows, -1) if self.mask_rows else bits
+            if self.mask_rows:
+                bits = bits.view(self.mask_rows, -1)
             self.pst_mask = nn.Parameter(bits, requires_grad=False)
         else:
             assert base is not None
-            device, dtype = base.codes.device, base.dtype
+            device = base.codes.device
+            dtype = base.dtype
             self.pst_mask = base.mask
-        self._code_layout, self._loaded_dtype = None if base is None else base.layout, dtype
+        self._code_layout = None if base is None else base.layout
+        self._loaded_dtype = dtype
         self._add_parameters(name, config, device, dtype)
 
     def _add_parameters(self, name: str, config: PSTConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -132,15 +136,21 @@ class PSTLayer(nn.Module):
                 if device.type == "meta":  # shapes need no random numbers
                     values = torch.empty(shape, device=device)
                 else:
-                    whole = shape if self.group is None else (shape[0] * self.group.degree, *shape[1:])
+                    # values of all experts are drawn, so that an expert starts alike wherever it is
+                    whole = shape
+                    if self.group is not None:
+                        whole = (shape[0] * self.group.degree, *shape[1:])
                     values = seeded_normal(whole, std, f"{config.seed or 0}/{name}/{factor}")
                     if mean != 0.0:
                         values += mean
-                    values = values if self.group is None else self.group.own_part(values).clone()
+                    if self.group is not None:
+                        values = self.group.own_part(values).clone()
                 param = nn.Parameter(values.to(device=device, dtype=dtype))
             self.register_parameter(f"pst_{factor}", param)
 
-        layout, outputs, inputs = self.layout, self.layout.out_features, self.layout.in_features
+        layout = self.layout
+        outputs = layout.out_features
+        inputs = layout.in_features
         k = config.score_rank
         add("A", (outputs, k) if k else None, config.score_init_scale)
         add("B", (layout.num_matrices * k, inputs) if k else None)
@@ -168,8 +178,13 @@ class PSTLayer(nn.Module):
         """W0 as quantised values and scales; None for a layer with a weight."""
         if self._code_layout is None:
             return None
-        codes, scales = self.pst_base_codes, self.pst_base_scales
-        return BaseCodes(self._code_layout, codes, scales, self.pst_mask, self._loaded_dtype)
+        return BaseCodes(
+            layout=self._code_layout,
+            codes=self.pst_base_codes,
+            scales=self.pst_base_scales,
+            mask=self.pst_mask,
+            dtype=self._loaded_dtype,
+        )
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -178,8 +193,10 @@ class PSTLayer(nn.Module):
 
     def set_magnitude_scales(self, scales: tuple[float, ...]) -> None:
         """Set the divisors of |W| in the scores, one for each matrix of :attr:`whole_layout`."""
-        own, at = self.layout.num_matrices, 0 if self.group is None else self.group.position
-        self.all_magnitude_scales, self.magnitude_scales = scales, scales[at * own : (at + 1) * own]
+        num_own = self.layout.num_matrices
+        position = 0 if self.group is None else self.group.position
+        self.all_magnitude_scales = scales
+        self.magnitude_scales = scales[position * num_own : (position + 1) * num_own]
 
     def base_weight(self) -> Tensor | CodedWeight:
         """Return W0, or the trained weight that replaces it, in storage shape. The parameters must be gathered."""
@@ -214,7 +231,8 @@ class PSTLayer(nn.Module):
 
     def split(self) -> sharding.Split:
         """Return how the weights, and their mask bits, are divided over ranks."""
-        numel, of_mask = self.layout.numel, sharding.split_of(self.pst_mask)
+        numel = self.layout.numel
+        of_mask = sharding.split_of(self.pst_mask)
         if sharding.splits_rows(self.pst_mask):
             rows = of_mask.share * self.mask_rows // of_mask.numel
             return sharding.Split(numel, rows * (numel // self.mask_rows), of_mask.ranks, of_mask.own)
@@ -223,27 +241,33 @@ class PSTLayer(nn.Module):
 
     def own_range(self) -> tuple[int, int]:
         """Return the flat range of :attr:`whole_layout` whose mask bits this rank holds; all if not partitioned."""
-        split, first = self.split(), 0 if self.group is None else self.group.position * self.layout.numel
+        split = self.split()
+        first = 0 if self.group is None else self.group.position * self.layout.numel
         start, stop = split.range_of(split.own)
         return first + start, first + stop
 
     @property
     def place(self) -> tuple[int, int, int]:
         """Ranks that hold a part of the layer, the number of this one, and parts of whole experts that ranks own."""
-        shard, shards = sharding.shard_index(self.pst_mask), self.num_shards
+        shard = sharding.shard_index(self.pst_mask)
+        shards = self.num_shards
         if self.group is None:
             return shards, shard, 1
         return shards * self.group.degree, shard * self.group.degree + self.group.position, self.group.degree
 
     def own_bits(self) -> Tensor:
         """Return the mask bits of :meth:`own_range`, from bit 0 on; padding bits are zero."""
-        bits, rows = sharding.shard_of(self.pst_mask).values, self._own_padded_rows()
-        return relayout(bits, rows * (self.layout.numel // self.mask_rows), rows, 1) if rows else bits
+        bits = sharding.shard_of(self.pst_mask).values
+        rows = self._own_padded_rows()
+        if not rows:
+            return bits
+        return relayout(bits, rows * (self.layout.numel // self.mask_rows), rows, 1)
 
     def write_own_bits(self, bits: Tensor) -> None:
         """Overwrite the mask bits of :meth:`own_range`. Every rank must do so before the next gather."""
         rows = self._own_padded_rows()
-        bits = relayout(bits, rows * (self.layout.numel // self.mask_rows), 1, rows) if rows else bits
+        if rows:
+            bits = relayout(bits, rows * (self.layout.numel // self.mask_rows), 1, rows)
         sharding.write_shard(self.pst_mask, bits)
 
     def own_bits_changed(self, bits: Tensor) -> None:
@@ -296,7 +320,8 @@ class PSTLayer(nn.Module):
         """Return the state that computes the layer's current weight. The parameters must be gathered."""
         remedy = "Call the module that fully_shard was given, not one inside it; or register_fsdp_forward_method"
         sharding.refuse_dtensors(self.named_parameters(recurse=False), remedy)
-        weight, mask = self.base_weight(), self.pst_mask.detach().flatten()
+        weight = self.base_weight()
+        mask = self.pst_mask.detach().flatten()
         factors = self.factors({name: param.detach() for name, param in self.factor_parameters()})
         rounding = self.rounding() if self.rounds else None
         return masked_linear.LayerState(
