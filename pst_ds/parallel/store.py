@@ -52,9 +52,11 @@ class StoreGroup:
     def __init__(self) -> None:
         from pst_ds.parallel.ranks import rank, world_size
 
-        self._rank, self._world = rank(), world_size()
+        self._rank = rank()
+        self._world = world_size()
         self._store = store_connection()
-        self._name, self._round = f"pst_ds/{next(_group_numbers)}", 0
+        self._name = f"pst_ds/{next(_group_numbers)}"
+        self._round = 0
 
     def decide(self, value: T, decision: Callable[[Sequence[T]], R]) -> R:
         """Return on every rank the ``decision`` of rank 0 on the values of all ranks, in order. Collective.
@@ -83,8 +85,11 @@ class StoreGroup:
         answer = json.dumps(decision([json.loads(text) for text in sent]))
         self._store.set(f"{name}/answer", answer)
         self._store.wait([f"{name}/read-{other}" for other in others])
-        for key in ("answer", *(f"{kind}-{other}" for kind in ("of", "read") for other in others)):
-            self._store.delete_key(f"{name}/{key}")
+        # every rank has read the answer, so nothing of this round is needed any more
+        self._store.delete_key(f"{name}/answer")
+        for other in others:
+            self._store.delete_key(f"{name}/of-{other}")
+            self._store.delete_key(f"{name}/read-{other}")
         return json.loads(answer)
 
 

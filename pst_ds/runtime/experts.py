@@ -46,7 +46,8 @@ class SparseExperts(SparseLinear):
     def _prepare(self) -> None:
         """Compute where the values of each expert start, and the offsets of its rows from there."""
         super()._prepare()
-        rows, values = self.rows_of_expert, getattr(self, self.format.values_name)
+        rows = self.rows_of_expert
+        values: Tensor = getattr(self, self.format.values_name)
         offsets = self.format.row_starts(self.parts())
         first = offsets[::rows]
         self._starts = [*first.tolist(), values.numel()]
@@ -55,8 +56,9 @@ class SparseExperts(SparseLinear):
     def expert_parts(self, expert: int) -> dict[str, Tensor]:
         """Return views of the parts of one expert's (O, I) matrix; offsets count from its first value."""
         count = self.rows_of_expert
-        rows, (start, stop) = slice(expert * count, (expert + 1) * count), self._starts[expert : expert + 2]
-        return self.format.rows_of(self.parts(), rows, slice(start, stop), self.expert_offsets[rows])
+        rows = slice(expert * count, (expert + 1) * count)
+        values = slice(self._starts[expert], self._starts[expert + 1])
+        return self.format.rows_of(self.parts(), rows, values, self.expert_offsets[rows])
 
     def forward(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:  # type: ignore[override]
         """Multiply with the expert of each (token, expert) pair: (N*k, O) in the order of the experts.
@@ -66,19 +68,32 @@ class SparseExperts(SparseLinear):
         if not self._is_checked:
             self._refuse_unchecked()
         x = self._accepted(x, self.dtype)
-        values, num_pairs = getattr(self, self.format.values_name), routing.order.numel()
+        values: Tensor = getattr(self, self.format.values_name)
+        num_pairs = routing.order.numel()
+        # the packed kernels have no gradient
         needs_gradient = x.requires_grad and torch.is_grad_enabled()
         has_kernel = self.format.has_row_bits or self.is_quantized
         in_one_launch = has_kernel and not needs_gradient and gpu.multiplies(x, values)
         if num_pairs <= FEW_PAIRS and not in_one_launch and not needs_gradient and self._is_native(x, values):
-            x = x[routing.tokens] if by_token else x
-            parts = values.view(-1), self.bitmask, self.expert_offsets
-            return native.bitmask_experts(x, *parts, self._starts, list(routing.runs()), native.best_level())
+            if by_token:
+                x = x[routing.tokens]  # (N*k, I)
+            return native.bitmask_experts(
+                x,
+                values.view(-1),
+                self.bitmask,
+                self.expert_offsets,
+                self._starts,
+                list(routing.runs()),
+                native.best_level(),
+            )
         y = x.new_empty(num_pairs, self.rows_of_expert)
         if in_one_launch and num_pairs <= gpu.MOST_WALKED * min(num_pairs, self.num_experts):
-            scales, bits = self._buffers.get("scales"), self._buffers.get("bitmask")
-            weight = gpu.PackedWeight(values, bits, self.row_offsets, scales)
-            gpu.packed_experts(x[routing.tokens] if by_token else x, weight, routing.experts, y)
+            weight = gpu.PackedWeight(
+                values, self._buffers.get("bitmask"), self.row_offsets, self._buffers.get("scales")
+            )
+            if by_token:
+                x = x[routing.tokens]  # (N*k, I)
+            gpu.packed_experts(x, weight, routing.experts, y)
             return y
         for expert, rows in routing.runs():
             y[rows] = self.product(expert, routing.rows_of(x, rows, by_token))
@@ -92,14 +107,15 @@ class SparseExperts(SparseLinear):
 
     def product(self, expert: int, x: Tensor) -> Tensor:
         """Return x W' of one expert: (n, I) to (n, O)."""
-        form, rows = self.format, self.rows_of_expert
+        form = self.format
         needs_gradient = x.requires_grad and torch.is_grad_enabled()
-        offsets = self.expert_offsets[expert * rows : (expert + 1) * rows]
+        rows = slice(expert * self.rows_of_expert, (expert + 1) * self.rows_of_expert)
+        offsets = self.expert_offsets[rows]
         # only slices, because the product of a token is short
         if not needs_gradient and form.has_row_bits:
             start, stop = self._starts[expert : expert + 2]
             values = getattr(self, form.values_name).view(-1)[start:stop]
-            return ops.bitmask_linear(x, values, self.bitmask[expert * rows : (expert + 1) * rows], offsets, None)
+            return ops.bitmask_linear(x, values, self.bitmask[rows], offsets, bias=None)
         parts = self.expert_parts(expert)
         if isinstance(form, QuantizedFormat) and not needs_gradient:
             bits = parts.get("bitmask")

@@ -39,7 +39,8 @@ class SparseLinear(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = in_features
+        self.out_features = out_features
         self._is_checked = False
         self.format = packed_format(format) if isinstance(format, str) else format
         self._dtype = dtype
@@ -50,8 +51,11 @@ class SparseLinear(nn.Module):
             else:
                 self.register_buffer(name, part)
         self.bias: nn.Parameter | None
-        values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
-        self.register_parameter("bias", None if values is None else nn.Parameter(values, requires_grad=False))
+        if bias:
+            values = torch.empty(out_features, dtype=dtype, device=device)
+            self.register_parameter("bias", nn.Parameter(values, requires_grad=False))
+        else:
+            self.register_parameter("bias", None)
 
     def parts(self) -> dict[str, Tensor]:
         """Return the parts of the weight by name."""
@@ -76,7 +80,9 @@ class SparseLinear(nn.Module):
     def check(self, name: str) -> None:
         """Raise FormatError, naming ``name``, unless the parts and the bias fit a layer of this shape."""
         self.format.check(name, self.parts(), (self.out_features, self.in_features))
-        bias, dtype, shape = self.bias, self.dtype, (self.out_features,)
+        bias = self.bias
+        dtype = self.dtype
+        shape = (self.out_features,)
         if bias is not None and (bias.dtype != dtype or tuple(bias.shape) != shape or not bias.is_contiguous()):
             raise FormatError(
                 f"{name}: bias must be a contiguous {dtype} of shape {shape}, found {bias.dtype} of shape "
@@ -100,18 +106,20 @@ class SparseLinear(nn.Module):
         if self.is_quantized:
             return self._apply_to_codes(fn, recurse)
         before = getattr(self, self.format.values_name)
-        dtype, had_values = before.dtype, not before.is_meta
+        dtype = before.dtype
+        had_values = not before.is_meta
         super()._apply(fn, recurse)
         values = getattr(self, self.format.values_name)
         self._is_checked = self._is_checked and had_values
         if self._is_checked and values.dtype != dtype:
             with torch.no_grad():
-                values.add_(0.0)
+                values.add_(0.0)  # turns -0.0 into +0.0
         return self
 
     def _apply_to_codes(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> Self:
         """Convert a quantised layer: a cast changes the dtype of the computation, but not the scales."""
-        scales, had_values = self.scales, not self.scales.is_meta
+        scales = self.scales
+        had_values = not scales.is_meta
         super()._apply(fn, recurse)
         self._is_checked = self._is_checked and had_values
         if self.scales.dtype != scales.dtype:
@@ -146,7 +154,8 @@ class SparseLinear(nn.Module):
             return product(x, values, self.scales, bits, self.row_offsets, self.bias, form.packing)
         if in_eager:
             # read the dictionaries directly: four look-ups of nn.Module take as long as a small product
-            flat, buffers = values if values.dim() == 1 else values.view(-1), self._buffers
+            buffers = self._buffers
+            flat = values if values.dim() == 1 else values.view(-1)
             return ops.bitmask_linear(x, flat, buffers["bitmask"], buffers["row_offsets"], self._parameters["bias"])  # type: ignore[arg-type]
         return torch.ops.pst_ds.bitmask_linear(x, values.view(-1), self.bitmask, self.row_offsets, self.bias)
 

@@ -25,6 +25,8 @@ VARIABLE = "PST_DS_INSTRUCTIONS"
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh", "relu2", "xielu")
 XIELU_NUMBERS = 4
 """Parameters of xielu: factors of x^2, of e^x - 1 - x and of x, and the x at which e^x - 1 is cut off."""
+_NO_BYTES = 2
+"""Status of a product with int8 activations, if the instruction set does not support them."""
 LINEARS = ("qkv", "output", "gate_up", "down")
 NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "queries", "keys")
 SHAPE = (
@@ -108,7 +110,10 @@ class Matrix:
     def __init__(self, handle: int | None, shape: tuple[int, int], level: int, keep: Tensor | None = None):
         if not handle:
             raise MemoryError(f"not enough memory to pack a weight of {shape[0]} x {shape[1]}")
-        self.handle, self.shape, self.level, self._keep = handle, shape, level, keep
+        self.handle = handle
+        self.shape = shape
+        self.level = level
+        self._keep = keep  # C++ has a pointer to its values
         weakref.finalize(self, require_library().pst_matrix_free, handle)
 
     @classmethod
@@ -117,19 +122,24 @@ class Matrix:
 
         ``group``: columns per group, a multiple of 32; 0 for per-row scales.
         """
-        level = best_level() if level is None else level
+        if level is None:
+            level = best_level()
         rows, columns = codes.shape
-        groups = -(-columns // group) if group else 1
+        groups = _num_groups(columns, group)
         if codes.dtype != torch.int8 or scales.dtype != torch.bfloat16 or tuple(scales.shape) != (rows, groups):
-            found = f"{codes.dtype} codes {tuple(codes.shape)}, {scales.dtype} scales {tuple(scales.shape)}"
-            raise ValueError(f"{found}; int8 codes take bf16 scales of shape {(rows, groups)}")
+            raise ValueError(
+                f"{codes.dtype} codes {tuple(codes.shape)}, {scales.dtype} scales {tuple(scales.shape)}; int8 codes "
+                f"take bf16 scales of shape {(rows, groups)}"
+            )
         if group % 32:
             raise ValueError(f"groups of {group} columns; they must be a multiple of 32")
-        codes, scales = codes.contiguous(), scales.contiguous()
-        pointers = codes.data_ptr(), scales.data_ptr()
-        return cls(
-            require_library().pst_matrix_of_codes(*pointers, rows, columns, bits, group, level), (rows, columns), level
+        # named, so that both live until C++ has packed them
+        codes = codes.contiguous()
+        scales = scales.contiguous()
+        handle = require_library().pst_matrix_of_codes(
+            codes.data_ptr(), scales.data_ptr(), rows, columns, bits, group, level
         )
+        return cls(handle, (rows, columns), level)
 
     @classmethod
     def of_floats(cls, weight: Tensor, level: int | None = None) -> Self:
@@ -137,9 +147,12 @@ class Matrix:
         weight = weight.detach().contiguous()
         if weight.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"a weight of {weight.dtype}; fp32 and bf16 are multiplied")
-        shape = (weight.shape[0], weight.shape[1])
-        found = require_library().pst_matrix_of_floats(weight.data_ptr(), *shape, 8 * weight.element_size())
-        return cls(found, shape, best_level() if level is None else level, weight)
+        if level is None:
+            level = best_level()
+        rows, columns = weight.shape
+        bits = 8 * weight.element_size()
+        handle = require_library().pst_matrix_of_floats(weight.data_ptr(), rows, columns, bits)
+        return cls(handle, (rows, columns), level, keep=weight)
 
     @property
     def nbytes(self) -> int:
@@ -156,12 +169,12 @@ class Matrix:
         if x.dim() != 2 or x.shape[1] != self.shape[1]:
             raise ValueError(f"x is {tuple(x.shape)}; the weight takes (tokens, {self.shape[1]})")
         y = x.new_empty(x.shape[0], self.shape[0])
-        failed = require_library().pst_matrix_multiply(
+        status = require_library().pst_matrix_multiply(
             self.handle, x.data_ptr(), x.shape[0], y.data_ptr(), threads, self.level, in_bytes
         )
-        if failed == 2:
+        if status == _NO_BYTES:
             raise ValueError(f"int8 activations are not supported with {LEVELS[self.level]}")
-        if failed:
+        if status:
             raise MemoryError(f"not enough memory to multiply {tuple(x.shape)} with a weight of {self.shape}")
         return y
 
@@ -189,16 +202,23 @@ class Adapter:
 
     def __init__(self, layers: int, beta: float, updates: Mapping[Place, tuple[Tensor, Tensor]], state: object):
         """``updates``: U (rows, rank) and V (rank, columns), used in bf16 if all are. ``state``: kept in memory."""
-        self.state, self._keep, parts = state, list[Tensor](), list[int]()
+        self.state = state
+        self._keep: list[Tensor] = []
         is_bf16 = all(factor.dtype == torch.bfloat16 for pair in updates.values() for factor in pair)
+        bits = 16 if is_bf16 else 32
+        # eight numbers of each update, which pst_adapter_new reads in this order
+        table: list[int] = []
         for place, (left, right) in updates.items():
-            assert (*left.shape, right.shape[1]) == (place.rows, right.shape[0], place.columns)
-            held = [_in_sixteens(factor if is_bf16 else factor.float()) for factor in (right, left.t())]
-            self._keep += held
-            parts += place.layer, LINEARS.index(place.product), *(factor.data_ptr() for factor in held)
-            parts += len(right), place.columns, place.rows, place.first
-        numbers = (ctypes.c_int64 * len(parts))(*parts)
-        self.handle = require_library().pst_adapter_new(layers, numbers, len(updates), 16 if is_bf16 else 32, beta)
+            rank = right.shape[0]
+            assert left.shape == (place.rows, rank)
+            assert right.shape == (rank, place.columns)
+            down = _in_sixteens(right if is_bf16 else right.float())
+            up = _in_sixteens(left.t() if is_bf16 else left.t().float())
+            self._keep += [down, up]
+            table += [place.layer, LINEARS.index(place.product), down.data_ptr(), up.data_ptr()]
+            table += [rank, place.columns, place.rows, place.first]
+        numbers = (ctypes.c_int64 * len(table))(*table)
+        self.handle = require_library().pst_adapter_new(layers, numbers, len(updates), bits, beta)
         if not self.handle:
             raise MemoryError(f"not enough memory for {len(updates)} updates")
         weakref.finalize(self, require_library().pst_adapter_free, self.handle)
@@ -207,7 +227,14 @@ class Adapter:
 def _in_sixteens(rows: Tensor) -> Tensor:
     """Return a contiguous matrix whose rows end with zeros up to a multiple of 16 numbers."""
     missing = -rows.shape[1] % 16
-    return (torch.nn.functional.pad(rows, (0, missing)) if missing else rows).contiguous()
+    if missing:
+        rows = torch.nn.functional.pad(rows, (0, missing))
+    return rows.contiguous()
+
+
+def _num_groups(columns: int, group: int) -> int:
+    """Return the number of scales per row, for ``group`` columns each; 0 is one group."""
+    return -(-columns // group) if group else 1
 
 
 def _require(holds: bool, message: str) -> None:
@@ -224,13 +251,20 @@ class Loop:
 
     def __init__(self, shape: dict[str, int], numbers: dict[str, float], level: int | None = None):
         """``shape`` and ``numbers`` have the keys :data:`SHAPE` and :data:`NUMBERS`."""
-        self._library, self.shape = require_library(), dict(shape)
+        self._library = require_library()
+        self.shape = dict(shape)
         for key in SHAPE:
             least = 0 if key in ("activation", "gated", "norm_of_heads") else 1
             _require(least <= shape[key] < 1 << 31, f"{key} = {shape[key]}: not from {least} to 2^31 - 1")
-        hidden, heads, shared, head = (shape[key] for key in ("hidden", "heads", "key_value_heads", "head"))
+        hidden = shape["hidden"]
+        heads = shape["heads"]
+        shared = shape["key_value_heads"]
+        head = shape["head"]
         _require(heads % shared == 0, f"key_value_heads = {shared} does not divide heads = {heads}")
-        inner = shape["inner"] * (2 if shape["gated"] else 1)
+        inner = shape["inner"]
+        if shape["gated"]:
+            inner *= 2  # rows of the gate, and of what it multiplies
+        # (outputs, inputs) of each product
         self._sizes = {
             "qkv": ((heads + 2 * shared) * head, hidden),
             "output": (hidden, heads * head),
@@ -238,18 +272,24 @@ class Loop:
             "down": (hidden, shape["inner"]),
             "head": (shape["vocabulary"], hidden),
         }
-        of_heads = bool(shape["norm_of_heads"])
-        self._widths = {"queries": head if of_heads else heads * head, "keys": head if of_heads else shared * head}
+        # queries and keys are normed head by head, or over all heads
+        self._widths = {"queries": heads * head, "keys": shared * head}
+        if shape["norm_of_heads"]:
+            self._widths = {"queries": head, "keys": head}
         self._num_angles = 0
         sizes = (ctypes.c_int64 * len(SHAPE))(*(shape[key] for key in SHAPE))
         values = (ctypes.c_double * len(NUMBERS))(*(numbers[key] for key in NUMBERS))
         cached = math.prod(shape[key] for key in ("layers", "sequences", "context", "key_value_heads", "head"))
-        level = best_level() if level is None else level
-        is_possible = cached <= 1 << 46  # fewer than 2^63 bytes
-        handle = self._library.pst_decoder_new(sizes, values, level) if is_possible else None
+        if level is None:
+            level = best_level()
+        handle = None
+        if cached <= 1 << 46:  # the number of bytes must fit into 63 bits
+            handle = self._library.pst_decoder_new(sizes, values, level)
         if not handle:
             raise MemoryError(f"not enough memory for a cache of {shape['sequences']} x {shape['context']} positions")
-        self.handle, self._keep = handle, list[object]()
+        self.handle = handle
+        self._keep: list[object] = []
+        """Tensors and matrices whose values C++ has pointers to."""
         weakref.finalize(self, self._library.pst_decoder_free, handle)
 
     def _pointer(self, values: Tensor | None) -> int:
@@ -264,19 +304,23 @@ class Loop:
 
         ``neighbours``: pairs of columns are (0, 1), (2, 3), ... instead of (0, half), (1, half + 1), ...
         """
-        turned, head, context = 2 * cosines.shape[1], self.shape["head"], self.shape["context"]
+        turned = 2 * cosines.shape[1]
+        head = self.shape["head"]
+        context = self.shape["context"]
         _require(turned <= head, f"rotary angles turn {turned} columns of a head of {head}")
         _require(cosines.shape == sines.shape and cosines.shape[0] >= context, f"rotary angles of {tuple(sines.shape)}")
         self._num_angles += 1
-        pointers = self._pointer(cosines), self._pointer(sines)
-        self._library.pst_decoder_angles(self.handle, *pointers, cosines.shape[1], neighbours)
+        self._library.pst_decoder_angles(
+            self.handle, self._pointer(cosines), self._pointer(sines), cosines.shape[1], neighbours
+        )
 
     def set_linear(self, layer: int, name: str, matrices: Sequence[Matrix], bias: Tensor | None) -> None:
         """Set one of :data:`LINEARS` of a layer, or "head": products of one input, side by side, and their biases."""
         rows = sum(matrix.shape[0] for matrix in matrices)
         for matrix in matrices:
-            found, wanted = (rows, matrix.shape[1]), self._sizes[name]
-            _require(found == wanted, f"layer {layer}, {name}: weights of {found} where the config has {wanted}")
+            size = (rows, matrix.shape[1])
+            wanted = self._sizes[name]
+            _require(size == wanted, f"layer {layer}, {name}: weights of {size} where the config has {wanted}")
         _require(bias is None or bias.numel() == rows, f"layer {layer}, {name}: a bias not of {rows} numbers")
         handles = (ctypes.c_void_p * len(matrices))(*(matrix.handle for matrix in matrices))
         self._keep += matrices
@@ -290,8 +334,9 @@ class Loop:
             fits = values is None or values.numel() == width
             _require(fits, f"layer {layer}, norm {name}: a {part} not of {width} numbers")
         which = -1 if name == "last" else NORMS.index(name)
-        pointers = self._pointer(norm.gain), self._pointer(norm.bias)
-        self._library.pst_decoder_norm(self.handle, layer, which, *pointers, norm.epsilon)
+        gain = self._pointer(norm.gain)
+        bias = self._pointer(norm.bias)
+        self._library.pst_decoder_norm(self.handle, layer, which, gain, bias, norm.epsilon)
 
     def set_activation(self, layer: int, numbers: Tensor) -> None:
         """Set the parameters of a layer's activation: the four of "xielu"."""
@@ -310,22 +355,28 @@ class Loop:
         ``scales``: bf16 (vocabulary, groups). ``group``: columns per group, 0 for per-row scales. ``scale``: a factor.
         """
         hidden = self.shape["hidden"]
-        wanted = (rows.shape[0], (hidden + 1) // 2 if bits == 4 else hidden)
+        width = (hidden + 1) // 2 if bits == 4 else hidden  # two int4 codes per byte
+        wanted = (rows.shape[0], width)
         _require(rows.shape == wanted, f"an embedding of {tuple(rows.shape)} where the config has {wanted}")
-        groups = -(-hidden // group) if group else 1
+        groups = _num_groups(hidden, group)
         fits = scales is None or tuple(scales.shape) == (rows.shape[0], groups)
         _require(fits, f"the embedding's scales are not {rows.shape[0]} x {groups}")
         self._num_rows = rows.shape[0]
-        held = [rows.detach().contiguous(), None if scales is None else scales.contiguous()]
-        self._keep += held
-        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in held]
-        self._library.pst_decoder_embedding(self.handle, *pointers, bits, group, scale)
+        rows = rows.detach().contiguous()
+        self._keep.append(rows)
+        scales_pointer = 0
+        if scales is not None:
+            scales = scales.contiguous()
+            self._keep.append(scales)
+            scales_pointer = scales.data_ptr()
+        self._library.pst_decoder_embedding(self.handle, rows.data_ptr(), scales_pointer, bits, group, scale)
 
     def copy(self, source: int, to: int, length: int) -> None:
         """Copy the first ``length`` cached positions of the sequence ``source`` to ``to``."""
-        sequences, context = self.shape["sequences"], self.shape["context"]
-        assert 0 <= min(source, to) <= max(source, to) < sequences
-        assert 0 <= length <= context
+        sequences = self.shape["sequences"]
+        assert 0 <= source < sequences
+        assert 0 <= to < sequences
+        assert 0 <= length <= self.shape["context"]
         self._library.pst_decoder_copy(self.handle, source, to, length)
 
     def run(
@@ -343,15 +394,38 @@ class Loop:
         ``sequences``, ``positions``, ``adapters``: of every token. Earlier positions must be in the cache or this pass.
         ``wanted``: tokens whose logits are returned. ``in_bytes``: use int8 activations if they are supported.
         """
-        shape, count, logits = self.shape, len(ids), torch.empty(len(wanted), self.shape["vocabulary"])
+        shape = self.shape
+        count = len(ids)
         assert count == len(sequences) == len(positions) == len(adapters) <= shape["most"]
-        given = (ids, sequences, positions, wanted)
-        limits = (self._num_rows, shape["sequences"], shape["context"], count)
-        assert all(0 <= value < limit for values, limit in zip(given, limits, strict=True) for value in values)
-        *of_tokens, rows = ((ctypes.c_int64 * len(values))(*values) for values in given)
+        # C++ reads all of them as indices
+        _assert_below(self._num_rows, ids)
+        _assert_below(shape["sequences"], sequences)
+        _assert_below(shape["context"], positions)
+        _assert_below(count, wanted)
         handles = (ctypes.c_void_p * count)(*(None if adapter is None else adapter.handle for adapter in adapters))
-        if self._library.pst_decoder_run(
-            self.handle, *of_tokens, handles, count, rows, len(wanted), logits.data_ptr(), threads, in_bytes
-        ):
+        logits = torch.empty(len(wanted), shape["vocabulary"])
+        failed = self._library.pst_decoder_run(
+            self.handle,
+            _int64s(ids),
+            _int64s(sequences),
+            _int64s(positions),
+            handles,
+            count,
+            _int64s(wanted),
+            len(wanted),
+            logits.data_ptr(),
+            threads,
+            in_bytes,
+        )
+        if failed:
             raise MemoryError(f"not enough memory for a pass of {count} tokens")
         return logits
+
+
+def _assert_below(limit: int, values: Sequence[int]) -> None:
+    assert all(0 <= value < limit for value in values)
+
+
+def _int64s(values: Sequence[int]) -> "ctypes.Array[ctypes.c_int64]":
+    """Return a C array of the values."""
+    return (ctypes.c_int64 * len(values))(*values)

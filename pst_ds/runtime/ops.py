@@ -41,10 +41,14 @@ def bitmask_linear(
     backend = backend or backend_for(x.dtype, x.device.type, x.numel() // max(1, x.shape[-1]))
     if backend == "native" and x.shape[-1] and compressed.dtype == x.dtype:
         return native.bitmask_linear(x, compressed, bitmask, row_offsets, bias, native.best_level())
-    rows, columns = bitmask.shape[0], x.shape[-1]
+    columns = x.shape[-1]
     if x.device.type != "cpu":
         return dense_linear(x, expand_on_device(compressed, bitmask, columns), bias)
-    return _by_panels(x, rows, bias, lambda *of: _expand_rows(compressed, bitmask, row_offsets, columns, *of))
+
+    def expand(first: int, last: int) -> Tensor:
+        return _expand_rows(compressed, bitmask, row_offsets, columns, first, last)
+
+    return _by_panels(x, bitmask.shape[0], bias, expand)
 
 
 def quantized_linear(
@@ -64,16 +68,18 @@ def quantized_linear(
     """
     if gpu.takes(x, codes):
         return gpu.packed_linear(x, gpu.PackedWeight(codes, bitmask, row_offsets, scales), bias)
-    rows, columns, flat = scales.shape[0], x.shape[-1], codes.view(-1)
+    rows = scales.shape[0]
+    columns = x.shape[-1]
+    flat = codes.view(-1)
     if x.device.type != "cpu":
         return dense_linear(x, expand_codes(codes, scales, bitmask, columns, packing, x.dtype), bias)
 
     def expand(first: int, last: int) -> Tensor:
         start = int(row_offsets[first]) if first < rows else 0  # a weight without rows has no offsets
         stop = int(row_offsets[last]) if last < rows else flat.numel()
-        held = codes[first:last] if codes.dim() == 2 else flat[start:stop]
+        codes_of_rows = codes[first:last] if codes.dim() == 2 else flat[start:stop]
         bits = None if bitmask is None else bitmask[first:last]
-        return expand_codes(held, scales[first:last], bits, columns, packing, x.dtype)
+        return expand_codes(codes_of_rows, scales[first:last], bits, columns, packing, x.dtype)
 
     return _by_panels(x, rows, bias, expand)
 
@@ -85,7 +91,8 @@ def _by_panels(x: Tensor, rows: int, bias: Tensor | None, expand: Callable[[int,
     y = x.new_empty((*x.shape[:-1], rows))
     for first in range(0, rows, PANEL_ROWS):
         last = min(first + PANEL_ROWS, rows)
-        y[..., first:last] = dense_linear(x, expand(first, last), None if bias is None else bias[first:last])
+        bias_of_rows = None if bias is None else bias[first:last]
+        y[..., first:last] = dense_linear(x, expand(first, last), bias_of_rows)
     return y
 
 
@@ -99,7 +106,9 @@ def expand_codes(
     codes: Tensor, scales: Tensor, bitmask: Tensor | None, columns: int, packing: str, dtype: torch.dtype
 ) -> Tensor:
     """Expand parts of a quantised ``packing`` to the dense (O, I) weight, on their device."""
-    parts = {"codes": codes, "scales": scales} | ({} if bitmask is None else {"bitmask": bitmask})
+    parts = {"codes": codes, "scales": scales}
+    if bitmask is not None:
+        parts["bitmask"] = bitmask
     form = form_of(packing, {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}, columns)
     assert isinstance(form, QuantizedFormat)
     if codes.device.type == "cpu":
@@ -109,10 +118,13 @@ def expand_codes(
 
 def codes_on_device(form: QuantizedFormat, codes: Tensor, bitmask: Tensor | None, columns: int) -> Tensor:
     """Return the codes of every position, (O, I) int8, using torch operators only."""
+    has_nibbles = form.grid.bits == 4  # two codes per byte
     if bitmask is None:
-        return unpack_nibbles(codes, columns).contiguous() if form.grid.bits == 4 else codes
+        return unpack_nibbles(codes, columns).contiguous() if has_nibbles else codes
     keep = _kept(bitmask, columns)
-    flat = unpack_nibbles(codes.reshape(-1), 2 * codes.numel()) if form.grid.bits == 4 else codes.reshape(-1)
+    flat = codes.reshape(-1)
+    if has_nibbles:
+        flat = unpack_nibbles(flat, 2 * codes.numel())
     if form.pads_rows:
         flat = without_padding(flat, keep.sum(1))
     return torch.zeros(keep.shape, dtype=torch.int8, device=codes.device).masked_scatter_(keep, flat)
@@ -133,11 +145,16 @@ def expand_on_device(compressed: Tensor, bitmask: Tensor, columns: int) -> Tenso
 def _expand_rows(
     compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, columns: int, first: int, last: int
 ) -> Tensor:
-    start = int(row_offsets[first]) if first < row_offsets.numel() else 0
+    """Return rows [first, last) of the dense weight, (last - first, I)."""
+    start = int(row_offsets[first]) if first < row_offsets.numel() else 0  # a weight without rows has no offsets
     stop = int(row_offsets[last]) if last < row_offsets.numel() else compressed.numel()
-    shape, offsets = torch.tensor([last - first, columns]), row_offsets[first:last] - start
-    parts = {"compressed": compressed[start:stop], "bitmask": bitmask[first:last], "row_offsets": offsets}
-    return BitmaskFormat().unpack({**parts, "shape": shape})
+    parts = {
+        "compressed": compressed[start:stop],
+        "bitmask": bitmask[first:last],
+        "row_offsets": row_offsets[first:last] - start,
+        "shape": torch.tensor([last - first, columns]),
+    }
+    return BitmaskFormat().unpack(parts)
 
 
 _LIBRARY = torch.library.Library("pst_ds", "DEF")
