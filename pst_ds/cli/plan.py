@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pst_ds.cli.main import above, add_run_arguments, count, load_run_or_folder
@@ -41,6 +41,20 @@ EXIT_DOES_NOT_FIT = 3
 """Exit code for a run that certainly needs more memory than a rank has: ``pst-ds plan ... && sbatch ...`` stops."""
 _SHOWN = 5
 """Choices of a search that are printed."""
+_COLUMNS = (
+    "",
+    "micro-batch",
+    "accumulated",
+    "checkpointed",
+    "ranks a sequence",
+    "ranks of experts",
+    "frozen",
+    "memory",
+    "fits",
+    "tokens/s",
+)
+"""Head of the table of a search."""
+_YES_NO = {True: "yes", False: "no", None: "?"}
 FLAGS = {"machine": "--machine", "no_data": "--no-data"}
 """Flags for the settings that messages of this verb name."""
 
@@ -115,11 +129,15 @@ def _layers(plan: Plan) -> Iterator[str]:
 
 def _memory(plan: Plan) -> Iterator[str]:
     stage = "no DeepSpeed" if plan.zero_stage is None else f"ZeRO stage {plan.zero_stage}"
-    run, degree = plan.run, plan.run.train.sequence_parallel
+    run = plan.run
+    degree = run.train.sequence_parallel
     shared = f", shared by {degree} ranks" if degree > 1 else ""
     checkpointed = ", checkpointed" if run.model.gradient_checkpointing else ""
-    copies = f", frozen weights also on {plan.copy_ranks} ranks each" if plan.copy_ranks > 1 else ""
-    copies = ", frozen weights whole on every rank" if plan.copy_ranks == 1 else copies
+    copies = ""
+    if plan.copy_ranks == 1:
+        copies = ", frozen weights whole on every rank"
+    elif plan.copy_ranks > 1:
+        copies = f", frozen weights also on {plan.copy_ranks} ranks each"
     yield (
         f"{plan.ranks} ranks, {stage}{copies}, {run.train.precision}, micro-batches of {plan.micro_batch_size} x "
         f"{run.data.max_length} tokens{shared}{checkpointed}"
@@ -141,8 +159,11 @@ def _memory(plan: Plan) -> Iterator[str]:
 def _steps(plan: Plan) -> Iterator[str]:
     examples = "" if plan.num_examples is None else f" over {plan.num_examples:,} {plan.unit}"
     yield f"{plan.num_steps} steps{examples}"
-    start, schedule, rounding = plan.start, plan.schedule, plan.rounding
-    if tuned := plan.finetuning:
+    start = plan.start
+    schedule = plan.schedule
+    rounding = plan.rounding
+    tuned = plan.finetuning
+    if tuned is not None:
         trained = f"{tuned.trained_parameters:,} of {tuned.parameters:,} parameters"
         yield f"before them, {tuned.num_steps} steps by {tuned.run.method} train {trained}: {tuned.run.output_dir}"
         expected = _seconds(3600 * tuned.verdict.hours)
@@ -152,13 +173,10 @@ def _steps(plan: Plan) -> Iterator[str]:
         lead = "then" if tuned else "before them,"
         what = "prune by" if start["method"] == CHANNELS else f"prune to {start['sparsity']} by"
         yield f"{lead} all ranks {what} {start['method']}{samples}: {start['folder']}"
-    if cost := plan.start_cost:
-        parts, times, traffic = (
-            ", ".join(f"{name.replace('_', ' ')} {text(value)}" for name, value in cost[key].items() if value)
-            for key, text in (("memory", bytes_text), ("time", _seconds), ("traffic", bytes_text))
-        )
-        yield f"  memory of a rank, parts at different times: {parts}"
-        yield f"  expected on {plan.machine}: {times}; {traffic}"
+    cost = plan.start_cost
+    if cost is not None:
+        yield f"  memory of a rank, parts at different times: {_listed(cost.memory, bytes_text)}"
+        yield f"  expected on {plan.machine}: {_listed(cost.time, _seconds)}; {_listed(cost.traffic, bytes_text)}"
     if schedule:
         yield (
             f"{schedule.mask_updates} mask updates, steps {schedule.first_update} to {schedule.last_update}: "
@@ -166,6 +184,15 @@ def _steps(plan: Plan) -> Iterator[str]:
         )
     if rounding:
         yield f"weights rounded to {rounding.grid}, from step {rounding.start} on: {rounding.searches} searches"
+
+
+def _listed(parts: Mapping[str, float], as_text: Callable[[float], str]) -> str:
+    """Return the parts that are not zero, with their names as words."""
+    shown = []
+    for name, value in parts.items():
+        if value:
+            shown.append(f"{name.replace('_', ' ')} {as_text(value)}")
+    return ", ".join(shown)
 
 
 def _time(plan: Plan) -> Iterator[str]:
@@ -187,63 +214,68 @@ def _time(plan: Plan) -> Iterator[str]:
 
 
 def _verdict(plan: Plan) -> Iterator[str]:
-    found = plan.verdict
-    beside = ", with the process and its saves" if found.needed_bytes != plan.memory.peak else ""
-    needed = f"memory: {bytes_text(found.needed_bytes)}{beside}"
-    if found.capacity_bytes is None:
-        if beside:
-            yield f"{needed}, of a rank is enough; less than {bytes_text(found.least_bytes)} is too little"
-    else:
-        yield f"{needed}, of {bytes_text(found.capacity_bytes)} that a rank has: {_fit(found, found.capacity_bytes)}"
-    mfu = "" if found.mfu is None else f", {found.mfu:.0%} of the data sheet's products"
+    judged = plan.verdict
+    has_overhead = judged.needed_bytes != plan.memory.peak
+    overhead = ", with the process and its saves" if has_overhead else ""
+    needed = f"memory: {bytes_text(judged.needed_bytes)}{overhead}"
+    if judged.capacity_bytes is not None:
+        fit = _fit(judged, judged.capacity_bytes)
+        yield f"{needed}, of {bytes_text(judged.capacity_bytes)} that a rank has: {fit}"
+    elif has_overhead:  # else the memory of a rank was printed above
+        yield f"{needed}, of a rank is enough; less than {bytes_text(judged.least_bytes)} is too little"
+    mfu = "" if judged.mfu is None else f", {judged.mfu:.0%} of the data sheet's products"
     yield (
-        f"speed: {found.tokens_per_second:,.0f} tokens a second, {found.tokens_per_second_per_rank:,.0f} a rank"
-        f"{mfu}; loading {_seconds(found.load_seconds)}, a checkpoint {_seconds(found.checkpoint_seconds)}"
+        f"speed: {judged.tokens_per_second:,.0f} tokens a second, {judged.tokens_per_second_per_rank:,.0f} a rank"
+        f"{mfu}; loading {_seconds(judged.load_seconds)}, a checkpoint {_seconds(judged.checkpoint_seconds)}"
     )
     yield (
-        f"the run: {_seconds(3600 * found.hours)}, {found.rank_hours:,.2f} rank hours; the least batch of "
-        f"these ranks is {found.least_batch}"
+        f"the run: {_seconds(3600 * judged.hours)}, {judged.rank_hours:,.2f} rank hours; the least batch of "
+        f"these ranks is {judged.least_batch}"
     )
 
 
-def _fit(found: Verdict, capacity: int) -> str:
-    margin = capacity - found.needed_bytes
-    if found.fits:
+def _fit(judged: Verdict, capacity: int) -> str:
+    margin = capacity - judged.needed_bytes
+    if judged.fits:
         return f"fits, {margin / capacity:.0%} to spare"
-    if capacity >= found.least_bytes:
-        return f"too close to tell, and {bytes_text(found.least_bytes)} is the least"
+    if capacity >= judged.least_bytes:
+        return f"too close to tell, and {bytes_text(judged.least_bytes)} is the least"
     return f"does NOT fit, by {bytes_text(-margin)}"
 
 
-def _cure(found: Plan, changed: Choice | None) -> str:
+def _cure(first: Plan, changed: Choice | None) -> str:
     if changed is None:
         return "take a smaller model, shorter sequences, or offload_param in the DeepSpeed JSON"
     plan = changed.plan
-    ranks = [f"--ranks {plan.ranks}"] if plan.ranks != found.ranks else []
-    words = ranks + [f"--set {name}={value}" for name, value in changed.changes(found).items()]
+    words = [f"--set {name}={value}" for name, value in changed.changes(first).items()]
+    if plan.ranks != first.ranks:
+        words.insert(0, f"--ranks {plan.ranks}")
     return f"{' '.join(words)}: {bytes_text(plan.verdict.needed_bytes)} of a rank, a step {_seconds(plan.time.step)}"
 
 
-def search_lines(found: Sequence[Choice]) -> Iterator[str]:
+def search_lines(choices: Sequence[Choice]) -> Iterator[str]:
     """Yield a table of the best choices, and the settings of the first."""
-    head = ["", "micro-batch", "accumulated", "checkpointed", "ranks a sequence", "ranks of experts", "frozen"]
-    head += ["memory", "fits", "tokens/s"]
-    rows = [head]
-    for place, one in enumerate(found[:_SHOWN], 1):
-        judged, model, train = one.plan.verdict, one.plan.run.model, one.plan.run.train
-        way = place, one.plan.micro_batch_size, train.gradient_accumulation_steps
-        stored = (
-            "yes" if model.gradient_checkpointing else "no",
-            train.sequence_parallel,
-            train.expert_parallel,
-            one.plan.placement,
+    rows = [list(_COLUMNS)]
+    for place, choice in enumerate(choices[:_SHOWN], 1):
+        plan = choice.plan
+        rows.append(
+            [
+                str(place),
+                str(plan.micro_batch_size),
+                str(plan.run.train.gradient_accumulation_steps),
+                _YES_NO[plan.run.model.gradient_checkpointing],
+                str(plan.run.train.sequence_parallel),
+                str(plan.run.train.expert_parallel),
+                plan.placement,
+                bytes_text(plan.verdict.needed_bytes),
+                _YES_NO[plan.verdict.fits],
+                f"{plan.verdict.tokens_per_second:,.0f}",
+            ]
         )
-        fits = "?" if judged.fits is None else "yes" if judged.fits else "no"
-        expected = bytes_text(judged.needed_bytes), fits, f"{judged.tokens_per_second:,.0f}"
-        rows.append([str(cell) for cell in (*way, *stored, *expected)])
-    yield f"of {len(found)} ways to run the same batch, the best:"
-    yield from (f"  {row}" for row in aligned(rows))
-    best = found[0]
+    yield f"of {len(choices)} ways to run the same batch, the best:"
+    for row in aligned(rows):
+        yield f"  {row}"
+    best = choices[0]
     yield "the first: " + " ".join(f"--set {name}={value}" for name, value in best.settings.items())
 
 

@@ -47,7 +47,7 @@ class _Fitted(NamedTuple):
 
 
 def cut_plan(run: RunConfig, data: StartData, machine: Machine) -> Cost:
-    """Predict "memory", "time" and "traffic" of a cut, as :func:`~pst_ds.planning.start.start_plan`.
+    """Predict the cost of a cut on ``machine``.
 
     Raises InputError for what the config of the model cannot express.
     """
@@ -84,9 +84,8 @@ def cut_plan(run: RunConfig, data: StartData, machine: Machine) -> Cost:
     working = memory["hidden_states"] + max(memory["statistics"], memory["removal"]) + memory["block"]
     host = memory["outside_of_blocks"] + working * (machine.device == "cpu")
     peak = memory["libraries"] + (host if machine.device == "cpu" else working)
-    traffic = {"read": float(whole), "received": received, "written": float(whole)}
-    return {
-        "memory": {**memory, "peak": float(peak)},
-        "time": seconds | {"all": sum(seconds.values())},
-        "traffic": traffic,
-    }
+    return Cost(
+        memory={**memory, "peak": float(peak)},
+        time=seconds | {"all": sum(seconds.values())},
+        traffic={"read": float(whole), "received": received, "written": float(whole)},
+    )

@@ -185,15 +185,20 @@ class Plan:
     @property
     def share_of_masks(self) -> float:
         """Share of the training time that mask updates take."""
-        return self.time.share_of_masks(self.num_steps, self.schedule.mask_updates if self.schedule else 0)
+        mask_updates = 0 if self.schedule is None else self.schedule.mask_updates
+        return self.time.share_of_masks(self.num_steps, mask_updates)
 
     def as_json(self) -> dict[str, object]:
         """Return the plan as JSON values."""
         fields = asdict(self)
         del fields["memory"], fields["run"], fields["data"]
-        fields["finetuning"] = self.finetuning.as_json() if self.finetuning else None
+        if self.finetuning is not None:
+            fields["finetuning"] = self.finetuning.as_json()
         run = self.run
         memory = self.memory
+        memory_bytes: dict[str, int | None] = {**memory.as_dict()}
+        if self.trace is None:
+            memory_bytes["activations"] = None  # unknown, not 0
         return fields | {
             "num_examples": self.num_examples,
             "precision": run.train.precision,
@@ -203,7 +208,7 @@ class Plan:
             "start": self.start,
             "base_grid": self.base_grid,
             "embedding_grid": self.embedding_grid,
-            "memory_bytes_per_rank": memory.as_dict() | ({} if self.trace else {"activations": None}),
+            "memory_bytes_per_rank": memory_bytes,
             "optimizer_bytes_per_rank": memory.optimizer or memory.host,
             "weight_bytes_per_rank": memory.weights + memory.masks,
             "time": fields["time"] | {"over_full": self.time.over_full, "share_of_masks": self.share_of_masks},
@@ -254,8 +259,7 @@ def plan_resolved(resolved: ResolvedRun, options: PlanOptions, data: PlannedData
     require_trainable(resolved, ranks=ranks, stage=stage or 0, reads_teacher=not options.no_data)
     model = resolved.shapes.model
     num_steps = run.train.num_steps if data.num_examples is None else require_stages(run, data.num_examples)
-    has_cores = not torch.accelerator.is_available() and ranks <= (os.cpu_count() or 1)
-    machine_name = options.machine or ("cpu" if has_cores else "h100")
+    machine_name = options.machine or _machine_name(ranks)
     machine = machine_of(machine_name)
     numbers = model_numbers(model, device=machine.device)
     zero = _zero(run, raw, model, ranks, machine, options.memory)
@@ -269,11 +273,23 @@ def plan_resolved(resolved: ResolvedRun, options: PlanOptions, data: PlannedData
     before: Plan | None = None
     if finetuning is not None:
         before = plan_resolved(resolved.with_settings(finetuning), replace(options, trace=None), data)
+    # tracing changes the model, and the shapes are shared with other plans of this run
     trace = options.trace or _trace(copy.deepcopy(model), run, ranks, zero.persistence_threshold, machine.device)
     scale_bytes = numbers.bytes_of("scales")
     checkpoint_bytes = most_bytes(numbers.trainables, numbers.pruned_weights, scale_bytes // SCALE_BYTES)
-    given = trace, machine, num_steps, checkpoint_bytes, options
-    memory, times, judged = _cost(run, numbers, zero, groups, start, before, *given)
+    memory, times, judged = _cost(
+        run=run,
+        numbers=numbers,
+        zero=zero,
+        groups=groups,
+        start=start,
+        before=before,
+        trace=trace,
+        machine=machine,
+        num_steps=num_steps,
+        checkpoint_bytes=checkpoint_bytes,
+        options=options,
+    )
     return Plan(
         run=run,
         ranks=ranks,
@@ -312,15 +328,21 @@ def _zero(
     resolved = resolved_deepspeed_config(run, raw, model, ranks=ranks)
     copies = 0
     if resolved is not None:
-        wanted = run.model.base_placement
-        names = (run.deepspeed_config, "the run file")
-        sizes = frozen_bytes(model, run, ranks), ranks, machine.node_size, memory or machine.capacity
-        copies = place_frozen(resolved, wanted, *sizes, names=names)
+        copies = place_frozen(
+            resolved,
+            run.model.base_placement,
+            frozen_bytes(model, run, ranks),
+            ranks,
+            machine.node_size,
+            memory or machine.capacity,
+            names=(run.deepspeed_config, "the run file"),
+        )
     zero = zero_settings(resolved, ranks, machine.backend)
     return replace(zero, node_size=machine.node_size, copy_ranks=copies)
 
 
 def _cost(
+    *,
     run: RunConfig,
     numbers: ModelNumbers,
     zero: ZeroSettings,
@@ -352,27 +374,43 @@ def _cost(
     batch = _batch(run, ranks, teacher_weights, trace or Trace())
     schedule = run.make_schedules(num_steps).masks
     times = time_plan(numbers, zero, batch, machine)
-    peak = max(memory.peak, int(start["memory"]["peak"]) if start else 0)
+    peak = memory.peak
+    seconds_before = 0.0  # of the stages before the first step
+    if start is not None:
+        peak = max(peak, int(start.memory["peak"]))
+        seconds_before += start.time["all"]
     kept = 0 if run.model.gradient_checkpointing else memory.activations
     # a save before the last step is written from a copy; the last one is written from the engine's own memory
     copies = 0 < run.checkpoint.interval < num_steps or run.eval.interval > 0
     need = need_of_rank(machine.device, peak, kept, copies * checkpoint_bytes / ranks)
     if before is not None:
         judged = before.verdict
+        seconds_before += 3600 * judged.hours
+        # the stages run one after another, in the same memory
         need = Need(max(need.enough, judged.needed_bytes), max(need.least, judged.least_bytes))
+    mask_updates = 0
+    if schedule is not None:
+        mask_updates = sum(schedule.updates_masks_at(step) for step in range(num_steps + 1))
     work = Work(
         ranks=ranks,
         steps=num_steps,
-        mask_updates=sum(schedule.updates_masks_at(step) for step in range(num_steps + 1)) if schedule else 0,
+        mask_updates=mask_updates,
         tokens=run.train.batch_size * run.data.max_length,
         flops=accumulation * step_flops(numbers, replace(batch, checkpointing=False)),
-        start_seconds=(start["time"]["all"] if start else 0.0) + (3600 * before.verdict.hours if before else 0.0),
+        start_seconds=seconds_before,
         need=need,
         model_bytes=model_bytes,
         checkpoint_bytes=checkpoint_bytes,
         least_batch=run.train.groups_of_ranks(ranks) * accumulation,
     )
     return memory, times, verdict(work, times, machine, memory=options.memory)
+
+
+def _machine_name(ranks: int) -> str:
+    """Return the machine to plan for if none is named: this one only if it has a core for every rank."""
+    if not torch.accelerator.is_available() and ranks <= (os.cpu_count() or 1):
+        return "cpu"
+    return "h100"
 
 
 def _num_ranks(options: PlanOptions) -> int:
@@ -407,13 +445,19 @@ def _embeddings(model: nn.Module) -> list[PlannedEmbedding]:
 
 def start_cost(run: RunConfig, model: nn.Module, numbers: ModelNumbers, ranks: int, machine: Machine) -> Cost | None:
     """Predict the one-shot pruning before the run; None without any, or if it needs no data. Raises InputError."""
-    if run.start.method == "none" or not (config := one_shot_config(run, run.start.samples)).needs_data:
+    if run.start.method == "none":
+        return None
+    config = one_shot_config(run, run.start.samples)
+    if not config.needs_data:
         return None
     size = DTYPES[run.train.precision].itemsize
     place = Pretrained(run.model.path, "model.path")
     dtype = getattr(place.config(), "dtype", None)
-    itemsizes = dtype.itemsize if isinstance(dtype, torch.dtype) else size, size
-    data = StartData(config, ranks, run.data.max_length, run.eval_batch_size, itemsizes)
+    # a config without a dtype: the files are assumed to have the run's
+    stored_size = dtype.itemsize if isinstance(dtype, torch.dtype) else size
+    data = StartData(
+        config=config, ranks=ranks, length=run.data.max_length, batch=run.eval_batch_size, itemsizes=(stored_size, size)
+    )
     if config.method == CHANNELS:
         return cut_plan(run, data, machine)
     return start_plan(block_sizes(model, numbers), data, machine)
@@ -428,11 +472,19 @@ def _teacher(run: RunConfig, numbers: ModelNumbers, no_data: bool) -> tuple[int,
     if not run.distillation.weight:
         return 0, 0
     shapes = None if no_data else teacher_shapes(run)
-    numbers = numbers if shapes is None else model_numbers(shapes)
+    if shapes is not None:
+        numbers = model_numbers(shapes)
+    multiplied = int(numbers.multiplied_weights) + numbers.dense_weights
+    if not run.distillation.teacher:
+        return 0, multiplied
     itemsize = DTYPES[run.train.precision].itemsize
-    kept = [t for t in numbers.tensors if t.kind == "weight"]
-    nbytes = sum(t.nbytes if t.stands_for is None else t.parameters * itemsize for t in kept)
-    return nbytes if run.distillation.teacher else 0, int(numbers.multiplied_weights) + numbers.dense_weights
+    nbytes = 0
+    for tensor in numbers.tensors:
+        if tensor.kind != "weight":
+            continue
+        # a teacher is dense: where the model stores something in place of a weight, the teacher has the weight
+        nbytes += tensor.nbytes if tensor.stands_for is None else tensor.parameters * itemsize
+    return nbytes, multiplied
 
 
 def _trace(model: nn.Module, run: RunConfig, ranks: int, threshold: int, device: str) -> Trace | None:

@@ -1,5 +1,6 @@
 """Memory, time and traffic of the one-shot pruning before a run, computed from shapes."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from pst_ds.config.one_shot import PruneConfig
@@ -27,7 +28,17 @@ SCORE_SECONDS = 20e-9
 ROUND_BYTES = 155
 GRADIENT_BYTES = 60
 
-Cost = dict[str, dict[str, float]]
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Cost of the one-shot pruning before a run, on the fullest rank."""
+
+    memory: dict[str, float]
+    """Bytes of parts, some at different times; "host", what stays there with a GPU; "peak" of the GPU or process."""
+    time: dict[str, float]
+    """Seconds by phase, and in "all"."""
+    traffic: dict[str, float]
+    """Bytes read from files, received, and written by all ranks."""
 
 
 class InputGroup(NamedTuple):
@@ -88,11 +99,7 @@ class StartData(NamedTuple):
 
 
 def start_plan(block: BlockSizes, data: StartData, machine: Machine) -> Cost:
-    """Predict "memory", "time" and "traffic" of a start, on the fullest rank of ``machine``.
-
-    Memory: bytes of parts, some at different times; "host", what stays there with a GPU; "peak" of the GPU or process.
-    Time: seconds by phase, and in "all". Traffic: bytes read from files, received, and written by all ranks.
-    """
+    """Predict the cost of a start on ``machine``."""
     config = data.config
     ranks = data.ranks
     groups = block.groups
@@ -108,13 +115,14 @@ def start_plan(block: BlockSizes, data: StartData, machine: Machine) -> Cost:
     received *= block.blocks * (ranks - 1) / ranks  # a rank has its own share already
     read = model * (1 + (2 + 1 / ranks) * (config.budgets == "saliency"))
     collectives = block.blocks * len(groups) * (2 * ranks + 3 * steps + 150)
-    seconds = {phase: block.blocks * value for phase, value in _seconds(block, data, machine, kept).items()} | {
-        "files": read / READ_BYTES + 2 * model / machine.storage_bytes,
-        "network": machine.transfer_seconds(received, collectives, ranks),
-    }
-    memory: dict[str, float] = {**_memory(block, data, machine.device, model, kept)}
-    traffic = {"read": read, "received": received, "written": model}
-    return {"memory": memory, "time": seconds | {"all": sum(seconds.values())}, "traffic": traffic}
+    seconds = {phase: block.blocks * value for phase, value in _seconds(block, data, machine, kept).items()}
+    seconds["files"] = read / READ_BYTES + 2 * model / machine.storage_bytes
+    seconds["network"] = machine.transfer_seconds(received, collectives, ranks)
+    return Cost(
+        memory=dict(_memory(block, data, machine.device, model, kept)),
+        time=seconds | {"all": sum(seconds.values())},
+        traffic={"read": read, "received": received, "written": model},
+    )
 
 
 def _memory(block: BlockSizes, data: StartData, device: str, model: int, kept: float) -> dict[str, int]:

@@ -36,7 +36,7 @@ def test_products_are_those_of_a_real_cut(monkeypatch, tmp_path):
     config = PruneConfig(method="channels", ffn=0.5)
     with files.working({}), _Products() as counted:
         cut_channels(files, config, (), data)
-    seconds, tokens = _plan(tmp_path / "base", ffn=0.5)["time"], 16 * 256
+    seconds, tokens = _plan(tmp_path / "base", ffn=0.5).time, 16 * 256
     attention = 3 * 4 * tokens * 256 * 256  # in products of four dimensions, not counted
     assert seconds["statistics"] - attention + seconds["removal"] == pytest.approx(counted.flops, rel=0.1)
 
@@ -47,7 +47,7 @@ def test_ranks_share_experts(tmp_path):
     config.save_pretrained(tmp_path)
     cpu = MACHINES["cpu"]
     alone, two = (_plan(tmp_path, cpu, ranks, ffn=0.5) for ranks in (1, 2))
-    assert two["time"]["removal"] < 0.7 * alone["time"]["removal"]
-    assert two["memory"]["hidden_states"] <= alone["memory"]["hidden_states"]
-    assert alone["traffic"]["received"] == 0 < two["traffic"]["received"]
-    assert alone["memory"]["peak"] > sum(alone["memory"][name] for name in ("libraries", "block", "removal"))
+    assert two.time["removal"] < 0.7 * alone.time["removal"]
+    assert two.memory["hidden_states"] <= alone.memory["hidden_states"]
+    assert alone.traffic["received"] == 0 < two.traffic["received"]
+    assert alone.memory["peak"] > sum(alone.memory[name] for name in ("libraries", "block", "removal"))

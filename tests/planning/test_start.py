@@ -106,20 +106,20 @@ def test_flops_and_traffic_are_those_of_a_real_start(monkeypatch):
         prune_layers(model, rules, "alps", data, reconstruct=2)
     # the rows of the other rank are not pruned
     plan = _cost(ENDLESS, replace(CONFIG, sparsity=0.25))
-    assert plan["time"]["budgets"] == pytest.approx(budgets.flops, rel=0.15)
+    assert plan.time["budgets"] == pytest.approx(budgets.flops, rel=0.15)
     inverses = 2 * PENALTIES / 2 * (2 * 256**3 + 2 * 384**3) / FACTORISATION  # which torch does not count
-    planned = plan["time"]["statistics"] + plan["time"]["pruning"] - inverses + plan["time"]["fit"]
+    planned = plan.time["statistics"] + plan.time["pruning"] - inverses + plan.time["fit"]
     assert planned == pytest.approx(pruning.flops, rel=0.1)
-    assert plan["traffic"]["received"] == pytest.approx(_Received.bytes, rel=0.1)
+    assert plan.traffic["received"] == pytest.approx(_Received.bytes, rel=0.1)
 
 
 def test_memory_is_shared_where_ranks_share_the_work():
-    two, eight = (_cost(MACHINES["cpu"], ranks=ranks)["memory"] for ranks in (2, 8))
+    two, eight = (_cost(MACHINES["cpu"], ranks=ranks).memory for ranks in (2, 8))
     assert (two["outside_of_blocks"], two["block"]) == (4 * (2 * 96 * 256 + 256), 4 * (WEIGHTS + 512))
     assert two["hidden_states"] == 4 * eight["hidden_states"] == 2 * 4 * 2048 * 256
     assert two["fit"] - eight["fit"] == WEIGHTS / 2 * (16 / 2 - 16 / 8 + 4 * (2 - 1))
     assert two["pruning"] > 20 * 384**2
-    on_gpu = _cost(MACHINES["h100"])["memory"]
+    on_gpu = _cost(MACHINES["h100"]).memory
     pruned = two["block"] + two["hidden_states"]
     assert on_gpu["host"] == two["outside_of_blocks"] + max(pruned, two["budgets"], two["last_file"])
     working = max(two[name] for name in ("statistics", "pruning", "fit"))
@@ -132,9 +132,9 @@ def test_methods_that_compute_less_take_less():
         _cost(MACHINES["cpu"], PruneConfig(method=method, sparsity=0.5, samples=16))
         for method in ("alps", "sparsegpt", "wanda")
     )
-    assert alps["time"]["all"] > sparsegpt["time"]["all"] > wanda["time"]["all"]
-    assert alps["traffic"]["received"] > sparsegpt["traffic"]["received"] > wanda["traffic"]["received"]
-    assert alps["memory"]["fit"] == alps["memory"]["budgets"] == alps["time"]["fit"] == 0
+    assert alps.time["all"] > sparsegpt.time["all"] > wanda.time["all"]
+    assert alps.traffic["received"] > sparsegpt.traffic["received"] > wanda.traffic["received"]
+    assert alps.memory["fit"] == alps.memory["budgets"] == alps.time["fit"] == 0
 
 
 def test_70b_on_64_gpus_starts_in_20_minutes():
@@ -143,5 +143,5 @@ def test_70b_on_64_gpus_starts_in_20_minutes():
     numel = sum(g.outputs * g.inputs for g in groups)
     block = BlockSizes(80, numel, 1.0, groups, hidden * inner, 2 * 32000 * hidden, hidden, 32000)
     plan = start_plan(block, StartData(replace(CONFIG, samples=128), 64, 2048, 8, (2, 2)), MACHINES["h100"])
-    assert plan["time"]["all"] < 20 * 60
-    assert plan["memory"]["peak"] < 40e9
+    assert plan.time["all"] < 20 * 60
+    assert plan.memory["peak"] < 40e9
