@@ -98,9 +98,14 @@ class Loop:
         metrics: MetricsWriter,
         objective: Objective,
     ):
-        self.context, self.engine, self.examples = context, engine, examples
-        self.schedules, self.metrics, self.objective = schedules, metrics, objective
-        self.run, self.device = context.run, context.device
+        self.context = context
+        self.engine = engine
+        self.examples = examples
+        self.schedules = schedules
+        self.metrics = metrics
+        self.objective = objective
+        self.run = context.run
+        self.device = context.device
         self.num_steps = context.run.num_steps(len(examples))
         self.clock = StepClock(context.device, ("forward", "backward", "optimizer", "masks"))
         self.data_clock = StepClock("cpu", ("data_wait",))
@@ -145,8 +150,8 @@ class Loop:
         if state.step >= self.num_steps:
             return
         buffers = {name: buffer.clone() for name, buffer in persistent_buffers(engine.module).items()}
-        own = own_batches(self.context, self.examples, state.batch)
-        with Prefetched(own) as batches:
+        rest_of_run = own_batches(self.context, self.examples, state.batch)
+        with Prefetched(rest_of_run) as batches:
             while state.step < self.num_steps:
                 traffic.take()  # of evaluations and checkpoints
                 with self.own_time.working():
@@ -155,6 +160,7 @@ class Loop:
                     self._train_on(batch.micro_batches, state)
                 self.received.append(traffic.take())
                 state.tokens += batch.tokens
+                # a skipped step has used up a batch, but changes neither the masks nor the rates
                 if not engine.was_step_applied():
                     _stop_if_stuck(state)
                     continue
@@ -188,6 +194,7 @@ class Loop:
                 self.engine.backward(loss)
             losses.append(loss.detach())
             if number == len(micro_batches):
+                # before the engine's last step() of the batch, which applies the optimizer
                 if self.sums is not None:
                     self.sums.settle()
                 if self.scores is not None:
@@ -214,19 +221,24 @@ class Loop:
         the run on all ranks, before the step is applied.
         """
         loss = torch.stack(losses).double().mean()
-        others = [float(stop_signals.asked_by()), self.own_time.seconds, float(peak_memory_bytes(self.device))]
+        signal = float(stop_signals.asked_by())
+        memory = float(peak_memory_bytes(self.device))
+        # one collective and one wait on the device per batch, so all numbers travel in one fp64 tensor
+        numbers = loss.new_tensor([signal, self.own_time.seconds, memory])
         with self.own_time.exchanging():
-            by_rank = all_gather_numbers(torch.cat([loss[None], loss.new_tensor(others)])).tolist()
-        loss_by_rank, signals, seconds, memory = zip(*by_rank, strict=True)
+            by_rank = all_gather_numbers(torch.cat([loss[None], numbers])).tolist()
+        loss_by_rank, signal_by_rank, seconds_by_rank, memory_by_rank = zip(*by_rank, strict=True)
 
-        def find() -> str:
+        def find_fault() -> str:
+            # the same random numbers, so that dropout drops the same values as in the failed pass
             seed_random_numbers(self.run.seed, state.batch)
             return fault_of_batch(self.engine.module, micro_batches, self._loss, Path(self.run.output_dir))
 
-        require_finite(loss_by_rank, state.batch + 1, state.step, find)
+        require_finite(loss_by_rank, state.batch + 1, state.step, find_fault)
         state.batch += 1
-        state.stopped_by = int(max(signals))
-        self.pace.add(seconds, memory)
+        # every rank stops at the same batch, whichever of them got the signal
+        state.stopped_by = int(max(signal_by_rank))
+        self.pace.add(seconds_by_rank, memory_by_rank)
         state.losses.append(sum(loss_by_rank) / len(loss_by_rank))
 
 
@@ -259,7 +271,11 @@ def set_rates(loop: Loop, step: int) -> None:
     factor = learning_rate_factor(step, loop.num_steps, loop.run.train.learning_rate_warmup_fraction)
     masks_final = loop.schedules.masks_final_at(step)
     for group in loop.engine.optimizer.param_groups:
-        group["lr"] = 0.0 if masks_final and group["name"] == "scores" else group["peak_lr"] * factor
+        # without a gradient, Adam's moments would still move the scores
+        if masks_final and group["name"] == "scores":
+            group["lr"] = 0.0
+        else:
+            group["lr"] = group["peak_lr"] * factor
 
 
 def _update_if_due(loop: Loop, state: LoopState) -> None:
@@ -273,10 +289,13 @@ def _update_if_due(loop: Loop, state: LoopState) -> None:
     )
     received = _received_bytes([traffic.take()], "update/")
     if masks is not None:
-        loop.sums, state.masks = None, masks
+        loop.sums = None
+        state.masks = masks
         if loop.schedules.masks_final_at(state.step):
-            loop.scores, state.expert_sums = None, {}
-        requested, target = loop.run.schedule.final_sparsity, loop.schedules.sparsity_at(state.step)
+            loop.scores = None
+            state.expert_sums = {}
+        requested = loop.run.schedule.final_sparsity
+        target = loop.schedules.sparsity_at(state.step)
         if loop.run.pst.initial_mask == "zeros" and abs(masks.sparsity - requested) > SPARSITY_TOLERANCE:
             raise ConfigError(
                 f"schedule.final_sparsity = {requested}, but {masks.sparsity:.4f} of the pruned weights of model.path "
@@ -322,9 +341,9 @@ def _measure_layers_if_due(loop: Loop, state: LoopState) -> None:
 
 def _report_straggler(loop: Loop, state: LoopState) -> None:
     """Report the slowest rank, once per change."""
-    if found := loop.pace.newly_slow():
-        loop.metrics.write(state.step, {"event": STRAGGLER, **asdict(found)})
-        loop.metrics.say(f"step {state.step}: {found}")
+    if slow_rank := loop.pace.newly_slow():
+        loop.metrics.write(state.step, {"event": STRAGGLER, **asdict(slow_rank)})
+        loop.metrics.say(f"step {state.step}: {slow_rank}")
 
 
 def _report_if_due(loop: Loop, state: LoopState) -> None:
@@ -337,7 +356,11 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
     elapsed = loop.metrics.seconds - state.last_report_seconds  # after waiting for the device and the other ranks
     state.last_report_seconds = loop.metrics.seconds
     per_second = state.tokens / elapsed if elapsed > 0 else 0.0
-    sparsity, flip_rate = (state.masks.sparsity, state.masks.flip_rate) if state.masks else (0.0, 0.0)
+    sparsity = 0.0
+    flip_rate = 0.0
+    if state.masks:
+        sparsity = state.masks.sparsity
+        flip_rate = state.masks.flip_rate
     norm = loop.engine.get_global_grad_norm()  # before clipping
     state.losses.clear()
     state.tokens = 0
@@ -381,8 +404,9 @@ def _memory_and_seconds(loop: Loop) -> tuple[int, dict[str, float]]:
 
     Collective; waits for the device.
     """
-    parts = {**{f"time/{part}": seconds for part, seconds in loop.clock.read().items()}, **loop.data_clock.read()}
-    own = [peak_memory_bytes(loop.device), *parts.values()]
-    by_rank = all_gather_numbers(torch.tensor(own, dtype=torch.float64, device=loop.device))
+    parts = {f"time/{part}": seconds for part, seconds in loop.clock.read().items()}
+    parts |= loop.data_clock.read()
+    own_numbers = [peak_memory_bytes(loop.device), *parts.values()]
+    by_rank = all_gather_numbers(torch.tensor(own_numbers, dtype=torch.float64, device=loop.device))
     memory, *seconds = by_rank.amax(0).tolist()
     return int(memory), dict(zip(parts, seconds, strict=True))

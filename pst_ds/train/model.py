@@ -52,14 +52,18 @@ class BuiltModel:
         The length of Adam's step is its rate, independent of the loss. At this rate, the head trains as it would on
         labels scaled to a standard deviation of 1.
         """
-        chosen, found = set(map(id, self.outputs)), []
+        # by identity: comparing tensors would compare their values
+        output_ids = set(map(id, self.outputs))
+        groups = []
         for group in parameter_groups(self.module, run):
-            own = [param for param in group["params"] if id(param) in chosen]
-            rest = [param for param in group["params"] if id(param) not in chosen]
+            outputs = [param for param in group["params"] if id(param) in output_ids]
+            others = [param for param in group["params"] if id(param) not in output_ids]
             rate = group["peak_lr"] * self.unit
-            found += [{**group, "params": rest}] if rest else []
-            found += [{**group, "params": own, "name": "outputs", "lr": rate, "peak_lr": rate}] if own else []
-        return found
+            if others:
+                groups.append({**group, "params": others})
+            if outputs:
+                groups.append({**group, "params": outputs, "name": "outputs", "lr": rate, "peak_lr": rate})
+        return groups
 
 
 def build_model(
@@ -87,7 +91,8 @@ def build_model(
     set_dropout(config, dict.fromkeys(dropout_of(config), run.model.dropout))
     task = task_of(run)
     keep_alive = HfDeepSpeedConfig(zero3_config) if zero3_config is not None else None
-    base, misfit = Pretrained(run.model.path, "model.path"), "Name one that the config belongs to"
+    base = Pretrained(run.model.path, "model.path")
+    misfit = "Name one that the config belongs to"
     if task.new_head:
         misfit += f", or the model without that head (the data has {config.num_labels} classes)"
     options = {"config": config, "dtype": DTYPES[run.train.precision]}

@@ -293,7 +293,8 @@ def load_model_config(run: RunConfig, labels: list[str], tokenizer: PreTrainedTo
 
     Raises InputError for a model that cannot do the run's task; that is not checked without a ``tokenizer``.
     """
-    task, base = task_of(run), Pretrained(run.model.path, "model.path")
+    task = task_of(run)
+    base = Pretrained(run.model.path, "model.path")
     config = base.config(**task.config_options(labels), **attention_options(run))
     base.require_dense(config)
     set_padding(config, task, tokenizer)
