@@ -135,7 +135,9 @@ class _TorchScans:
     """One pass over this rank's keys of all matrices, classified by their brackets; on CPUs with native loops."""
 
     def __init__(self, matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device: torch.device):
-        self._scans = [_Scan(m, bracket, device) for m, bracket in zip(matrices, brackets, strict=True)]
+        self._scans = []
+        for matrix, bracket in zip(matrices, brackets, strict=True):
+            self._scans.append(_Scan(matrix, bracket, device))
         self._none = torch.zeros(0, dtype=torch.int64, device=device)
 
     def counts(self) -> Tensor:
@@ -243,7 +245,8 @@ def _sample(matrices: Sequence[MatrixKeys], ranks: RankSums, device: torch.devic
 
 
 def _write_keys(waiting: Sequence[tuple[Tensor, slice | Tensor, SingleWeights]]) -> None:
-    for (out, places, _), keys in zip(waiting, keys_of([single for *_, single in waiting]), strict=True):
+    singles = [single for *_, single in waiting]
+    for (out, places, _), keys in zip(waiting, keys_of(singles), strict=True):
         out[places] = keys
 
 
@@ -253,9 +256,13 @@ def sample_size(numel: int) -> int:
 
 def _sample_sizes(matrices: Sequence[MatrixKeys]) -> list[int]:
     """Return how many keys of each matrix are sampled. A pool needs no more keys for having many matrices."""
-    share = MAX_POOLED_SAMPLE // max(1, sum(m.pool is not None for m in matrices))
-    sizes = [sample_size(m.num_in_all) for m in matrices]
-    return [n if m.pool is None else min(n, max(share, 1)) for m, n in zip(matrices, sizes, strict=True)]
+    num_pooled = sum(matrix.pool is not None for matrix in matrices)
+    pooled_share = max(1, MAX_POOLED_SAMPLE // max(1, num_pooled))
+    sizes = []
+    for matrix in matrices:
+        size = sample_size(matrix.num_in_all)
+        sizes.append(size if matrix.pool is None else min(size, pooled_share))
+    return sizes
 
 
 @lru_cache(maxsize=32)
@@ -287,10 +294,11 @@ def _brackets(matrices: Sequence[MatrixKeys], pools: Sequence[int], samples: lis
     for pool, wanted in enumerate(pools):
         members = [i for i, m in enumerate(matrices) if m.pool == pool]
         of_pool.append(_pool_bracket([matrices[i] for i in members], [samples[i] for i in members], wanted))
-    return [
-        _matrix_bracket(m, sample) if m.pool is None else of_pool[m.pool]
-        for m, sample in zip(matrices, samples, strict=True)
-    ]
+    brackets = []
+    for matrix, sample in zip(matrices, samples, strict=True):
+        # matrices of a pool share a threshold, and so a bracket
+        brackets.append(_matrix_bracket(matrix, sample) if matrix.pool is None else of_pool[matrix.pool])
+    return brackets
 
 
 def _matrix_bracket(matrix: MatrixKeys, sample: Tensor) -> _Bracket:

@@ -56,7 +56,10 @@ class _MeanWithGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad_out / ctx.count
-        return (None, None, *(None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors))
+        scaled: list[Tensor | None] = []
+        for grad in ctx.saved_tensors:
+            scaled.append(None if grad is None else grad * scale.to(grad.dtype))
+        return (None, None, *scaled)  # nothing for the function and the count
 
 
 def loss_and_gradient(
@@ -74,7 +77,7 @@ def loss_and_gradient(
         q = log_q.exp_()
     elif temperature == 1.0:
         soft, p, q = _divergence(log_q, teacher)
-        q.sub_(p, alpha=weight)
+        q.sub_(p, alpha=weight)  # (1 - w) q + w (q - p) in one step
     else:
         soft, p, soft_q = _divergence(torch.log_softmax(student / temperature, -1), teacher / temperature)
         q = log_q.exp_().mul_(1.0 - weight).add_(soft_q.sub_(p), alpha=weight * temperature)

@@ -19,10 +19,13 @@ class KLDivergence:
         Classes that the reference excludes with a logit of -inf add 0. Those that only the model excludes make a row
         infinite.
         """
-        log_p, log_q = (torch.log_softmax(rows.float(), -1) for rows in (reference_logits, logits))
+        log_p = torch.log_softmax(reference_logits.float(), -1)
+        log_q = torch.log_softmax(logits.float(), -1)
         p = log_p.exp()
         terms = p * (log_p - log_q)
-        self._divergences.append(terms.masked_fill_(p == 0.0, 0.0).sum(-1, dtype=torch.float64).cpu())
+        # 0 times minus infinity would be NaN: the limit of p log p is 0
+        terms.masked_fill_(p == 0.0, 0.0)
+        self._divergences.append(terms.sum(-1, dtype=torch.float64).cpu())
         self._agreeing += int((reference_logits.argmax(-1) == logits.argmax(-1)).sum())
 
     def result(self) -> dict[str, float]:

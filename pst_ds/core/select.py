@@ -129,6 +129,7 @@ class Search:
     def __init__(self, matrices: Sequence[MatrixKeys], pools: Sequence[int], low: Sequence[int], ranks: RankSums):
         """``low``: first key of each matrix's interval, one value per pool."""
         is_joined = [m.pool is not None and m.is_whole for m in matrices]
+        # rows of counts: first one for each matrix that is not joined, then one for each pool with joined matrices
         alone = [i for i, joined in enumerate(is_joined) if not joined]
         row_of = {i: row for row, i in enumerate(alone)}
         joint = dict.fromkeys(m.pool for m, joined in zip(matrices, is_joined, strict=True) if joined)

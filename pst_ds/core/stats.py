@@ -122,7 +122,9 @@ def learned_score_norm(layout: WeightLayout, factors: Factors, constants: Consta
 
 
 def _norm_of_all(norms: list[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _matrices(layout: WeightLayout, factors: Factors) -> list[TileFactors]:

@@ -28,8 +28,9 @@ from pst_ds.core.kernels.library_cache import cache_folder, find_libraries, stor
 if TYPE_CHECKING:  # the loader works without torch
     from torch import Tensor
 
-# of sources that choose their instructions when they are compiled, which wheels lack: training and torch's decoding
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno")
+"""Flags of sources that choose their instructions when they are compiled, which wheels lack: training and torch's
+decoding. Products and sums are rounded separately, as in torch, or masks would differ between processors."""
 INT = ctypes.c_int64
 POINTER = ctypes.c_void_p
 
@@ -38,8 +39,10 @@ class TENSOR:
     """Pointer for which callers pass a tensor, which lives until the call has returned, an address, or None."""
 
     @staticmethod
-    def from_param(given: "Tensor | int | None") -> ctypes.c_void_p:
-        return ctypes.c_void_p(given if given is None or isinstance(given, int) else given.data_ptr())
+    def from_param(argument: "Tensor | int | None") -> ctypes.c_void_p:
+        if argument is None or isinstance(argument, int):
+            return ctypes.c_void_p(argument)
+        return ctypes.c_void_p(argument.data_ptr())
 
 
 _FOLDER = Path(__file__).resolve().parent
@@ -140,7 +143,7 @@ def _library(source: NativeSource) -> ctypes.CDLL:
         folder = cache_folder()
         name = f"{source.path.stem}-{_key(source, compiler)}"
         for path in find_libraries(folder, name):
-            with suppress(OSError, AttributeError):
+            with suppress(OSError, AttributeError):  # a damaged file is compiled again
                 return _declared(path, source.functions)
         return _declared(store_library(folder, name, _compiled(source, compiler)), source.functions)
     except (OSError, ValueError, AttributeError, subprocess.CalledProcessError) as error:
@@ -150,12 +153,14 @@ def _library(source: NativeSource) -> ctypes.CDLL:
 
 def _compiler() -> tuple[str, ...]:
     """Return the command that starts the C++ compiler. Raises FileNotFoundError."""
-    if words := shlex.split(os.environ.get("CXX", "")):
+    words = shlex.split(os.environ.get("CXX", ""))
+    if words:
         return tuple(words)
-    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if found is None:
-        raise FileNotFoundError("no C++ compiler found. Install one, or set CXX")
-    return (found,)
+    for name in ("c++", "g++", "clang++"):
+        path = shutil.which(name)
+        if path:
+            return (path,)
+    raise FileNotFoundError("no C++ compiler found. Install one, or set CXX")
 
 
 def _is_current(built: Path, sources: list[Path]) -> bool:
@@ -179,8 +184,9 @@ def _declared(path: Path, functions: dict[str, Signature]) -> ctypes.CDLL:
 def _key(source: NativeSource, compiler: tuple[str, ...]) -> str:
     """Return a hash of the source, compiler, flags, C library and processor, which determine the library."""
     texts = [path.read_text(encoding="utf-8") for path in source.sources]
-    facts = cpu_facts()  # -march=native depends on the processor's features
-    host = (_version(compiler), *platform.libc_ver(), facts.get("flags") or facts.get("Features", ""))
+    facts = cpu_facts()
+    features = facts.get("flags") or facts.get("Features", "")  # on x86, and on arm; -march=native depends on them
+    host = (_version(compiler), *platform.libc_ver(), features)
     parts = [*texts, *compiler, *source.flags, *source.may_flags, *host]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
@@ -197,12 +203,12 @@ def _compiled(source: NativeSource, compiler: tuple[str, ...]) -> bytes:
         words = shlex.join(compiler)
         print(f"pst-ds: compiling {source.purpose} with {words}, once for this machine", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="pst_ds-") as scratch:
-        made = Path(scratch) / "library.so"
-        command = [*compiler, *source.flags, "-shared", "-fPIC", str(source.path), "-o", str(made)]
+        output = Path(scratch) / "library.so"
+        command = [*compiler, *source.flags, "-shared", "-fPIC", str(source.path), "-o", str(output)]
         try:
             subprocess.run([*command, *source.may_flags], check=True, capture_output=True, text=True)
         except subprocess.CalledProcessError:
             if not source.may_flags:
                 raise
             subprocess.run(command, check=True, capture_output=True, text=True)
-        return made.read_bytes()
+        return output.read_bytes()

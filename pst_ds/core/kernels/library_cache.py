@@ -78,12 +78,13 @@ def _last_resort() -> Path:
 def _why_untrusted(path: Path) -> str:
     """Return who besides this user and root could change what the real path ``path`` names, or "" for nobody."""
     for place in (path, *path.parents):
-        found = place.stat()
-        if found.st_uid not in _trusted_users():
-            return f"user {found.st_uid} owns {place}"
-        by_others = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and _has_members(found.st_gid))
+        status = place.stat()
+        if status.st_uid not in _trusted_users():
+            return f"user {status.st_uid} owns {place}"
+        by_group = status.st_mode & stat.S_IWGRP and _has_members(status.st_gid)
+        by_others = status.st_mode & stat.S_IWOTH or by_group
         # /tmp protects the entries of other users
-        if by_others and (place == path or not found.st_mode & stat.S_ISVTX):
+        if by_others and (place == path or not status.st_mode & stat.S_ISVTX):
             return f"other users can write to {place}"
     return ""
 
