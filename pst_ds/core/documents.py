@@ -33,8 +33,13 @@ def document_mask(documents: Tensor) -> Tensor | None:
     if not is_long(documents.shape[1]):
         same = documents.unsqueeze(2) == documents.unsqueeze(1)
         return same.tril_().unsqueeze(1)
-    ends = torch.nn.functional.pad(documents.diff(dim=1) != 0, (1, 1), value=True).nonzero().tolist()
-    return torch.tensor([(row, start, stop) for (row, start), (same, stop) in pairwise(ends) if row == same])
+    # borders of documents, (row, position), the start and the end of each row among them
+    borders = torch.nn.functional.pad(documents.diff(dim=1) != 0, (1, 1), value=True).nonzero().tolist()
+    table = []
+    for (row, start), (next_row, stop) in pairwise(borders):
+        if row == next_row:  # the end of a row and the start of the next enclose nothing
+            table.append((row, start, stop))
+    return torch.tensor(table)
 
 
 def by_document(attend: Attention) -> Attention:
@@ -61,11 +66,13 @@ def by_document(attend: Attention) -> Attention:
         bias = call.arguments.get("position_bias")  # (rows or 1, heads or 1, queries, keys)
         parts = []
         for row, start, stop in attention_mask.tolist():
-            q, k, v = (values[row : row + 1, :, start:stop] for values in (query, key, value))
+            tokens = (slice(row, row + 1), slice(None), slice(start, stop))  # of (rows, heads, length, width)
             if bias is not None:
-                of_row = bias[row : row + 1] if len(bias) > 1 else bias
-                call.arguments["position_bias"] = of_row[..., start:stop, start:stop]
-            parts.append(attend(module, q, k, v, *call.args[4:], **call.kwargs)[0].flatten(0, 1))
+                row_bias = bias[row : row + 1] if len(bias) > 1 else bias
+                call.arguments["position_bias"] = row_bias[..., start:stop, start:stop]
+            output = attend(module, query[tokens], key[tokens], value[tokens], *call.args[4:], **call.kwargs)[0]
+            parts.append(output.flatten(0, 1))  # (1, tokens, heads, width) to (tokens, heads, width)
+        # the documents of a table cover all tokens in order
         return torch.cat(parts).unflatten(0, query.shape[:1] + query.shape[2:3]), None
 
     return attention

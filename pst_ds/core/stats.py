@@ -124,7 +124,8 @@ def learned_score_norm(layout: WeightLayout, factors: Factors, constants: Consta
 def _norm_of_all(norms: list[Tensor]) -> Tensor:
     if not norms:
         return torch.zeros((), dtype=torch.float64)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
 
 
 def _matrices(layout: WeightLayout, factors: Factors) -> list[TileFactors]:
