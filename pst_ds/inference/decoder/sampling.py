@@ -53,7 +53,8 @@ class Sampling:
             tokens, times = torch.tensor(written).unique(return_counts=True)
             logits = logits.index_add(0, tokens, -(self.presence_penalty + self.frequency_penalty * times))
         if self.logit_bias:
-            tokens, bias = torch.tensor(list(self.logit_bias)), torch.tensor(list(self.logit_bias.values()))
+            tokens = torch.tensor(list(self.logit_bias))
+            bias = torch.tensor(list(self.logit_bias.values()))
             logits = logits.index_add(0, tokens, bias)
         return logits
 
@@ -61,19 +62,28 @@ class Sampling:
         """Return a token for each row of fp32 ``logits`` (rows, vocabulary), (rows,) int64."""
         if self.temperature < GREEDY_BELOW:
             return logits.argmax(-1)
-        chances, tokens = (logits / self.temperature).softmax(-1), None
+        chances = (logits / self.temperature).softmax(-1)  # (rows, vocabulary), or fewer columns below
+        tokens = None  # the token of each column, unless all tokens are there in order
         if self.top_k or self.top_p < 1.0:
             chances, tokens = self._likeliest(chances)
         if self.min_p:
             chances = chances * (chances >= self.min_p * chances.amax(-1, keepdim=True))
         drawn = torch.multinomial(chances, 1, generator=generator)
-        return (drawn if tokens is None else tokens.gather(-1, drawn))[:, 0]
+        if tokens is not None:
+            drawn = tokens.gather(-1, drawn)
+        return drawn[:, 0]
 
     def _likeliest(self, chances: Tensor) -> tuple[Tensor, Tensor]:
         """Return the probabilities of some tokens, 0 for those beyond top_k and top_p, and these tokens."""
         size = chances.shape[-1]
-        found, tokens = chances.topk(min(self.top_k or _FEW, size))
-        if not self.top_k and bool((found.sum(-1) < self.top_p).any()):
-            found, tokens = chances.sort(descending=True)
-        total = found.sum(-1, keepdim=True) if self.top_k else 1.0
-        return found * (found.cumsum(-1) - found < self.top_p * total), tokens
+        # in descending order: (rows, kept)
+        likeliest, tokens = chances.topk(min(self.top_k or _FEW, size))
+        if not self.top_k and bool((likeliest.sum(-1) < self.top_p).any()):
+            likeliest, tokens = chances.sort(descending=True)
+        total: Tensor | float = 1.0
+        if self.top_k:
+            # top_p is a share of what top_k leaves
+            total = likeliest.sum(-1, keepdim=True)
+        # a token is kept if those before it do not reach top_p, so that the first one always is
+        before = likeliest.cumsum(-1) - likeliest
+        return likeliest * (before < self.top_p * total), tokens

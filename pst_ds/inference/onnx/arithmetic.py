@@ -41,10 +41,12 @@ class RoundedProducts:
 
     def __init__(self, model: nn.Module, quantised: Mapping[str, str], seed: int):
         """Wrap ``model``. ``quantised``: "int8" or "int4" of the weights, by the name of their layer."""
-        self._model, self._generator = model, torch.Generator().manual_seed(seed)
-        self._layers = {
-            name: module for name, module in model.named_modules() if is_linear(module) or isinstance(module, PSTLayer)
-        }
+        self._model = model
+        self._generator = torch.Generator().manual_seed(seed)
+        self._layers: dict[str, nn.Module] = {}
+        for name, module in model.named_modules():
+            if is_linear(module) or isinstance(module, PSTLayer):
+                self._layers[name] = module
         self._quantised = quantised
 
     def __call__(self, **inputs: Any) -> Any:
@@ -71,6 +73,7 @@ class RoundedProducts:
         changed = x * (1 + UNIT * math.sqrt(inputs) * signs)
         if values:
             step = x.abs().amax(-1, keepdim=True) / activation_levels(values, inputs)
+            # a row of zeros has no step
             changed = torch.where(step > 0, (changed / step).round() * step, changed)
         return changed
 

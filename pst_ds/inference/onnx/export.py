@@ -21,8 +21,10 @@ from pst_ds.runtime import SparseLinear, sparse_layers
 from pst_ds.runtime.native_loop import narrowed
 from pst_ds.writing.encoding import ExportError
 
-OPSET, VERSION = 20, 1
-"""Versions of ONNX's operators, and of ours."""
+OPSET = 20
+"""Version of ONNX's operators."""
+VERSION = 1
+"""Version of our operators."""
 ATTENTION = "pst_onnx"
 """Name under which :func:`attention` is registered with transformers."""
 Table = tuple[Tensor, Tensor | None, int]
@@ -59,6 +61,7 @@ def plain_graph(model: PreTrainedModel, outputs: Sequence[str]) -> ir.Model:
 def _trace(model: PreTrainedModel, outputs: Sequence[str]) -> ir.Model:
     inputs = input_names(model)
     most = getattr(model.config, "max_position_embeddings", None)
+    # example inputs have 2 rows of 8 tokens; a size of 1 would be taken for a constant
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=most or 1 << 20)}
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # torch's messages about axes that share a size
@@ -96,7 +99,9 @@ class _ByPosition(nn.Module):
 
     def __init__(self, model: nn.Module, inputs: Sequence[str], outputs: Sequence[str]):
         super().__init__()
-        self.model, self.inputs, self.outputs = model, inputs, outputs
+        self.model = model
+        self.inputs = inputs
+        self.outputs = outputs
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         results = self.model(**dict(zip(self.inputs, values, strict=True)), return_dict=True)
@@ -114,19 +119,23 @@ class SparseLinearNode(nn.Module):
     def __init__(self, layer: SparseLinear):
         """Use the parts of a checked ``layer``, converted to a bitmask if it has another format."""
         super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        form, parts = layer.format, layer.parts()
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+        self.bits = 0
+        form = layer.format
+        parts = layer.parts()
+        scales = None
         if isinstance(form, QuantizedFormat) and not form.is_dense:
             self.bits = form.grid.bits
-            values, scales = parts["codes"].reshape(-1), parts["scales"]
+            values = parts["codes"].reshape(-1)
+            scales = parts["scales"]
         else:
-            self.bits, scales = 0, None
             if not form.has_row_bits:
                 form = BitmaskFormat()
                 parts = form.pack(layer.dense_weight())
-            values = parts[form.values_name].reshape(-1)
+            values = narrowed(parts[form.values_name].reshape(-1))
         self.register_buffer("mask", parts["bitmask"].contiguous())
-        self.register_buffer("values", values if self.bits else narrowed(values))
+        self.register_buffer("values", values)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
 
@@ -153,7 +162,8 @@ class EmbeddingNode(nn.Module):
     def __init__(self, values: Tensor, scales: Tensor | None, bits: int, columns: int):
         """``values``: (tokens, columns) int8 or bf16, or (tokens, ceil(columns / 2)) uint8 with two codes per byte."""
         super().__init__()
-        self.bits, self.columns = bits, columns
+        self.bits = bits
+        self.columns = columns
         self.register_buffer("values", values)
         self.register_buffer("scales", scales)
 
@@ -183,7 +193,7 @@ def attention(
         "heads": heads,
         "key_value_heads": key.shape[1],
         "head_size": size,
-        "scale": float(scaling if scaling is not None else size**-0.5),
+        "scale": size**-0.5 if scaling is None else float(scaling),
     }
     inputs = [query, key, value, attention_mask]
     return _node("Attention", inputs, attributes, (batch, queries, heads, size)), None

@@ -59,11 +59,16 @@ def write_onnx(
 
     from pst_ds.inference.onnx.export import plain_graph, sparse_graph
 
-    model, reference = _load(packed, "dense" if plain else "sparse"), _load(packed, "dense")
+    model = _load(packed, "dense" if plain else "sparse")
+    reference = _load(packed, "dense")
     outputs = _outputs_of(reference)
     quantised = _quantised_layers(model)  # before it is consumed
-    graph = plain_graph(model, outputs) if plain else sparse_graph(model, _tables(packed, model), outputs)
-    operators = "standard" if plain else "pst_ds"
+    if plain:
+        graph = plain_graph(model, outputs)
+        operators = "standard"
+    else:
+        graph = sparse_graph(model, _tables(packed, model), outputs)
+        operators = "pst_ds"
     _annotate(graph, facts, activation_bits, operators)
     nbytes = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
     external = f"{ONNX_FILE}.data" if nbytes > EXTERNAL_BYTES else None
@@ -113,13 +118,14 @@ def _outputs_of(model: PreTrainedModel) -> list[str]:
     require_graph(model)
     inputs = input_names(model)
     with torch.no_grad():
-        found = model(**{name: torch.ones(1, 8, dtype=torch.long) for name in inputs}, return_dict=True)
-    return [name for name, value in found.items() if isinstance(value, Tensor) and name not in _NOT_LOGITS]
+        results = model(**{name: torch.ones(1, 8, dtype=torch.long) for name in inputs}, return_dict=True)
+    return [name for name, value in results.items() if isinstance(value, Tensor) and name not in _NOT_LOGITS]
 
 
 def require_graph(model: Any) -> None:
     """Raise ExportError for a model, which may be on the meta device, that no graph can represent."""
-    inputs, name = input_names(model), type(model).__name__
+    inputs = input_names(model)
+    name = type(model).__name__
     if model.config.is_encoder_decoder or "input_ids" not in inputs:
         raise ExportError(f"{name} does not take a single sequence of tokens. Choose another format")
     if any(is_experts(module) for module in model.modules()):
@@ -128,8 +134,11 @@ def require_graph(model: Any) -> None:
 
 def _quantised_layers(model: nn.Module) -> dict[str, str]:
     """Return "int8" or "int4" for each packed layer with quantised weights, by name."""
-    formats = {name: layer.format for name, layer in sparse_layers(model).items()}
-    return {name: form.grid.values for name, form in formats.items() if isinstance(form, QuantizedFormat)}
+    values_of = {}
+    for name, layer in sparse_layers(model).items():
+        if isinstance(layer.format, QuantizedFormat):
+            values_of[name] = layer.format.grid.values
+    return values_of
 
 
 def require_free(out: Path) -> None:
@@ -154,15 +163,17 @@ def _load(folder: Path, load_as: LoadAs) -> PreTrainedModel:
 def _tables(folder: Path, model: nn.Module) -> dict[str, Table]:
     """Return the large embeddings in the folder's stored form, by name in ``model``."""
     stored = stored_tables(folder, model)
-    found: dict[str, Table] = {}
+    tables: dict[str, Table] = {}
     for name, module in model.named_modules():
         if type(module) is not nn.Embedding or module.num_embeddings < _TABLE_ROWS:
             continue
         if name in stored:
-            found[name] = (stored[name].codes, stored[name].scales, stored[name].bits)
-        elif (weight := narrowed(module.weight.detach())).dtype == torch.bfloat16:
-            found[name] = (weight, None, 16)
-    return found
+            tables[name] = (stored[name].codes, stored[name].scales, stored[name].bits)
+            continue
+        weight = narrowed(module.weight.detach())
+        if weight.dtype == torch.bfloat16:  # without loss; an fp32 table stays a standard operator
+            tables[name] = (weight, None, 16)
+    return tables
 
 
 Outputs = list[dict[str, np.ndarray]]
@@ -185,19 +196,23 @@ def _check(file: Path, reference: PreTrainedModel, quantised: Mapping[str, str],
     session = open_session(file, threads=1, exact=True)
     names = [value.name for value in session.get_outputs()]
     feeds = list(_feeds(reference, [value.name for value in session.get_inputs()]))
-    wanted = _outputs(reference, feeds, names)
-    largest = {name: max(float(np.abs(one[name]).max()) for one in wanted) for name in names}
-    apart = _differences(_outputs_of_session(session, feeds, names), wanted)
-    draws = [_outputs(RoundedProducts(reference, quantised, seed), feeds, names) for seed in range(DRAWS)]
-    effects = [_differences(draw, wanted) for draw in draws]
+    expected = _outputs(reference, feeds, names)
+    largest = {name: max(float(np.abs(one[name]).max()) for one in expected) for name in names}
+    apart = _differences(_outputs_of_session(session, feeds, names), expected)
+    # how far outputs move if each product is rounded as in the graph
+    effects = []
+    for seed in range(DRAWS):
+        rounded = _outputs(RoundedProducts(reference, quantised, seed), feeds, names)
+        effects.append(_differences(rounded, expected))
     for name in names:
         allowed = allowed_difference([effect[name] for effect in effects], largest[name])
         if not apart[name] <= allowed:  # also a NaN
             raise _not_the_model(f"{name} differs by {apart[name]:.2g}, and its arithmetic explains {allowed:.2g}")
-    scale = max(*largest.values(), 1e-30)
+    scale = max(*largest.values(), 1e-30)  # outputs may all be 0
     if activation_bits == 8:
         as_exported = open_session(file, threads=1)
-        apart = _differences(_outputs_of_session(as_exported, feeds, names), wanted)
+        apart = _differences(_outputs_of_session(as_exported, feeds, names), expected)
+        # "not all" instead of "any", because a NaN is not <= either
         if not all(value <= ALLOWED_IN_8_BITS * scale for value in apart.values()):
             worst = max(apart.values()) / scale
             raise _not_the_model(f"with int8 activations its outputs differ by {worst:.2g} of the largest")
@@ -231,8 +246,8 @@ def _outputs(model: Callable[..., Any], feeds: Sequence[Mapping[str, np.ndarray]
     """Return the outputs of a model, which has the signature of one of transformers."""
     outputs = []
     for feed in feeds:
-        found = model(**{name: torch.from_numpy(array) for name, array in feed.items()}, return_dict=True)
-        outputs.append({name: _at_tokens(found[name].float().numpy(), feed) for name in names})
+        results = model(**{name: torch.from_numpy(array) for name, array in feed.items()}, return_dict=True)
+        outputs.append({name: _at_tokens(results[name].float().numpy(), feed) for name in names})
     return outputs
 
 
@@ -248,13 +263,17 @@ def _outputs_of_session(
 
 def _at_tokens(values: np.ndarray, feed: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return the values of an output (batch, tokens, ...) that are not at padding; all of an output of other axes."""
-    real = feed.get("attention_mask", np.ones_like(feed["input_ids"])) == 1
-    return values[real] if values.shape[:2] == real.shape else values
+    is_token = feed.get("attention_mask", np.ones_like(feed["input_ids"])) == 1  # (batch, tokens)
+    if values.shape[:2] != is_token.shape:
+        return values
+    return values[is_token]
 
 
-def _differences(outputs: Outputs, wanted: Outputs) -> dict[str, float]:
+def _differences(outputs: Outputs, expected: Outputs) -> dict[str, float]:
     """Return the largest difference of each output; NaN if a value is NaN."""
-    return {
-        name: float(np.max([np.abs(one[name] - other[name]).max() for one, other in zip(outputs, wanted, strict=True)]))
-        for name in wanted[0]
-    }
+    differences: dict[str, float] = {}
+    for name in expected[0]:
+        of_inputs = [np.abs(one[name] - other[name]).max() for one, other in zip(outputs, expected, strict=True)]
+        # numpy's max keeps a NaN, Python's may not
+        differences[name] = float(np.max(of_inputs))
+    return differences

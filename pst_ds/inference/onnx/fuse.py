@@ -6,8 +6,10 @@ import onnx_ir as ir
 DOMAIN = "pst_ds"
 ACTIVATIONS = {"Relu": 1, "Gelu": 2, "Tanh": 5}
 """Numbers of activations in SparseLinear for nodes with one input; 3 is the Gelu of a tanh, 4 SiLU."""
-_GELU_TANH, _SILU = 3, 4
+_GELU_TANH = 3
+_SILU = 4
 _HEADS_FIRST = (0, 2, 1, 3)
+"""Axes that turn (batch, tokens, heads, size) into (batch, heads, tokens, size), and back."""
 
 
 def fuse(graph: ir.Graph) -> None:
@@ -30,13 +32,19 @@ def _nodes(graph: ir.Graph, name: str) -> list[ir.Node]:
 
 
 def _producer(value: ir.Value | None, name: str) -> ir.Node | None:
+    """Return the node of ONNX's operator ``name`` that computes a value; None for another one."""
     node = None if value is None else value.producer()
-    return node if node is not None and node.domain == "" and node.op_type == name else None
+    if node is None or node.domain != "" or node.op_type != name:
+        return None
+    return node
 
 
 def _only_user(value: ir.Value) -> ir.Node | None:
+    """Return the node that reads a value; None if the value has other uses, the graph's result among them."""
     uses = list(value.uses())
-    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    return uses[0].node
 
 
 def _take_rows(graph: ir.Graph, node: ir.Node) -> None:
@@ -52,9 +60,12 @@ def _take_rows(graph: ir.Graph, node: ir.Node) -> None:
         return
     sizes = [0, 0, node.attributes["heads"].as_int(), node.attributes["head_size"].as_int()]
     split = ir.Node("", "Reshape", [y, _new_constant(graph, f"{y.name}_sizes", np.array(sizes, np.int64))])
-    split.outputs[0].shape, split.outputs[0].type, split.outputs[0].name = y.shape, y.type, f"{y.name}_heads"
-    ir.convenience.replace_all_uses_with(y, split.outputs[0])
-    split.replace_input_with(0, y)
+    heads = split.outputs[0]
+    heads.shape = y.shape
+    heads.type = y.type
+    heads.name = f"{y.name}_heads"
+    ir.convenience.replace_all_uses_with(y, heads)
+    split.replace_input_with(0, y)  # it was one of the uses
     graph.insert_after(node, split)
 
 
@@ -65,7 +76,9 @@ def _rows_behind(value: ir.Value) -> ir.Value | None:
         return None
     split = _producer(turned.inputs[0], "Reshape")
     rows = None if split is None else split.inputs[0]
-    return rows if rows is not None and len(rows.shape or ()) == 3 else None
+    if rows is None or len(rows.shape or ()) != 3:
+        return None
+    return rows
 
 
 def _as_rows(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
@@ -80,7 +93,8 @@ def _as_rows(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
     sizes = _new_constant(graph, f"{value.name}_sizes", np.array([0, 0, -1], np.int64))
     joined = ir.Node("", "Reshape", [turned.outputs[0], sizes])
     for made, ending in ((turned, "turned"), (joined, "rows")):
-        made.outputs[0].type, made.outputs[0].name = value.type, f"{value.name}_{ending}"
+        made.outputs[0].type = value.type
+        made.outputs[0].name = f"{value.name}_{ending}"
         graph.insert_before(node, made)
     return joined.outputs[0]
 
@@ -94,19 +108,23 @@ def _join_projections(graph: ir.Graph, node: ir.Node) -> None:
             return
         linears.append(made)
     first = linears[0]
-    given = [(*one.inputs, None, None)[:5] for one in linears]  # torch's exporter omits trailing inputs that are None
-    alike = {
-        (x, one.attributes["bits"].as_int(), bias is None) for one, (x, *_, bias) in zip(linears, given, strict=True)
-    }
-    widths = {None if scales is None else _array(scales).shape[1] for *_, scales, _ in given}
-    kinds = {_array(values).dtype for _, _, values, *_ in given}
-    if len(alike) > 1 or len(widths) > 1 or len(kinds) > 1 or len({id(one) for one in linears}) < 3:
+    if len({id(one) for one in linears}) < 3:
+        return
+    # torch's exporter omits trailing inputs that are None; all have x, mask, values, scales and bias here
+    inputs_of = [(*one.inputs, None, None)[:5] for one in linears]
+    facts = set()
+    for one, (x, _, values, scales, bias) in zip(linears, inputs_of, strict=True):
+        groups = None if scales is None else _array(scales).shape[1]
+        facts.add((x, one.attributes["bits"].as_int(), _array(values).dtype, groups, bias is None))
+    if len(facts) > 1:  # rows of one product are stored alike
         return
     inputs: list[ir.Value | None] = [first.inputs[0]]
-    for index, parts in enumerate(list(zip(*given, strict=True))[1:], 1):
+    for index, parts in enumerate(list(zip(*inputs_of, strict=True))[1:], 1):
+        if parts[0] is None:
+            inputs.append(None)
+            continue
         name = f"{first.outputs[0].name}_qkv_{index}"  # equal constants may share a name, so each gets a new one
-        whole = None if parts[0] is None else np.concatenate([_array(part) for part in parts])
-        inputs.append(None if whole is None else _new_constant(graph, name, whole))
+        inputs.append(_new_constant(graph, name, np.concatenate([_array(part) for part in parts])))
     outputs = [_array(one.inputs[1]).shape[0] for one in linears]
     joined = ir.Node(DOMAIN, "SparseLinear", inputs, list(first.attributes.values()), num_outputs=1)
     shape = first.outputs[0].shape
@@ -137,7 +155,8 @@ def _new_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 def _take_activation(node: ir.Node) -> None:
     """Apply the activation that follows a product when its result is written."""
-    y, number = node.outputs[0], 0
+    y = node.outputs[0]
+    number = 0
     after = _only_user(y)
     if after is not None and after.domain == "" and after.op_type in ACTIVATIONS:
         number = ACTIVATIONS[after.op_type]
@@ -145,6 +164,7 @@ def _take_activation(node: ir.Node) -> None:
         if approximate is not None and approximate.as_string() == "tanh":
             number = _GELU_TANH
     else:
+        # SiLU is y * sigmoid(y), for which torch's exporter writes two nodes
         users = {use.node for use in y.uses()}
         gates = [user for user in users if user.op_type == "Sigmoid" and user.domain == ""]
         products = [user for user in users if user.op_type == "Mul" and user.domain == ""]
@@ -173,11 +193,15 @@ def _take_sum(graph: ir.Graph, node: ir.Node) -> None:
     fused = ir.Node(DOMAIN, "SkipLayerNorm", inputs, attributes, num_outputs=2 if keeps_sum else 1)
     for output, old in zip(fused.outputs, (node.outputs[0], node.inputs[0]), strict=False):
         assert old is not None
-        output.shape, output.dtype, output.name = old.shape, ir.DataType.FLOAT, f"{old.name}_fused"
+        output.shape = old.shape
+        output.dtype = ir.DataType.FLOAT
+        output.name = f"{old.name}_fused"
     graph.insert_before(node, fused)
     name = node.outputs[0].name
     ir.convenience.replace_all_uses_with(node.outputs[0], fused.outputs[0], replace_graph_outputs=True)
-    node.outputs[0].name, fused.outputs[0].name = f"{name}_replaced", name  # a graph's outputs keep their names
+    # a graph's outputs keep their names, of which two values cannot have the same
+    node.outputs[0].name = f"{name}_replaced"
+    fused.outputs[0].name = name
     if keeps_sum:
         assert added is not None
         ir.convenience.replace_all_uses_with(added.outputs[0], fused.outputs[1])
@@ -191,6 +215,7 @@ def _same_shape(one: ir.Value | None, other: ir.Value | None) -> bool:
 
 def _remove_unused(graph: ir.Graph) -> None:
     """Remove unused nodes and initializers."""
+    # from the end, so that a node whose only user is removed is removed too
     for node in reversed(list(graph)):
         if not any(output.uses() or output.is_graph_output() for output in node.outputs):
             graph.remove(node, safe=True)

@@ -49,7 +49,8 @@ def open_session(file: Path, threads: int = 0, *, exact: bool = False) -> "Infer
     except ImportError:
         raise InputError("ONNX files need ONNX Runtime: pip install 'pst-ds[onnx]'") from None
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors only
     register_operators(options)
     use_exact_inputs = ctypes.CDLL(str(operator_library())).pst_onnx_exact_inputs
     use_exact_inputs(int(exact))  # read when a session is created, by any in this process
