@@ -93,8 +93,9 @@ class PackedFormat(ABC):
         Raises FormatError.
         """
         if set(parts) != set(self.part_names):
-            wanted, found = ", ".join(sorted(self.part_names)), ", ".join(sorted(map(str, parts))) or "none"
-            raise FormatError(f"{name}: {self.name} must have the parts {wanted}, found {found}")
+            wanted = ", ".join(sorted(self.part_names))
+            stored = ", ".join(sorted(map(str, parts))) or "none"
+            raise FormatError(f"{name}: {self.name} must have the parts {wanted}, found {stored}")
         held = {part: self._plain(name, part, parts[part]) for part in self.part_names}
         rows, columns = self._claimed_shape(name, held)
         if max(rows, 1) * max(columns, 1) * held[self.values_name].dtype.itemsize > MAX_BYTES:

@@ -58,14 +58,16 @@ class BitmaskFormat(PackedFormat):
     def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         self.check_bits(name, parts["bitmask"], shape[1])
         counts = row_counts(parts["bitmask"])
-        total, values = int(counts.sum()), parts["compressed"].numel()
-        if total != values:
-            raise FormatError(f"{name}: bitmask keeps {total} positions, and compressed has {values} values")
+        total = int(counts.sum())
+        num_values = parts["compressed"].numel()
+        if total != num_values:
+            raise FormatError(f"{name}: bitmask keeps {total} positions, and compressed has {num_values} values")
         wrong = parts["row_offsets"] != counts.cumsum(0) - counts
         if wrong.any():
             row = int(wrong.to(torch.uint8).argmax())
-            found, right = int(parts["row_offsets"][row]), int(counts[:row].sum())
-            raise FormatError(f"{name}: row_offsets of row {row} is {found}, and the bitmask makes it {right}")
+            stored = int(parts["row_offsets"][row])
+            expected = int(counts[:row].sum())
+            raise FormatError(f"{name}: row_offsets of row {row} is {stored}, and the bitmask makes it {expected}")
 
 
 class CsrFormat(PackedFormat):
@@ -102,7 +104,8 @@ class CsrFormat(PackedFormat):
         }
 
     def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
-        starts, columns = parts["crow_indices"].to(torch.int64), int(parts["shape"][1])
+        starts = parts["crow_indices"].to(torch.int64)
+        columns = int(parts["shape"][1])
         return scatter_columns(parts["values"], starts, parts["col_indices"], columns)
 
     def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
@@ -123,7 +126,8 @@ class CsrFormat(PackedFormat):
         }
 
     def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
-        starts, indices = parts["crow_indices"].numpy(), parts["col_indices"].numpy()
+        starts = parts["crow_indices"].numpy()  # (O + 1,)
+        indices = parts["col_indices"].numpy()  # (nnz,)
         if starts[0] != 0 or starts[-1] != len(indices):
             raise FormatError(
                 f"{name}: crow_indices must go from 0 to the number of values, {len(indices)}, but go from {starts[0]} "
@@ -139,14 +143,15 @@ class CsrFormat(PackedFormat):
             if not 0 <= column < shape[1]:
                 raise FormatError(f"{name}: col_indices has column {column}, but the matrix has {shape[1]}")
         rises = indices[1:] > indices[:-1]
+        # columns may fall where a row starts; empty rows at the ends start outside the indices
         first_of_row = starts[1:-1]
         rises[first_of_row[(first_of_row > 0) & (first_of_row < len(indices))] - 1] = True
         if not rises.all():
-            at = int(np.argmin(rises))
-            row = int(np.searchsorted(starts, at, side="right")) - 1
+            i = int(np.argmin(rises))
+            row = int(np.searchsorted(starts, i, side="right")) - 1
             raise FormatError(
-                f"{name}: col_indices must increase within a row, but row {row} has {indices[at]} before "
-                f"{indices[at + 1]}"
+                f"{name}: col_indices must increase within a row, but row {row} has {indices[i]} before "
+                f"{indices[i + 1]}"
             )
 
 
@@ -227,7 +232,8 @@ def require_two_of_four(name: str, bits: Tensor, columns: int) -> None:
 
 def _table(of_group: list[int], join: str) -> np.ndarray:
     """Combine a value for each of the 16 groups into a value for each of the 256 bytes of two groups."""
-    low, high = np.array(of_group * 16, dtype=np.uint8), np.repeat(np.array(of_group, dtype=np.uint8), 16)
+    low = np.array(of_group * 16, dtype=np.uint8)  # (256,): the value for the lower half of each byte
+    high = np.repeat(np.array(of_group, dtype=np.uint8), 16)
     return (low | high) if join == "or" else (low | high << 4)
 
 
@@ -250,6 +256,7 @@ def _require_groups(name: str, bits: Tensor, table: np.ndarray, wanted: str, fir
         return
     row, byte = divmod(int(bad.argmax()), bits.shape[1])
     value = int(bits[row, byte])
+    # 0x30 is a valid upper half in both tables, so that this looks at the lower half only
     half = 0 if table[(value & 0x0F) | 0x30] else 1
     group = value >> GROUP * half & 0x0F
     first = 8 * (first_byte + byte) + GROUP * half
