@@ -26,7 +26,8 @@ class Generator:
         storage = format_opening(folder.path)
         if storage is not None:
             raise InputError(f"{folder.path} {storage.why_no_generation}. Name a bitmask or dense export")
-        self.path, self.tokenizer = folder.path, folder.tokenizer()
+        self.path = folder.path
+        self.tokenizer = folder.tokenizer()
         self._ends = folder.end_tokens(self.tokenizer)
         if threads:
             torch.set_num_threads(threads)
@@ -46,8 +47,15 @@ class Generator:
 
         ``temperature``: 0 chooses the most likely tokens. Raises ValueError, such as InputError without chat template.
         """
-        ids, sampling = prompt_tokens(self.tokenizer, prompt, self.path), Sampling(temperature, top_p=top_p)
-        new = generated(self._model, ids, max_new_tokens, sampling, self._ends, seed)
+        ids = prompt_tokens(self.tokenizer, prompt, self.path)
+        new = generated(
+            self._model,
+            ids,
+            new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_p=top_p),
+            ends=self._ends,
+            seed=seed,
+        )
         return str(self.tokenizer.decode(new, skip_special_tokens=True))
 
 
@@ -59,6 +67,7 @@ def prompt_tokens(
         return list(tokenizer(prompt)["input_ids"])
     if tokenizer.chat_template is None:
         raise InputError(f"{place}: the tokenizer has no chat template. Use a text instead of messages")
+    # as text first, and tokenised without special tokens, which the template writes itself
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -75,9 +84,14 @@ def generated(
     """Return the tokens that a model writes after ``ids``; with transformers, only temperature and top_p are used."""
     if isinstance(model, Decoder):
         tokens = model.stream(ids, new_tokens, sampling=sampling, end=ends, seed=seed)
-        return list(tokens if streamer is None else _told(streamer, ids, tokens))
+        if streamer is not None:
+            tokens = _told(streamer, ids, tokens)
+        return list(tokens)
     is_drawn = sampling.temperature >= GREEDY_BELOW
-    drawing = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if is_drawn else {}
+    drawing: dict[str, float] = {}
+    if is_drawn:
+        # top_k = 0, because transformers draws from the 50 most likely tokens by default
+        drawing = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     special = {"eos_token_id": ends or None, "pad_token_id": next(iter(ends), 0)}
     # replaces the folder's settings, such as penalties
     model.generation_config = GenerationConfig(max_new_tokens=new_tokens, do_sample=is_drawn, **drawing, **special)
@@ -85,8 +99,10 @@ def generated(
         torch.manual_seed(seed)
     prompt = torch.tensor([ids], device=model.device)
     with torch.inference_mode():
-        found = model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=streamer)  # type: ignore[operator]
-    new: list[int] = found[0, len(ids) :].tolist()
+        tokens_of_all = model.generate(  # type: ignore[operator]
+            prompt, attention_mask=torch.ones_like(prompt), streamer=streamer
+        )
+    new: list[int] = tokens_of_all[0, len(ids) :].tolist()  # without the prompt
     return new
 
 

@@ -25,11 +25,14 @@ class Pooling:
         pooled = []
         for mode in self.modes:
             if mode == "mean":
-                pooled.append((mask[:, None].astype(np.float32) @ hidden)[:, 0] / lengths[:, None])
+                sums = (mask[:, None].astype(np.float32) @ hidden)[:, 0]  # (texts, width)
+                pooled.append(sums / lengths[:, None])
             elif mode == "max":
                 pooled.append(np.where(mask[:, :, None] > 0, hidden, -np.inf).max(1))
-            else:
-                pooled.append(hidden[np.arange(len(hidden)), lengths - 1 if mode == "lasttoken" else 0])
+            elif mode == "lasttoken":
+                pooled.append(hidden[np.arange(len(hidden)), lengths - 1])
+            else:  # "cls"
+                pooled.append(hidden[:, 0])
         vectors = np.concatenate(pooled, -1, dtype=np.float32)
         if self.normalize:
             vectors /= np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
@@ -46,8 +49,11 @@ def pooling_of(folder: Path) -> Pooling:
         file = folder / modules["Pooling"] / "config.json"
         table = dict(json.loads(file.read_bytes()))
         flags = [name.removeprefix("pooling_mode_") for name, value in table.items() if value is True]
+        # newer files name the mode, older ones have a flag per mode
         named = table.get("pooling_mode") or [name for name in flags if f"pooling_mode_{name}" in table]
-        modes = [re.sub("_tokens?$", "", mode) for mode in ([named] if isinstance(named, str) else named)]
+        if isinstance(named, str):
+            named = [named]
+        modes = [re.sub("_tokens?$", "", mode) for mode in named]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} cannot be read: {error!r}. Copy it from the original model") from None
     unknown = [*(modules.keys() - {"Transformer", "Pooling", "Normalize"}), *(set(modes) - _MODES)]

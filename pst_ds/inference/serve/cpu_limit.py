@@ -18,7 +18,8 @@ def call_within(seconds: float, function: Callable[[], Result]) -> Result:
     Python cannot stop a thread from outside, so the code checks the time at its lines and calls. A single call of C
     code is not interrupted. Time that the thread waits does not count.
     """
-    end, events = time.thread_time() + seconds, count(1)
+    end = time.thread_time() + seconds
+    events = count(1)
 
     def check(frame: FrameType, event: str, arg: object) -> Any:
         if not next(events) % _TRACE_EVENTS and time.thread_time() > end:

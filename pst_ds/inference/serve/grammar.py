@@ -71,7 +71,8 @@ class Grammars:
     """Creates grammars for a tokenizer, whose tokens it reads at the first one."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]):
-        self._tokenizer, self._ends = tokenizer, list(ends)
+        self._tokenizer = tokenizer
+        self._ends = list(ends)
 
     @cached_property
     def tokens(self) -> LLTokenizer:
@@ -108,7 +109,10 @@ def _require_finite(schema: dict[str, object]) -> None:
     finite = set[int]()
     while waiting:
         node = waiting.pop()
-        waiting += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        if isinstance(node, dict):
+            waiting += node.values()
+        elif isinstance(node, list):
+            waiting += node
         chain = set[int]()
         while isinstance(node, dict) and id(node) not in finite and isinstance(node.get("$ref"), str):
             if id(node) in chain:
@@ -119,7 +123,7 @@ def _require_finite(schema: dict[str, object]) -> None:
 
 
 def _target(schema: object, pointer: str) -> object:
-    """Return what a reference within the schema names; None for other references."""
+    """Return what a reference within the schema names (a JSON pointer); None for other references."""
     if not pointer.startswith("#"):
         return None
     node = schema

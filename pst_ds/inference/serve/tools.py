@@ -31,26 +31,35 @@ class ToolCalls:
         self._is_text = True
         upto = self._held.find(_MARK)
         if upto < 0:
-            sizes = (size for size in range(len(_MARK) - 1, 0, -1) if self._held.endswith(_MARK[:size]))
-            upto = len(self._held) - next(sizes, 0)
-        text, self._held = self._held[:upto], self._held[upto:]
+            # the end of the text may be the start of a mark whose rest has not arrived
+            upto = len(self._held)
+            for size in range(len(_MARK) - 1, 0, -1):
+                if self._held.endswith(_MARK[:size]):
+                    upto -= size
+                    break
+        text = self._held[:upto]
+        self._held = self._held[upto:]
         return text
 
     def end(self) -> tuple[str, list[JsonTable]]:
         """Return the rest of the text and the calls; what looked like calls but is not valid is text."""
         blocks = _BLOCK.findall(self._held) or [self._held]
         try:
-            found = [call for block in blocks for call in self._read(block)]
+            calls: list[JsonTable] = []
+            for block in blocks:
+                calls += self._read(block)
         except (ValueError, RecursionError):
             return self._held, []
-        return "", found
+        return "", calls
 
     def _read(self, block: str) -> list[JsonTable]:
         """Return the calls in a block. Raises ValueError if it is something else."""
         table = json.loads(block)
         calls: list[JsonTable] = []
         for call in table if isinstance(table, list) else [table]:
-            arguments = call.get("arguments", call.get("parameters")) if isinstance(call, dict) else None
+            arguments = None
+            if isinstance(call, dict):
+                arguments = call.get("arguments", call.get("parameters"))  # Llama 3 writes "parameters"
             if not isinstance(arguments, dict) or call.get("name") not in self._names:
                 raise ValueError("not a call of a tool")
             text = json.dumps(arguments, ensure_ascii=False)
