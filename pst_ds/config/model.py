@@ -70,7 +70,9 @@ class ModelConfig(Section):
         """Yield a message for each kind of quantised base weights that would train."""
         everything = METHODS[method].trains_everything
         trained = {"base_bits": everything or injected.train_weights, "embedding_bits": everything}
-        for key in (key for key, trains in trained.items() if trains and getattr(self, key) != 16):
+        for key, trains in trained.items():
+            if not trains or getattr(self, key) == 16:
+                continue
             frozen = ", ".join(repr(name) for name, other in METHODS.items() if not other.trains_everything)
             yield (
                 f"model.{key} = {getattr(self, key)} quantises frozen weights, and method = {method!r} trains every "
@@ -104,7 +106,9 @@ class QuantizationConfig(Section):
 
     @property
     def _setting(self) -> str:
-        return f'quantization.{"values" if self.values else "embeddings"} = "{self.values or self.embeddings}"'
+        if self.values:
+            return f'quantization.values = "{self.values}"'
+        return f'quantization.embeddings = "{self.embeddings}"'
 
     def problems(self) -> Iterator[str]:
         if not self.is_on:
@@ -143,4 +147,5 @@ class QuantizationConfig(Section):
                 f"{self._setting} starts once masks are final, which is after step {final} of {num_steps}. Raise "
                 "train.num_steps or schedule.cooldown_fraction"
             )
-        return RoundingSchedule(start, self.interval or max(1, round((num_steps - start) / _SEARCHES)), num_steps)
+        interval = self.interval or max(1, round((num_steps - start) / _SEARCHES))
+        return RoundingSchedule(start, interval, num_steps)

@@ -55,7 +55,8 @@ class OneShotConfig(Section):
         """Yield a message where the run would not start from the masks of the one-shot method, at ``sparsity``."""
         if self.method in ("none", CHANNELS):
             return
-        setting, masks = f'start.method = "{self.method}"', METHODS[method].masks
+        setting = f'start.method = "{self.method}"'
+        masks = METHODS[method].masks
         if method == "experts":
             yield (
                 f'{setting} prunes weights, and method = "experts" removes experts. Remove [start]; for experts that '

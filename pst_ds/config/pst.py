@@ -49,8 +49,10 @@ class _LibrarySection(Section):
     """Base of settings that are also used outside a run file: their messages name settings without a section."""
 
     def __post_init__(self) -> None:
-        if wrong := list(self.problems()):
-            raise ValueError("\n".join(wrong))
+        problems = list(self.problems())
+        if problems:
+            # pydantic turns it into a ConfigError whose messages name the section, if there is one
+            raise ValueError("\n".join(problems))
 
 
 @settings
@@ -248,20 +250,24 @@ class PSTConfig(_LibrarySection):
     @classmethod
     def formula(cls) -> list[str]:
         """Return the names of the settings of which a saved adapter and its model must have the same values."""
-        hints = get_type_hints(cls, include_extras=True)
-        return [name for name, hint in hints.items() if not any(isinstance(mark, OnLoad) for mark in _marks_of(hint))]
+        names = []
+        for name, hint in get_type_hints(cls, include_extras=True).items():
+            if not any(isinstance(mark, OnLoad) for mark in _marks_of(hint)):
+                names.append(name)
+        return names
 
     @property
     def rules(self) -> tuple[MaskRule, ...]:
         """Rules for masks: the general one, then one for each override."""
-        overridden = (self._rule(o.pattern, o.final_sparsity) for o in self.overrides)
+        overridden = [self._rule(override.pattern, override.final_sparsity) for override in self.overrides]
         return self._rule(self.pattern, None), *overridden
 
     def rule_for(self, name: str) -> MaskRule:
         """Return the rule for the mask of the layer ``name``."""
-        pattern, sparsity = self.pattern, None
+        pattern = self.pattern
+        sparsity = None
         for override in self.overrides:
-            if name_matches(name, override.modules):
+            if name_matches(name, override.modules):  # the last match applies
                 pattern = override.pattern or self.pattern
                 sparsity = override.final_sparsity
         return self._rule(pattern, sparsity)
@@ -322,15 +328,19 @@ def name_matches(name: str, patterns: str | Iterable[str]) -> bool:
     """Match a string as a regular expression for the whole name; each of a list as a name or its dotted ending."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
-    return any(name == p or name.endswith("." + p) for p in patterns)
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
 def is_inside(name: str, patterns: str | Iterable[str]) -> bool:
     """Match as :func:`name_matches`; a list also names all inside its modules."""
     if isinstance(patterns, str):
         return name_matches(name, patterns)
-    parts = name.split(".")
-    return any(name_matches(".".join(parts[:i]), patterns) for i in range(len(parts), 0, -1))
+    module = name
+    while module:
+        if name_matches(module, patterns):
+            return True
+        module = module.rpartition(".")[0]  # the module that contains it
+    return False
 
 
 def _regex_problems(name: str, pattern: str | tuple[str, ...]) -> Iterator[str]:

@@ -60,7 +60,10 @@ class LayerStatisticsConfig(Section):
 
     def last_before(self, step: int, num_steps: int) -> int:
         """Return the last step before ``step`` after which layers are measured; -1 for none."""
-        return (step - 1) // self._interval(num_steps) * self._interval(num_steps) if step else -1
+        if not step:
+            return -1
+        interval = self._interval(num_steps)
+        return (step - 1) // interval * interval
 
     def is_due(self, step: int, num_steps: int) -> bool:
         """Return whether a run of ``num_steps`` measures layers after ``step`` (0 is before the first)."""
@@ -139,25 +142,25 @@ class RunConfig(Section):
 
     def _conflicts(self) -> Iterator[str]:
         """Yield a message for each setting that does not fit another section."""
-        method, task, train, pst, schedule = self.method, self.task, self.train, self.pst, self.schedule
-        yield from task_conflicts(task, self.data, self.eval)
-        not_fitting = list(method_conflicts(method, pst, schedule.final_sparsity))
-        yield from not_fitting
-        yield from self.start.conflicts(method, self.start_sparsity, pst)
-        yield from self.quantization.conflicts(method, schedule)
-        if not not_fitting:
-            yield from self.model.conflicts(method, self.injected_pst)
-        yield from train.conflicts(task, self.data.max_length, self.distillation, self.deepspeed_config)
-        yield from self.distillation.conflicts(task)
-        if schedule.solves:
+        yield from task_conflicts(self.task, self.data, self.eval)
+        conflicts_of_method = list(method_conflicts(self.method, self.pst, self.schedule.final_sparsity))
+        yield from conflicts_of_method
+        yield from self.start.conflicts(self.method, self.start_sparsity, self.pst)
+        yield from self.quantization.conflicts(self.method, self.schedule)
+        if not conflicts_of_method:  # otherwise the settings to inject cannot be derived
+            yield from self.model.conflicts(self.method, self.injected_pst)
+        yield from self.train.conflicts(self.task, self.data.max_length, self.distillation, self.deepspeed_config)
+        yield from self.distillation.conflicts(self.task)
+        if self.schedule.solves:
             yield from self._conflicts_of_solves()
-        if train.expert_parallel > 1:
+        if self.train.expert_parallel > 1:
             yield from self._conflicts_of_experts()
         yield from conflicts_of(self.additions, self)
         try:
             self.finetuning()
         except ConfigError as error:
-            yield from (f"[finetune] with these settings: {problem}" for problem in error.args)
+            for problem in error.args:
+                yield f"[finetune] with these settings: {problem}"
 
     def _conflicts_of_experts(self) -> Iterator[str]:
         """Yield a message for each setting that does not fit experts which are divided among ranks."""
@@ -176,7 +179,8 @@ class RunConfig(Section):
 
     def _conflicts_of_solves(self) -> Iterator[str]:
         """Yield a message for each setting that does not fit masks and weights that are solved for during training."""
-        solves, pst = f"schedule.solves = {self.schedule.solves}", self.pst
+        solves = f"schedule.solves = {self.schedule.solves}"
+        pst = self.pst
         if self.method != "pst":
             yield f'{solves} is for method = "pst", not for method = {self.method!r}. Set schedule.solves = 0'
         if pst.update_form != LOW_RANK:
@@ -187,7 +191,8 @@ class RunConfig(Section):
             yield f'{solves} ranks by ALPS, and pst.magnitude = "{pst.magnitude}" changes scores. Remove it'
         if pst.criterion:
             yield f'{solves} ranks by ALPS, not by pst.criterion = "{pst.criterion}". Remove one of them'
-        for pattern in (pst.pattern, *(rule.pattern or "" for rule in pst.overrides)):
+        patterns = [pst.pattern, *[rule.pattern for rule in pst.overrides]]
+        for pattern in patterns:
             if pattern and parse_pattern(pattern).pools_matrices:
                 yield f'{solves} solves one matrix at a time, and pattern "{pattern}" pools several. Set "matrix"'
         if self.model.base_bits != 16:
@@ -203,8 +208,8 @@ class RunConfig(Section):
     @property
     def mask_method(self) -> Method:
         """Properties of the method. Layers that train with quantised weights are always injected."""
-        found = METHODS[self.method]
-        return replace(found, injects=True) if self.quantization.values else found
+        method = METHODS[self.method]
+        return replace(method, injects=True) if self.quantization.values else method
 
     @property
     def seeded_pst(self) -> PSTConfig:
@@ -263,10 +268,12 @@ class RunConfig(Section):
     def num_steps(self, num_examples: int) -> int:
         """Return the optimizer steps of a run with ``num_examples``. Raises ConfigError for less than one batch."""
         if num_examples < self.train.batch_size:
+            alternative = ""
+            if self.task_facts.packs_text:  # shorter examples are more examples
+                alternative = " or data.max_length, the tokens of an example"
             raise ConfigError(
                 f"data.train has {num_examples} examples, fewer than one batch of train.batch_size = "
-                f"{self.train.batch_size}; lower it"
-                + (" or data.max_length, the tokens of an example" if self.task_facts.packs_text else "")
+                f"{self.train.batch_size}; lower it{alternative}"
             )
         if self.train.num_steps:
             return self.train.num_steps
@@ -288,11 +295,12 @@ class RunConfig(Section):
             num_labels=num_labels,
             predicts_tokens=self.task_facts.predicts_tokens,
         )
+        head_rate = default.everything if self.mask_method.trains_everything else default.head
         rates = {
             "score_learning_rate": default.scores,
             "update_learning_rate": default.updates * update_form(self.injected_pst.update_form).rate_factor,
             "embedding_learning_rate": default.embeddings,
-            "head_learning_rate": default.everything if self.mask_method.trains_everything else default.head,
+            "head_learning_rate": head_rate,
         }
         unset = {name: rate for name, rate in rates.items() if getattr(self.train, name) is None}
         return replace(self, train=replace(self.train, **unset))  # type: ignore[arg-type]
@@ -355,13 +363,14 @@ class RunConfig(Section):
 
         Raises ConfigError if ranks cannot be grouped, or if a rank would have no example.
         """
-        degree, steps = self.train.sequence_parallel, self.train.gradient_accumulation_steps
+        degree = self.train.sequence_parallel
+        steps = self.train.gradient_accumulation_steps
         groups = self.train.groups_of_ranks(world_size)
         shares = groups * steps
         if self.train.batch_size < shares:
+            of_ranks = "ranks" if degree == 1 else f"groups of {degree} ranks"
             raise ConfigError(
-                f"train.batch_size = {self.train.batch_size} is less than an example for each of {groups} "
-                f"{'ranks' if degree == 1 else f'groups of {degree} ranks'} x {steps} accumulation steps; make it "
-                f"{shares} or more, or start fewer ranks"
+                f"train.batch_size = {self.train.batch_size} is less than an example for each of {groups} {of_ranks} "
+                f"x {steps} accumulation steps; make it {shares} or more, or start fewer ranks"
             )
         return -(-self.train.batch_size // shares)

@@ -92,8 +92,9 @@ class Section:
 
 def report(problems: Iterable[str]) -> None:
     """Raise ConfigError with all ``problems``, if there are any."""
-    if found := list(dict.fromkeys(problems)):
-        raise ConfigError(*found)
+    distinct = list(dict.fromkeys(problems))  # two sections may report the same conflict
+    if distinct:
+        raise ConfigError(*distinct)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
@@ -103,18 +104,19 @@ def settings(cls: type[T]) -> type[T]:
     Its constructor checks types and ranges by the annotations, and raises ConfigError with a message for each value.
     """
     config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
-    made: Any = dataclass(frozen=True, kw_only=True, config=config)(cls)
-    construct = made.__init__
+    section: Any = dataclass(frozen=True, kw_only=True, config=config)(cls)
+    construct = section.__init__
 
     @wraps(construct)
     def checked(self: T, **values: object) -> None:
         try:
             construct(self, **values)
         except ValidationError as error:
-            report(messages(error, made, values))
+            report(messages(error, section, values))
 
-    made.__init__ = checked
-    return cast(type[T], made)
+    # pydantic's errors name its types and locations; ours name settings as users write them
+    section.__init__ = checked
+    return cast(type[T], section)
 
 
 def messages(
@@ -130,8 +132,11 @@ def messages(
         key, value, entry, known = _place(schema, table, problem["loc"])
         if problem["type"] == "value_error":
             wrong = problem["ctx"]["error"]
-            lines = (f"{key}.{line}".lstrip(".") for line in str(wrong).split("\n"))
-            yield from wrong.args if isinstance(wrong, ConfigError) else lines
+            if isinstance(wrong, ConfigError):  # its messages have full names already
+                yield from wrong.args
+            else:
+                for line in str(wrong).split("\n"):
+                    yield f"{key}.{line}".lstrip(".")
         elif key in seen:  # another option of a union
             continue
         elif problem["type"] == "unexpected_keyword_argument":
@@ -139,11 +144,13 @@ def messages(
             hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}"
             yield f"unknown key '{key}'. {hint}"
         elif problem["type"] == "missing":
-            yield f"'{key}' is missing. Set it" + (f" in the run file, or with --set {key}=" if in_run_file else "")
+            where = f" in the run file, or with --set {key}=" if in_run_file else ""
+            yield f"'{key}' is missing. Set it{where}"
         elif problem["type"] in _OUT_OF_RANGE:
             yield f"{key} = {value} must {_range(entry)}{_hint_for(value, entry)}"
         else:
-            yield f"{key} = {value!r} must be {_kind(entry)}{_as_list(key, value, entry) if in_run_file else ''}"
+            fix = _as_list(key, value, entry) if in_run_file else ""
+            yield f"{key} = {value!r} must be {_kind(entry)}{fix}"
         seen.add(key)
 
 
@@ -155,7 +162,9 @@ def _place(schema: Schema, table: object, location: tuple[int | str, ...]) -> tu
     value = table
     for part in location:
         if "properties" in entry:
-            known = [*entry["properties"], *(["preset"] if names and names[-1] in _WITH_PRESET else [])]
+            known = list(entry["properties"])
+            if names and names[-1] in _WITH_PRESET:
+                known.append("preset")
             names.append(str(part))
             entry = entry["properties"].get(part, {})
             value = value.get(part) if isinstance(value, Mapping) else None
@@ -182,7 +191,7 @@ def _kind(entry: Schema) -> str:
 
 def _range(entry: Schema) -> str:
     """Describe the range of a number: "be in [0, 1)", "be at least 1", "be a finite number above 0"."""
-    entry = entry.get("anyOf", [entry])[0]
+    entry = entry.get("anyOf", [entry])[0]  # a number, or null
     low = entry.get("minimum")
     above = entry.get("exclusiveMinimum")
     for key, end in (("maximum", "]"), ("exclusiveMaximum", ")")):
@@ -190,8 +199,10 @@ def _range(entry: Schema) -> str:
             start = f"[{low:g}" if above is None else f"({above:g}"
             return f"be in {start}, {entry[key]:g}{end}"
     if entry["type"] == "number":
+        if above is not None:
+            return f"be a finite number above {above:g}"
         least = "" if low is None else f" of at least {low:g}"
-        return f"be a finite number{least if above is None else f' above {above:g}'}"
+        return f"be a finite number{least}"
     return f"be at least {low}" if low else "not be negative"
 
 

@@ -41,18 +41,19 @@ def load_run_or_folder(path: str | Path, overrides: Sequence[str] = ()) -> RunCo
 
 def load_run_folder(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the run in ``folder``, its output_dir wherever it was moved to. Raises ConfigError."""
-    other = next((o for o in overrides if o.partition("=")[0].strip() == "output_dir"), None)
-    if other is not None:
-        raise ConfigError(
-            f"--set {other!r}: {str(folder)!r} is a run folder, which is its own output_dir. Leave it out, or name the "
-            f"run file {str(folder / RUN_FILE)!r} to train elsewhere"
-        )
+    for override in overrides:
+        if override.partition("=")[0].strip() == "output_dir":
+            raise ConfigError(
+                f"--set {override!r}: {str(folder)!r} is a run folder, which is its own output_dir. Leave it out, or "
+                f"name the run file {str(folder / RUN_FILE)!r} to train elsewhere"
+            )
     table = _table(folder / RUN_FILE, overrides)
     model = table.get("model")
-    was = table.get("output_dir")
-    for inside in (Path(FINETUNED, MODEL), START):  # the model that it started from moved too
-        if isinstance(model, dict) and isinstance(was, str) and model.get("path") == str(Path(was) / inside):
-            table["model"] = {**model, "path": str(folder / inside)}
+    former_folder = table.get("output_dir")
+    if isinstance(model, dict) and isinstance(former_folder, str):
+        for inside in (Path(FINETUNED, MODEL), START):  # the model that it started from moved too
+            if model.get("path") == str(Path(former_folder) / inside):
+                table["model"] = {**model, "path": str(folder / inside)}
     return run_from_table({**table, "output_dir": str(folder)})
 
 
@@ -94,13 +95,14 @@ def run_from_table(table: Mapping[str, object]) -> RunConfig:
 def _with_presets(table: dict[str, object]) -> dict[str, object]:
     """Fill in the settings of ``data.preset`` and ``pst.preset`` that ``table`` lacks."""
     for section, presets in (("data", DATA_PRESETS), ("pst", PRESETS)):
-        own = table[section]
-        if not isinstance(own, dict) or "preset" not in own:
+        values = table[section]
+        if not isinstance(values, dict) or "preset" not in values:
             continue
-        name = own["preset"]
+        name = values["preset"]
         if not isinstance(name, str) or name not in presets:
             raise ConfigError(f"{section}.preset = {name!r} must be one of {', '.join(presets)}")
-        table = _filled({**table, section: {k: v for k, v in own.items() if k != "preset"}}, presets[name])
+        rest_of_section = {key: value for key, value in values.items() if key != "preset"}
+        table = _filled({**table, section: rest_of_section}, presets[name])
     return table
 
 
@@ -111,10 +113,11 @@ def _filled(table: dict[str, object], defaults: Mapping[str, object]) -> dict[st
     """
     filled = {**defaults, **table}
     for name, section in defaults.items():
-        own = table.get(name)
-        if isinstance(section, Mapping) and isinstance(own, dict):
-            omitted = PRESET_PLACES if name == "data" and own.get("dataset") == "" else ()
-            filled[name] = {**{key: value for key, value in section.items() if key not in omitted}, **own}
+        values = table.get(name)
+        if isinstance(section, Mapping) and isinstance(values, dict):
+            omitted = PRESET_PLACES if name == "data" and values.get("dataset") == "" else ()
+            used_defaults = {key: value for key, value in section.items() if key not in omitted}
+            filled[name] = {**used_defaults, **values}
     return filled
 
 
@@ -155,7 +158,7 @@ def without_removed(table: Mapping[str, object]) -> dict[str, object]:
             continue
         if name in _CHANGE_RESULTS:
             raise ConfigError(f"{name} = {values[key]!r} is no longer supported: {instead}")
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one prints
             print(f"{name} = {values[key]!r} has no effect any more: {instead}. Remove it", file=sys.stderr)
     return table
 
@@ -206,10 +209,13 @@ def dump_run(run: RunConfig) -> str:
     table = _RUN.dump_python(run, exclude_none=True)  # TOML has no null; the default is None wherever None is allowed
     additions = table.pop(SECTION)
     sections = {name: values for name, values in table.items() if isinstance(values, dict)}
+    for name, values in additions.items():
+        sections[f"{SECTION}.{name}"] = values
+    # settings outside of sections come first: TOML would read them as part of the last section
     lines = [f"{name} = {toml_value(value)}" for name, value in table.items() if name not in sections]
-    sections |= {f"{SECTION}.{name}": values for name, values in additions.items()}
     for section, values in sections.items():
-        lines += ["", f"[{section}]", *(f"{name} = {toml_value(value)}" for name, value in values.items())]
+        lines += ["", f"[{section}]"]
+        lines += [f"{name} = {toml_value(value)}" for name, value in values.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -218,7 +224,10 @@ def flatten(table: dict[str, object], prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in table.items():
         name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
     return flat
 
 
