@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tools.bench.timing import hardware
+from tools.machine import hardware
 from tools.onnx_int8 import share_of_right_answers
 
 BITS = (8, 4)

@@ -32,7 +32,8 @@ from pst_ds.planning.memory import memory_plan, zero_settings
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import Batch, time_plan
 from tools.bench.scale_rank import model_of
-from tools.bench.timing import benchmark_parser, hardware, print_result, progress
+from tools.bench.timing import benchmark_parser, print_result, progress
+from tools.machine import hardware
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 32000

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from pst_ds.config.toml import flatten
-from pst_ds.core.kernels.host import cpu_name
+from tools.machine import hardware
 
 
 def benchmark_parser(doc: str | None, prog: str | None = None) -> argparse.ArgumentParser:
@@ -67,11 +66,6 @@ def status_bytes(field: str) -> int:
     """Return this process's memory from /proc/self/status: "VmRSS" is resident now, "VmHWM" its peak."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
-
-
-def hardware() -> str:
-    card = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{cpu_name()}, {os.cpu_count()} cores{card}"
 
 
 def conditions(**stated: Any) -> dict[str, Any]:

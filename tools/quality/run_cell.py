@@ -54,7 +54,8 @@ def run_cell(spec: Table, folder: Path) -> Table:
 
     quiet_libraries()
     settings, steps = spec["settings"], {}
-    started, cpu = time.monotonic(), 0.0
+    started = time.monotonic()
+    cpu = 0.0
     limit_cpu(spec["cpu_seconds"])
     for name, step in spec["steps"].items():
         made, place = make_step(step, folder.parent.parent / STEPS / step["id"], spec["cpu_seconds"])
@@ -64,7 +65,8 @@ def run_cell(spec: Table, folder: Path) -> Table:
         else:
             settings = with_setting(settings, "distillation", "teacher", str(place))
     if steps:
-        started, cpu = time.monotonic(), cpu_seconds()
+        started = time.monotonic()
+        cpu = time.process_time()
         limit_cpu(spec["cpu_seconds"])
     if spec["shallow"]:
         from tools.quality import shallow
@@ -73,7 +75,7 @@ def run_cell(spec: Table, folder: Path) -> Table:
         result = shallow.measure(spec["shallow"], settings, spec["tests"], folder / FILES, shared)
     else:
         result = trained(spec, settings, folder) if spec["train"] else evaluated(spec, settings, folder)
-    result |= {"seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(cpu_seconds() - cpu, 1)}
+    result |= {"seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
     return {**result, "steps_before": steps} if steps else result
 
 
@@ -169,9 +171,13 @@ def make_step(step: Table, place: Path, budget: float) -> tuple[Table, Path]:
         if not (place / MADE).is_file():
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
-            started, cpu = time.monotonic(), cpu_seconds()
+            started = time.monotonic()
+            cpu = time.process_time()
             made = pruned(step, place, model) if step["prune"] else taught(step, place, model)
-            made |= {"seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(cpu_seconds() - cpu, 1)}
+            made |= {
+                "seconds": round(time.monotonic() - started, 1),
+                "cpu_seconds": round(time.process_time() - cpu, 1),
+            }
             write_text_atomic(place / MADE, json.dumps(made, indent=1) + "\n")
         limit_cpu(budget)
         return json.loads((place / MADE).read_text(encoding="utf-8")), model
@@ -276,14 +282,8 @@ def with_setting(settings: Table, table: str, key: str, value: str) -> Table:
 
 def limit_cpu(seconds: float) -> None:
     """Limit the CPU seconds that this process may use from now on."""
-    soft = int(cpu_seconds() + seconds) + 1
+    soft = int(time.process_time() + seconds) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-
-
-def cpu_seconds() -> float:
-    """Return the CPU seconds of this process, in all its threads."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 @contextmanager

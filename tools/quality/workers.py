@@ -16,9 +16,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pst_ds.core.kernels.host import cpu_facts, cpu_name
 from pst_ds.file_names import CHECKPOINTS, START
 from pst_ds.progress import Progress
+from tools.machine import kind_of_processor
 from tools.quality.cells import Cell, Line, Lines, Planned, State, plan
 from tools.quality.grid import Grid, Method
 from tools.quality.run_cell import FILES, OUTCOME
@@ -193,7 +193,7 @@ def outcome_of(grid: Grid, job: Job, options: Options) -> Line | None:
         "base": cell.base.prune if cell.base else None,
         "budget_cpu_seconds": grid.cpu_seconds,
         "workers": options.workers,
-        "machine": machine(),
+        "machine": kind_of_processor(),
         "date": date.today().isoformat(),
         **measured,
     }
@@ -243,15 +243,3 @@ def clean_up(folder: Path) -> None:
 def _kill(job: Job) -> None:
     with suppress(ProcessLookupError):  # it has just ended
         os.killpg(job.process.pid, signal.SIGKILL)
-
-
-def machine() -> str:
-    """Return the kind of processor, such as "Intel Xeon with AMX"."""
-    facts, name = cpu_facts(), cpu_name()
-    kinds = ("Intel Xeon", "Intel Core", "AMD EPYC", "AMD Ryzen")
-    kind = next((k for k in kinds if all(word in name for word in k.split())), name)
-    flags = facts.get("flags", "").split()
-    for flag, words in (("amx_tile", "AMX"), ("avx512_bf16", "AVX-512-BF16"), ("avx512f", "AVX-512"), ("avx2", "AVX2")):
-        if flag in flags:
-            return f"{kind} with {words}"
-    return kind

@@ -23,7 +23,8 @@ from tools.bench.front.files import CHUNK_TOKENS, File, Model, files_of
 from tools.bench.peers import engines, predictions
 from tools.bench.peers.decoder_files import evenly_spaced_chunks
 from tools.bench.ranks import Worker, working
-from tools.bench.timing import hardware, progress
+from tools.bench.timing import progress
+from tools.machine import hardware
 from tools.quality.cells import Lines, digest
 
 CORPORA = {

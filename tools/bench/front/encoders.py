@@ -31,7 +31,8 @@ from tools.bench.peers.encoders import (
     seconds_in_turn,
     tokens_of,
 )
-from tools.bench.timing import hardware, progress
+from tools.bench.timing import progress
+from tools.machine import hardware
 from tools.onnx_int8 import share_of_right_answers, write_int8
 from tools.quality import shallow
 from tools.quality.cells import Lines, digest
