@@ -101,12 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     progress.quiet = getattr(args, "quiet", False)
     module = importlib.import_module(f"pst_ds.cli.{args.verb}")
+    flags = getattr(module, "FLAGS", {})
     try:
         result = module.run(args)
         if args.json and progress.is_first_rank():
             print(json_of(result), flush=True)
     except InputError as error:
-        _say_on_main(f"pst-ds {args.verb}: {in_flags(str(error), getattr(module, 'FLAGS', {}))}")
+        _say_on_main(f"pst-ds {args.verb}: {in_flags(str(error), flags)}")
         return _leave(2)
     except KeyboardInterrupt:
         return _leave(130)
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _leave(EXIT_UNREAD)
         kind = type(error).__name__
         if kind in _REPORTED:
-            _say_on_main(f"pst-ds {args.verb}: {error}")
+            _say_on_main(f"pst-ds {args.verb}: {in_flags(str(error), flags)}")
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             told = f"{error}. Free space on that disk, or write to another one"  # from each rank whose disk is full
             print(f"pst-ds {args.verb}: {told}", file=sys.stderr, flush=True)

@@ -3,9 +3,12 @@
 import argparse
 import shlex
 
+from pst_ds.cli.flags import flags_of_fields
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, load_run_or_folder
 from pst_ds.parallel import stop_signals
 from pst_ds.progress import is_first_rank
+
+FLAGS = flags_of_fields(["resume", "restart"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

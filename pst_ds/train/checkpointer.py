@@ -201,6 +201,6 @@ class Checkpointer:
         metrics.write(step, {"event": "checkpoint_failed", "error": saved.error})
         failure = f"{path} could not be written: {saved.error}. The run goes on"
         if is_last:
-            raise CheckpointWriteError(f"{failure} from {self.newest()} with --resume, once there is room")
+            raise CheckpointWriteError(f"{failure} from {self.newest()} with resume = true, once there is room")
         if is_main():
             print(f"WARNING: {failure}; its newest checkpoint is {self.newest()}", file=sys.stderr, flush=True)

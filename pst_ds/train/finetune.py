@@ -44,7 +44,7 @@ def finetune(
             free_released()
             of_main_at_length(partial(_write_model, inner, out))
     except DivergedError as error:
-        raise DivergedError(str(error).replace("--set train.", "--set finetune.")) from None
+        raise DivergedError(str(error).replace("a lower train.", "a lower finetune.")) from None
     except InputError as error:
         raise InputError(f'finetune.method = "{stage.method}": {error}') from None
     return context.with_run(context.run.finetuned())

@@ -76,7 +76,9 @@ def checkpoint_to_resume(run: RunConfig, data_digest: str, *, quiet: bool) -> Ch
     checkpoint, problems = checkpoints.newest_valid(folder)
     messages = [f"WARNING: {problem}. It is set aside as {checkpoints.BROKEN}" for problem in problems]
     if checkpoint is None and problems:
-        raise CheckpointError(f"no checkpoint in {folder} is valid: {'; '.join(problems)}. --restart starts over")
+        raise CheckpointError(
+            f"no checkpoint in {folder} is valid: {'; '.join(problems)}. Start over with restart = true"
+        )
     if checkpoint is None:
         messages.append(f"nothing was saved in {folder} yet: starting at step 0")
     else:
@@ -142,7 +144,7 @@ def require_base(checkpoint: Checkpoint, path: str, fingerprint: str) -> None:
     if not same_base(fingerprint, checkpoint.state.base_fingerprint):
         raise ConfigError(
             f"model.path = {path!r} is not the base model that {checkpoint.folder} was trained from (its fingerprint "
-            "differs); point --set model.path= at the right one"
+            "differs). Set model.path to the folder of that model"
         )
 
 

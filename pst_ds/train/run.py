@@ -274,8 +274,8 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState) 
             loop.metrics.say(warning_of_unused(experts.get("expert_tokens", {}), first_step))
     except DivergedError as error:
         raise DivergedError(
-            f"{error}. Lower rates can be tried from {checkpointer.newest()} on: --resume "
-            "--set train.update_learning_rate=…"
+            f"{error}. Lower rates can be tried from {checkpointer.newest()} on: set "
+            "resume = true and a lower train.update_learning_rate"
         ) from None
     finally:
         checkpointer.close()
@@ -283,7 +283,8 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState) 
     if state.stopped_by and state.step < loop.num_steps:
         after = f"after step {state.step} of {loop.num_steps}"
         raise StoppedError(
-            f"stopped by {name_of(state.stopped_by)} {after}, saved in {checkpointer.newest()}; continue with --resume"
+            f"stopped by {name_of(state.stopped_by)} {after}, saved in {checkpointer.newest()}; continue with "
+            "resume = true"
         )
     result = _result(loop, state, metrics, checkpointer.best_step, experts)
     if is_main():

@@ -104,8 +104,8 @@ def require_no_checkpoints(folder: Path) -> None:
     names = of_main(lambda: [path.name for path in step_folders(folder / CHECKPOINTS)])
     if names:
         raise ConfigError(
-            f"output_dir = {str(folder)!r} has checkpoints up to {names[0]}: continue them with --resume, start over "
-            "with --restart, or name another output_dir"
+            f"output_dir = {str(folder)!r} has checkpoints up to {names[0]}: continue them with resume = true, start "
+            "over with restart = true, or name another output_dir"
         )
 
 
@@ -156,7 +156,7 @@ def open_checkpoint(run: RunConfig, name: str) -> Checkpoint:
         raise
     except CheckpointError as error:
         there = ", ".join(checkpoints.known_names(folder))
-        raise CheckpointError(f"{error}. Name another with --checkpoint; there are {there}") from None
+        raise CheckpointError(f"{error}. Name another checkpoint; there are {there}") from None
     base = locate_base(run, checkpoint)
     require_base(checkpoint, base, base_fingerprint(base))
     return checkpoint

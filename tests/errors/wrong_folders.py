@@ -79,7 +79,7 @@ RUNS = {
         _resumed_on_other_text, "data.train", "{tmp}/train.jsonl", "Restore the old file or setting"
     ),
     "resume from another base": Wrong(
-        _another_base("train", "--resume"), "model.path", "{tmp}/model", "point --set model.path= at the right one"
+        _another_base("train", "--resume"), "model.path", "{tmp}/model", "Set model.path to the folder of that model"
     ),
     "restart from a base with a NaN": Wrong(
         _restarted_on_nan, "bert.encoder.layer.0.output.dense.weight", "NaN", "the base model is damaged"
@@ -118,7 +118,7 @@ RUNS = {
         "--checkpoint",
     ),
     "eval from another base": Wrong(
-        _another_base("eval"), "model.path", "{tmp}/model", "point --set model.path= at the right one"
+        _another_base("eval"), "model.path", "{tmp}/model", "Set model.path to the folder of that model"
     ),
     "eval of a checkpoint of other layers": Wrong(
         words("eval", "{made}/run", "--set", "pst.score_rank=4"),
@@ -146,7 +146,7 @@ EXPORTS = {
         _damaged("export"), "shard-00001-of-00001.safetensors", "SHA-256", "--checkpoint"
     ),
     "export of a checkpoint of another base": Wrong(
-        _another_base("export"), "model.path", "{tmp}/model", "point --set model.path= at the right one"
+        _another_base("export"), "model.path", "{tmp}/model", "Set model.path to the folder of that model"
     ),
     "export of nothing": Wrong(
         words("export", "{tmp}/no", "--out", "{tmp}/out"),

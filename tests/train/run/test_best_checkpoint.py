@@ -72,7 +72,7 @@ def test_without_an_evaluation_at_the_final_sparsity_there_is_no_best(tmp_path):
     train_prepared(_prepared(tmp_path), quiet=True)
     assert (tmp_path / "checkpoints" / "best").is_dir()
     prepared = _prepared(tmp_path, "data.validation=", "train.num_steps=4", "seed=1")
-    with pytest.raises(ConfigError, match=r"has checkpoints up to step-00000020: continue them with --resume"):
+    with pytest.raises(ConfigError, match=r"has checkpoints up to step-00000020: continue them with resume = true,"):
         train_prepared(prepared, quiet=True)
     result = train_prepared(prepared, quiet=True, restart=True)
     assert (tmp_path / "checkpoints.previous" / "best").is_dir()

@@ -77,7 +77,8 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoints_and_says_where_to_go_o
         with pytest.raises(DivergedError) as caught:
             _train(tmp_path / "run")
     assert "the loss of batch 11 is not finite on rank 0" in str(caught.value)
-    assert f"can be tried from {tmp_path}/run/checkpoints/step-00000008 on: --resume --set" in str(caught.value)
+    newest = f"{tmp_path}/run/checkpoints/step-00000008"
+    assert f"can be tried from {newest} on: set resume = true and a lower train.update" in str(caught.value)
     assert _steps_saved(tmp_path / "run") == ["step-00000008", "step-00000004"]
     assert {**_train(tmp_path / "run", resume=True), "seconds": 0} == {**whole, "seconds": 0}
 
