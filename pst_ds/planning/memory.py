@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from pst_ds.core.bits import shard_numel
 from pst_ds.core.bracket import BRACKET_DEVIATIONS, sample_size
@@ -56,7 +56,17 @@ class TensorGroup:
 
     @property
     def parameters(self) -> int:
-        return (self.numel if self.stands_for is None else self.stands_for) * self.count
+        weights = self.numel if self.stands_for is None else self.stands_for
+        return weights * self.count
+
+    def divided(self, degree: int) -> Self:
+        """Return one rank's tensors if ``degree`` ranks divide the stack of experts; others are unchanged."""
+        if not self.in_stack:
+            return self
+        stands_for = self.stands_for
+        if stands_for is not None:
+            stands_for //= degree
+        return replace(self, numel=self.numel // degree, stands_for=stands_for, divided_by=degree)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +90,25 @@ class ModuleNumbers:
     by_kernels: bool = True
     """Whether Triton kernels can compute a pruned layer; without, torch's operators do."""
 
+    def divided(self, degree: int) -> Self:
+        """Return one rank's module if ``degree`` ranks divide its experts; a module without experts is unchanged."""
+        if self.experts == 1:
+            return self
+        work_bytes = self.work_bytes
+        if self.groups:
+            # at least those of one expert: its merged weight and two temporaries of that size
+            work_bytes = max(work_bytes // degree, 3 * self.gathered_bytes // self.experts)
+        return replace(
+            self,
+            numel=self.numel // degree,
+            gathered_bytes=self.gathered_bytes // degree,
+            largest_gather_bytes=self.largest_gather_bytes // degree,
+            work_bytes=work_bytes,
+            bands=self.bands // degree,
+            experts=self.experts // degree,
+            groups=-(-self.groups // degree),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class MatrixGroup:
@@ -100,8 +129,24 @@ class MatrixGroup:
 
     def num_cut(self, shards: int) -> int:
         """Count the matrices that shard borders cut, which ranks select together: all except most experts."""
-        shards //= self.divided_by
-        return self.count if self.per_layer == 1 else self.count // self.per_layer * min(self.per_layer, shards - 1)
+        if self.per_layer == 1:
+            return self.count
+        # a stack has one border fewer than shards, and each border cuts at most one expert
+        borders = shards // self.divided_by - 1
+        stacks = self.count // self.per_layer
+        return stacks * min(self.per_layer, borders)
+
+    def divided(self, degree: int) -> Self:
+        """Return one rank's matrices if ``degree`` ranks divide the experts; other matrices are unchanged."""
+        if self.per_layer == 1:
+            return self
+        return replace(
+            self,
+            count=self.count // degree,
+            share=self.share * degree,  # the tokens of all these ranks are sent to its experts
+            per_layer=self.per_layer // degree,
+            divided_by=degree,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,39 +176,13 @@ class ModelNumbers:
 
     def divided(self, degree: int) -> Self:
         """Return the numbers of one of ``degree`` neighbouring ranks that divide the experts of every stack."""
-
-        def share(value: int) -> int:
-            return value // degree
-
-        tensors = (
-            replace(t, numel=share(t.numel), stands_for=t.stands_for and share(t.stands_for), divided_by=degree)
-            if t.in_stack
-            else t
-            for t in self.tensors
+        return replace(
+            self,
+            tensors=tuple(tensor.divided(degree) for tensor in self.tensors),
+            modules=tuple(module.divided(degree) for module in self.modules),
+            matrices=tuple(matrix.divided(degree) for matrix in self.matrices),
+            divided_by=degree,
         )
-        modules = (
-            replace(
-                m,
-                numel=share(m.numel),
-                gathered_bytes=share(m.gathered_bytes),
-                largest_gather_bytes=share(m.largest_gather_bytes),
-                work_bytes=max(share(m.work_bytes), 3 * m.gathered_bytes // m.experts) if m.groups else m.work_bytes,
-                bands=share(m.bands),
-                experts=share(m.experts),
-                groups=-(-m.groups // degree),
-            )
-            if m.experts > 1
-            else m
-            for m in self.modules
-        )
-        matrices = (
-            replace(m, count=share(m.count), share=m.share * degree, per_layer=share(m.per_layer), divided_by=degree)
-            if m.per_layer > 1
-            else m
-            for m in self.matrices
-        )
-        parts = tuple(tensors), tuple(modules), tuple(matrices)
-        return replace(self, tensors=parts[0], modules=parts[1], matrices=parts[2], divided_by=degree)
 
     @property
     def pruned_weights(self) -> int:
@@ -229,12 +248,17 @@ class ModelNumbers:
 
         Neighbours have other experts, so that only a whole copy has those of a rank.
         """
-        copied = (t for t in self.tensors if not t.trainable and (t.divided_by == 1 or ranks == 1))
-        return sum(t.nbytes for t in copied if kind in ("", t.kind))
+        total = 0
+        for tensor in self.tensors:
+            is_copied = not tensor.trainable and (tensor.divided_by == 1 or ranks == 1)
+            if is_copied and kind in ("", tensor.kind):
+                total += tensor.nbytes
+        return total
 
     def divided_bytes(self, *, trained: bool) -> int:
         """Return the bytes of stacks of experts on ranks that a rank gathers, or only those that train."""
-        return sum(t.nbytes for t in self.tensors if t.divided_by > 1 and (t.trainable or not trained))
+        divided = [t for t in self.tensors if t.divided_by > 1]
+        return sum(t.nbytes for t in divided if t.trainable or not trained)
 
     def bytes_of(self, kind: str) -> int:
         """Return the bytes of the tensors of one :attr:`TensorGroup.kind`, unsharded."""
@@ -281,16 +305,20 @@ def zero_settings(config: JsonObject | None, world_size: int, backend: str) -> Z
     if config is None:
         return ZeroSettings(stage=None, world_size=world_size, backend=backend)
     section = config.get("zero_optimization")
-    zero = section if isinstance(section, dict) else {}
+    if not isinstance(section, dict):
+        section = {}
 
     def number(key: str, default: float) -> int:
-        value = zero.get(key)
-        return int(value) if isinstance(value, int | float | str) else int(default)
+        value = section.get(key)
+        if isinstance(value, int | float | str):
+            return int(value)
+        return int(default)
 
     def is_offloaded(key: str) -> bool:
-        target = zero.get(key)
+        target = section.get(key)
         return isinstance(target, dict) and str(target.get("device")).lower() == "cpu"
 
+    copy_ranks = number("zero_hpz_partition_size", 1)
     return ZeroSettings(  # defaults of DeepSpeed 0.19.8
         stage=zero_stage(config),
         world_size=world_size,
@@ -302,7 +330,7 @@ def zero_settings(config: JsonObject | None, world_size: int, backend: str) -> Z
         max_reuse_distance=number("stage3_max_reuse_distance", 1e9),
         offload_optimizer=is_offloaded("offload_optimizer"),
         offload_param=is_offloaded("offload_param"),
-        copy_ranks=number("zero_hpz_partition_size", 1) if number("zero_hpz_partition_size", 1) > 1 else 0,
+        copy_ranks=copy_ranks if copy_ranks > 1 else 0,
     )
 
 
@@ -348,6 +376,7 @@ class MemoryPlan:
     @property
     def step_peak(self) -> int:
         turn = self.gathers + max(self.communication, self.packed) + self.layer_work + self.activations
+        # activations and gathered parameters are freed before the optimizer's step
         return self.resident + max(turn, self.optimizer_step)
 
     @property
@@ -385,36 +414,57 @@ def memory_plan(
         teacher: bytes of a separate teacher model.
         solves: whether the run sums products of inputs for ``schedule.solves``.
     """
+    weights = _shard_bytes(model, zero, "weight") + _shard_bytes(model, zero, "factor")
+    masks = _shard_bytes(model, zero, "mask")
+    scales = _shard_bytes(model, zero, "scales")
     optimizer = optimizer_bytes(model, zero, element_size)
-    weights, masks, scales = (
-        sum(t.count * zero.shard_of(t) * t.element_size for t in model.tensors if t.kind in kinds)
-        for kinds in (("weight", "factor"), ("mask",), ("scales",))
-    )
-    gathers, communication, work = _turn(model, zero, element_size)
-    # to multiply, oneDNN reorders 16-bit weights, but reads 32-bit ones in place
-    packed = 2 * max([model.dense_weights - model.sliced_weights, *(matrix.numel for matrix in model.matrices)])
-    host = (optimizer if zero.offload_optimizer else 0) + (weights + masks + scales if zero.offload_param else 0)
-    return MemoryPlan(
-        weights=0 if zero.offload_param else weights,
-        copies=math.ceil(model.copied_bytes(zero.copy_ranks) / zero.copy_ranks) if zero.copy_ranks else 0,
-        masks=0 if zero.offload_param else masks,
-        optimizer=0 if zero.offload_optimizer else optimizer,
-        gradients=element_size * _trainables_here(model, zero, shared_from_stage=2),
+    host = 0
+    if zero.offload_param:
+        host += weights + masks + scales
+        weights = masks = scales = 0
+    if zero.offload_optimizer:
+        host += optimizer
+        optimizer = 0
+    copies = 0
+    if zero.copy_ranks:
+        copies = math.ceil(model.copied_bytes(zero.copy_ranks) / zero.copy_ranks)
+    reduce_bucket = 0
+    if zero.stage:
         # gradients touch only as much of the bucket's memory as they fill
-        reduce_bucket=element_size * min(zero.reduce_bucket_size, model.trainables) if zero.stage else 0,
-        gathers=gathers,
-        communication=communication,
-        layer_work=work,
+        reduce_bucket = element_size * min(zero.reduce_bucket_size, model.trainables)
+    packed = 0
+    if device == "cpu" and element_size == 2:
+        # to multiply, oneDNN reorders 16-bit weights, but reads 32-bit ones in place
+        unsliced = model.dense_weights - model.sliced_weights
+        packed = 2 * max([unsliced, *(matrix.numel for matrix in model.matrices)])
+    turn = _turn(model, zero, element_size)
+    return MemoryPlan(
+        weights=weights,
+        copies=copies,
+        masks=masks,
+        optimizer=optimizer,
+        gradients=element_size * _trainables_here(model, zero, shared_from_stage=2),
+        reduce_bucket=reduce_bucket,
+        gathers=turn.gathers,
+        communication=turn.staging,
+        layer_work=turn.work,
         activations=activations,
-        optimizer_step=_optimizer_step_bytes(model, zero, trainable_groups, element_size, device),
+        optimizer_step=_optimizer_step_bytes(
+            model, zero, groups=trainable_groups, element_size=element_size, device=device
+        ),
         mask_update=mask_update_bytes(model, zero, device),
         runtime=RUNTIME_BYTES.get(device, 0),
         teacher=teacher,
-        scales=0 if zero.offload_param else scales,
-        packed=packed if device == "cpu" and element_size == 2 else 0,
+        scales=scales,
+        packed=packed,
         sums=8 * model.products if solves else 0,
         host=host,
     )
+
+
+def _shard_bytes(model: ModelNumbers, zero: ZeroSettings, kind: str) -> int:
+    """Return the bytes of a rank's shards of all tensors of one :attr:`TensorGroup.kind`."""
+    return sum(t.count * zero.shard_of(t) * t.element_size for t in model.tensors if t.kind == kind)
 
 
 def optimizer_bytes(model: ModelNumbers, zero: ZeroSettings, element_size: int = 2) -> int:
@@ -422,7 +472,9 @@ def optimizer_bytes(model: ModelNumbers, zero: ZeroSettings, element_size: int =
 
     Stage 3 partitions every parameter over the ranks, stages 1 and 2 the flat concatenation; others keep everything.
     """
-    bytes_each = 8 if zero.stage is None and element_size == 4 else ADAM_BYTES
+    bytes_each = ADAM_BYTES
+    if zero.stage is None and element_size == 4:
+        bytes_each = 8  # an fp32 parameter is its own master
     return bytes_each * _trainables_here(model, zero, shared_from_stage=1)
 
 
@@ -448,17 +500,24 @@ def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings, device: str = "cp
     if not model.pruned_weights:
         return 0
     masters = 4 * model.factor_parameters
-    arrived = 0 if zero.shards == 1 else int(masters * (1 + 1 / zero.shards))
-    gathering = max(arrived + masters, 2 * arrived if zero.backend == GLOO else 0)  # gloo stages them before the copy
-    cut = [(m, m.num_cut(zero.shards) * m.divided_by / zero.shards) for m in model.matrices]
-    bracketed = [(m, here + _whole_here(m, zero, device)) for m, here in cut]
+    arrived = 0
+    if zero.shards > 1:
+        arrived = int(masters * (1 + 1 / zero.shards))
+    gathering = arrived + masters
+    if zero.backend == GLOO:
+        gathering = max(gathering, 2 * arrived)  # gloo stages them before the copy
     sampled = model.sampled_keys(zero.shards)
-    sampled += sum(int(sample_size(m.numel) * _whole_here(m, zero, device)) for m in model.matrices)
+    inside = 0.0
+    for matrices in model.matrices:
+        whole = _whole_here(matrices, zero, device)
+        sampled += int(sample_size(matrices.numel) * whole)
+        cut = matrices.num_cut(zero.shards) * matrices.divided_by / zero.shards
+        inside += (cut + whole) * matrices.numel * _bracket_share(matrices.numel)
     sampling = masters + 4 * 4 * sampled
-    inside = sum(here * m.numel * _bracket_share(m.numel) for m, here in bracketed)
     largest = max(m.numel for m in model.matrices) / zero.shards
-    place = 1 if device == "cpu" else 4
-    scanning = masters + int(model.weights_here(zero.shards) / 8 + (4 + place) * inside + largest)
+    bytes_of_key = 5 if device == "cpu" else 8
+    # a mask has one bit per weight
+    scanning = masters + int(model.weights_here(zero.shards) / 8 + bytes_of_key * inside + largest)
     updated = 4 * model.updated_weights // zero.shards
     return max(gathering, sampling, scanning) + updated + SCORED_TILE_BYTES.get(device, 0)
 
@@ -476,8 +535,11 @@ def kept_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
     They are the last ones: within the reuse distance, which counts everything behind them twice, or, with prefetching,
     up to the maximum of live parameters, since DeepSpeed prefetches at every turn of a module until it is reached.
     """
-    elements = max(zero.max_reuse_distance / 2, zero.max_live_parameters if zero.prefetch_bucket_size else 0)
-    return int(model.whole_bytes * min(1.0, elements / max(sum(t.numel * t.count for t in model.tensors), 1)))
+    kept = zero.max_reuse_distance / 2
+    if zero.prefetch_bucket_size:
+        kept = max(kept, zero.max_live_parameters)
+    elements = sum(t.numel * t.count for t in model.tensors)
+    return int(model.whole_bytes * min(1.0, kept / max(elements, 1)))
 
 
 def persistent_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
@@ -488,18 +550,22 @@ def persistent_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
 def _bracket_share(numel: int) -> float:
     """Return the share of a matrix's keys inside its bracket at 50 % sparsity, where it is widest."""
     size = sample_size(numel)
-    return min(1.0, 2 * BRACKET_DEVIATIONS * math.sqrt(0.25 / size * (1 - size / numel)) + 4 / size)
+    # of the cut's position in a sample without replacement: p (1 - p) is 0.25 at 50 % sparsity
+    deviation = math.sqrt(0.25 / size * (1 - size / numel))
+    # two sampled strata more on either side
+    return min(1.0, 2 * BRACKET_DEVIATIONS * deviation + 4 / size)
 
 
 def _trainables_here(model: ModelNumbers, zero: ZeroSettings, *, shared_from_stage: int) -> int:
     """Count the trainable values whose state this rank holds, for state partitioned from a ZeRO stage on."""
     if zero.stage == 3:
         return sum(t.count * zero.shard_of(t) for t in model.tensors if t.trainable)
-    return math.ceil(model.trainables / (zero.world_size if (zero.stage or 0) >= shared_from_stage else 1))
+    is_shared = zero.stage is not None and zero.stage >= shared_from_stage
+    return math.ceil(model.trainables / (zero.world_size if is_shared else 1))
 
 
 def _optimizer_step_bytes(
-    model: ModelNumbers, zero: ZeroSettings, groups: Sequence[int] | None, element_size: int, device: str
+    model: ModelNumbers, zero: ZeroSettings, *, groups: Sequence[int] | None, element_size: int, device: str
 ) -> int:
     """Return the bytes of a group's fp32 gradients and of AdamW's two temporaries of that size.
 
@@ -513,21 +579,32 @@ def _optimizer_step_bytes(
     return 3 * 4 * math.ceil(largest / (zero.world_size if zero.stage else 1))
 
 
-def _turn(model: ModelNumbers, zero: ZeroSettings, element_size: int) -> tuple[int, int, int]:
-    """Return the bytes of gathered parameters, staging and temporaries, each of the module that needs most of it.
+class _Turn(NamedTuple):
+    """Bytes of a module's turn, each of the module that needs most of it.
 
     Their peaks may be in different modules' turns, but an allocator keeps what one has freed until another needs it.
     """
+
+    gathers: int
+    """Gathered parameters."""
+    staging: int
+    """Buffers of one gather."""
+    work: int
+    """Temporaries of a pruned layer."""
+
+
+def _turn(model: ModelNumbers, zero: ZeroSettings, element_size: int) -> _Turn:
     work = max((m.work_bytes for m in model.modules), default=0)
     if zero.stage != 3 or (zero.shards == 1 and not zero.offload_param):  # a single rank uses its shard in place
-        return 0, 0, work
-    resident = persistent_bytes(model, zero) + kept_bytes(model, zero)
+        return _Turn(gathers=0, staging=0, work=work)
     if zero.copy_ranks == 1:  # frozen parameters are used where their copies are
-        return model.trainables * element_size, 0, work
-    whole = min(resident + max((m.gathered_bytes for m in model.modules), default=0), model.whole_bytes)
+        return _Turn(gathers=model.trainables * element_size, staging=0, work=work)
+    resident = persistent_bytes(model, zero) + kept_bytes(model, zero)
+    largest_module = max((m.gathered_bytes for m in model.modules), default=0)
+    gathers = min(resident + largest_module, model.whole_bytes)
     staging = 0
     if zero.backend == GLOO and zero.world_size > 1:  # gloo flattens what it sends and receives into its buffers
         ahead = min(zero.prefetch_bucket_size, zero.max_live_parameters) * element_size
         largest = max((m.largest_gather_bytes for m in model.modules), default=0)
         staging = int(max(largest, min(ahead, model.whole_bytes)) * (1 + 1 / zero.world_size))
-    return whole, staging, work
+    return _Turn(gathers=gathers, staging=staging, work=work)
