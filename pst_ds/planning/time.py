@@ -72,9 +72,37 @@ class Counts:
 
 
 COUNTS = {
-    "triton": Counts(4.1, Launches(1, 1), 18.1, Launches(20), Launches(10, 1), 4.3, Launches(), Launches(58, 10), 79.8),
-    "torch": Counts(22.1, Launches(9), 54.4, Launches(20), Launches(22), 461, Launches(104), Launches(107)),
-    "native": Counts(10, Launches(), 40, Launches(), Launches(), 0, Launches(), Launches()),
+    "triton": Counts(
+        merge_bytes=4.1,
+        forward_launches=Launches(torch=1, triton=1),
+        backward_bytes=18.1,
+        layer_launches=Launches(torch=20),
+        band_launches=Launches(torch=10, triton=1),
+        update_bytes=4.3,
+        update_launches=Launches(),
+        shared_launches=Launches(torch=58, triton=10),
+        update_instructions=79.8,
+    ),
+    "torch": Counts(
+        merge_bytes=22.1,
+        forward_launches=Launches(torch=9),
+        backward_bytes=54.4,
+        layer_launches=Launches(torch=20),
+        band_launches=Launches(torch=22),
+        update_bytes=461,
+        update_launches=Launches(torch=104),
+        shared_launches=Launches(torch=107),
+    ),
+    "native": Counts(
+        merge_bytes=10,
+        forward_launches=Launches(),
+        backward_bytes=40,
+        layer_launches=Launches(),
+        band_launches=Launches(),
+        update_bytes=0,
+        update_launches=Launches(),
+        shared_launches=Launches(),
+    ),
 }
 """By implementation: Triton kernels (NVIDIA from sm_80), torch's operators only, or C++ loops on a CPU, which launch
 nothing, keep a band in the cache, and whose mask update has a measured rate."""
@@ -137,7 +165,8 @@ class Traffic:
 
     def seconds(self, machine: Machine) -> float:
         """Return the time of the collectives but for exchanges, each kind at the rate of its slower link."""
-        return sum(map(machine.link_seconds, (self.gathers, self.reductions))) + self.hops * machine.latency
+        transfers = machine.link_seconds(self.gathers) + machine.link_seconds(self.reductions)
+        return transfers + self.hops * machine.latency
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,13 +207,16 @@ def step_flops(model: ModelNumbers, batch: Batch) -> float:
     weight, regardless of the tokens (each expert is assumed to have some): U V in every forward and backward pass, and
     the four factor gradients. A teacher adds a forward pass without masks or low-rank products.
     """
-    again = 2 if batch.checkpointing else 1
-    pruned = model.multiplied_weights * batch.tokens * (2 * again + 4)
-    low_rank = model.pruned_weights * (2 * model.update_rank * (again + 1) + 4 * (model.score_rank + model.update_rank))
-    dense = model.dense_weights * batch.tokens * 4
+    forwards = 2 if batch.checkpointing else 1
+    pruned = model.multiplied_weights * batch.tokens * (2 * forwards + 4)
+    update_products = 2 * model.update_rank * (forwards + 1)
+    factor_gradients = 4 * (model.score_rank + model.update_rank)
+    low_rank = model.pruned_weights * (update_products + factor_gradients)
+    dense = model.dense_weights * batch.tokens * 4  # forward and dX: a dense weight is frozen
     taught = 2 if batch.teacher_weights else 0
     teacher = batch.teacher_weights * batch.tokens * taught
-    attention = model.attention_width * batch.tokens * batch.sequence * 2 * (2 * again + 4 + taught) / 2  # causal: half
+    # two products: queries and keys, probabilities and values; a causal mask halves them
+    attention = model.attention_width * batch.tokens * batch.sequence * 2 * (2 * forwards + 4 + taught) / 2
     return pruned + low_rank + dense + teacher + attention
 
 
@@ -203,13 +235,19 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> Traff
     buckets = math.ceil(model.trainables / max(zero.reduce_bucket_size, 1))
     if zero.stage != 3:
         # 0 all-reduces gradients; 1 and 2 reduce them to their owners, who send the parameters back
-        return Traffic(NOTHING, everyone.gathered(2 * gradients), NOTHING, 2 * buckets, 2 * buckets * everyone.hops)
+        return Traffic(
+            reductions=everyone.gathered(2 * gradients), collectives=2 * buckets, hops=2 * buckets * everyone.hops
+        )
     passes = 2 + batch.checkpointing
     modules = sum(m.count for m in model.modules)
     collectives = (batch.trace.gathers or passes * modules) + batch.own_teacher * modules
-    among_all = (batch.trace.trained_gathers or passes * model.num_layers) if zero.copy_ranks else collectives
+    # with copies of the frozen parameters, only what trains is gathered from all ranks
+    among_all = collectives
+    if zero.copy_ranks:
+        among_all = batch.trace.trained_gathers or passes * model.num_layers
     copies = zero.group(max(1, zero.copy_ranks))
     among_copies = collectives if zero.copy_ranks > 1 else 0
+    # a divided stack's gradients are reduced among the ranks that hold the same experts
     of_owners = model.divided_bytes(trained=True) * batch.micro_batches
     degree = model.divided_by
     reduced = everyone.gathered(gradients * batch.micro_batches - of_owners)
@@ -220,32 +258,39 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> Traff
     exchanged = zero.group(batch.shared_by).exchanged(tokens * per_token * 4 * model.attention_width)
     exchanged += zero.group(degree).exchanged(tokens * per_token * 2 * model.dispatch_width)  # there and back
     return Traffic(
-        _gathers(model, zero, batch, passes, passes * gradients),
-        reduced,
-        exchanged,
+        gathers=_gathers(model, zero, batch, passes=passes, gradients=passes * gradients),
+        reductions=reduced,
+        exchanged=exchanged,
         collectives=batch.micro_batches * (among_all + among_copies + buckets),
         hops=batch.micro_batches * ((among_all + buckets) * everyone.hops + among_copies * copies.hops),
     )
 
 
-def _gathers(model: ModelNumbers, zero: ZeroSettings, batch: Batch, passes: int, gradients: int) -> Received:
+def _gathers(model: ModelNumbers, zero: ZeroSettings, batch: Batch, *, passes: int, gradients: int) -> Received:
     """Count the bytes that ZeRO-3 gathers in a step. ``gradients``: bytes of what trains, in all passes."""
     everyone = zero.group(zero.world_size)
     degree = model.divided_by
     trace = batch.trace
-    divided, of_owners = (passes * model.divided_bytes(trained=trained) for trained in (False, True))
+    divided = passes * model.divided_bytes(trained=False)
+    of_owners = passes * model.divided_bytes(trained=True)
     traced = trace.gathered or passes * model.whole_bytes
     if degree > 1 and trace.in_stacks:
+        # the trace is of whole stacks, of which a rank gathers its experts only
         divided = trace.in_stacks // degree
         traced -= trace.in_stacks - divided
     gathered = max(traced - kept_bytes(model, zero), model.whole_bytes) + batch.own_teacher * model.whole_bytes
-    trained = trace.trained - degree * of_owners if trace.trained else gradients - of_owners
-    of_all = max(0, trained) if zero.copy_ranks else traced - divided
-    of_copies = traced - divided - of_all if zero.copy_ranks else 0
+    of_all = traced - divided
+    of_copies = 0
+    if zero.copy_ranks:
+        trained = trace.trained - degree * of_owners if trace.trained else gradients - of_owners
+        of_all = max(0, trained)
+        of_copies = traced - divided - of_all
     received = everyone.gathered(of_all)
     received += everyone.owners(degree).gathered(of_owners if zero.copy_ranks == 1 else divided)
     received += zero.group(max(1, zero.copy_ranks)).gathered(of_copies)
+    # optimizers change the parameters that are never released: they are gathered anew, once per step
     after_step = everyone.gathered(persistent_bytes(model, zero))
+    # kept parameters are missing and a teacher's are added in the same proportions as the traced ones
     return received * (gathered * batch.micro_batches / traced) + after_step
 
 
@@ -255,22 +300,23 @@ def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
     A matrix that one rank holds adds a single number. Copies of the masks are then made anew, by gathers that take the
     place of others in the next step.
     """
-    w = zero.shards
-    if w == 1:
+    ranks = zero.shards
+    if ranks == 1:
         return Traffic()
-    everyone = zero.group(w)
-    cut = model.num_cut(w)
+    everyone = zero.group(ranks)
+    cut = model.num_cut(ranks)
+    # int64 counts: four of a bracket and a histogram, which has fewer bins if many matrices share the exchange
     counts = HISTOGRAMS * cut * (4 + min(1 << DIGIT_BITS, MAX_COUNTS // max(1, cut))) * 8
-    numbers = (w * cut + model.num_matrices - cut) * 8
-    reduced = 4 * model.sampled_keys(w) + counts + numbers + 3 * 8
+    numbers = (ranks * cut + model.num_matrices - cut) * 8
+    reduced = 4 * model.sampled_keys(ranks) + counts + numbers + 3 * 8
     of_owners = 4 * sum(t.numel * t.count for t in model.tensors if t.divided_by > 1 and t.kind == "factor")
     gathered = 4 * model.factor_parameters - of_owners
     if zero.copy_ranks:
         gathered += model.copied_bytes(zero.copy_ranks, "mask")
     collectives = HISTOGRAMS + 4
     return Traffic(
-        everyone.gathered(gathered) + everyone.owners(model.divided_by).gathered(of_owners),
-        everyone.gathered(2 * reduced),
+        gathers=everyone.gathered(gathered) + everyone.owners(model.divided_by).gathered(of_owners),
+        reductions=everyone.gathered(2 * reduced),  # an all-reduce is a reduce-scatter and an all-gather
         collectives=collectives,
         hops=collectives * everyone.hops,
     )
@@ -278,28 +324,36 @@ def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
 
 def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Machine) -> TimePlan:
     """Predict the times of a step and of a mask update on ``machine``."""
-    again = 2 if batch.checkpointing else 1
+    forwards = 2 if batch.checkpointing else 1
     launches = Launches()
-    moved: float = batch.trace.moved + model.coded_weights * EXPAND_BYTES * (again + 1)
+    moved: float = batch.trace.moved + model.coded_weights * EXPAND_BYTES * (forwards + 1)
     for matrices in model.matrices:
         counts = _counts(machine, matrices)
-        moved += matrices.numel * matrices.count * (counts.merge_bytes * again + counts.backward_bytes)
-    for layers in (module for module in model.modules if module.bands):
+        moved += matrices.numel * matrices.count * (counts.merge_bytes * forwards + counts.backward_bytes)
+    for layers in model.modules:
+        if not layers.bands:
+            continue
         counts = _counts(machine, layers)
-        together = layers.groups and machine.code == "triton"
-        number, bands = (1, layers.groups) if together else (layers.experts, layers.bands)
-        each = (counts.forward_launches * again + counts.layer_launches) * number
+        # each expert is computed like a layer, unless kernels compute groups of them together
+        num_computed = layers.experts
+        bands = layers.bands
+        if layers.groups and machine.code == "triton":
+            num_computed = 1
+            bands = layers.groups
+        each = (counts.forward_launches * forwards + counts.layer_launches) * num_computed
         launches += (each + counts.band_launches * bands) * layers.count
     in_step = step_traffic(model, zero, batch)
     in_update = update_traffic(model, zero)
-    step = _step_seconds(model, zero, batch, machine, in_step, step_flops(model, batch), moved, launches)
+    step = _step_seconds(
+        model, zero, batch, machine, traffic=in_step, flops=step_flops(model, batch), moved=moved, launches=launches
+    )
     update_compute = _update_seconds(model, zero, machine)
     update_network = in_update.seconds(machine)
     return TimePlan(
-        step_compute=step[0],
-        step_network=step[1] + step[3],
-        step_launching=step[2],
-        step=_together(*step, machine),
+        step_compute=step.compute,
+        step_network=step.network + step.exchanges,
+        step_launching=step.launching,
+        step=step.together(machine),
         full_step=_full_step(model, zero, batch, machine),
         update_compute=update_compute,
         update_network=update_network,
@@ -311,33 +365,51 @@ def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Ma
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _StepSeconds:
+    """Seconds of a step's parts."""
+
+    compute: float
+    network: float
+    launching: float
+    exchanges: float
+    """Exchanges of tokens, queries, keys and values, for which computation waits."""
+
+    def together(self, machine: Machine) -> float:
+        """Return the seconds of the whole step: parts that overlap take as long as the slowest."""
+        if machine.overlaps:
+            return max(self.compute, self.network, self.launching) + self.exchanges
+        return max(self.compute, self.launching) + self.network + self.exchanges
+
+
 def _step_seconds(
     model: ModelNumbers,
     zero: ZeroSettings,
     batch: Batch,
     machine: Machine,
+    *,
     traffic: Traffic,
     flops: float,
     moved: float,
     launches: Launches,
-) -> tuple[float, float, float, float]:
-    """Return seconds of computation, network, launches and exchanges in a step.
+) -> _StepSeconds:
+    """Return the seconds of a step.
 
     ``flops``, ``moved``: FLOPs and bytes of a micro-batch without gradients and optimizer; ``launches``: launches of a
     micro-batch that ``batch`` does not count.
     """
     reduced = REDUCE_BYTES * batch.micro_batches if zero.world_size > 1 else 0
-    trained = model.trainables * (reduced + OPTIMIZER_BYTES / (zero.world_size if zero.stage else 1))
+    owners = zero.world_size if zero.stage else 1  # ranks over which ZeRO partitions the optimizer state
+    trained = model.trainables * (reduced + OPTIMIZER_BYTES / owners)
     compute = batch.micro_batches * (flops / machine.flops + moved / machine.memory_bytes)
     launches += Launches(batch.trace.launches + REDUCE_LAUNCHES * model.num_trainables)
-    launching = (launches * batch.micro_batches + Launches(traffic.collectives)).seconds(machine)
-    seconds = traffic.seconds(machine), launching, machine.link_seconds(traffic.exchanged)
-    return compute + trained / machine.memory_bytes, *seconds
-
-
-def _together(compute: float, network: float, launching: float, exchanging: float, machine: Machine) -> float:
-    together = max(compute, network, launching) if machine.overlaps else max(compute, launching) + network
-    return together + exchanging
+    launches = launches * batch.micro_batches + Launches(traffic.collectives)
+    return _StepSeconds(
+        compute=compute + trained / machine.memory_bytes,
+        network=traffic.seconds(machine),
+        launching=launches.seconds(machine),
+        exchanges=machine.link_seconds(traffic.exchanged),
+    )
 
 
 def _update_seconds(model: ModelNumbers, zero: ZeroSettings, machine: Machine) -> float:
@@ -348,25 +420,29 @@ def _update_seconds(model: ModelNumbers, zero: ZeroSettings, machine: Machine) -
         return weights * machine.update_seconds
     seconds = 0.0
     launches = Launches()
-    shared = {Launches()}
+    shared = Launches()
     for matrices in model.matrices:
         counts = _counts(machine, matrices)
         moved = counts.update_bytes
         instructions = counts.update_instructions
-        if counts is COUNTS["triton"]:
-            moved, instructions = UNIT_UPDATES.get(matrices.kind, (moved, instructions))
+        if counts is COUNTS["triton"] and matrices.kind in UNIT_UPDATES:
+            moved, instructions = UNIT_UPDATES[matrices.kind]
         bound = moved / machine.memory_bytes
         if machine.instructions:
             bound = max(bound, instructions / machine.instructions)
         seconds += bound * matrices.numel * matrices.count * matrices.divided_by / zero.shards
         launches += counts.update_launches * matrices.count
-        shared.add(counts.shared_launches)
-    return max(seconds, (launches + max(shared, key=lambda some: some.total)).seconds(machine))
+        # all matrices are selected in one update; two implementations share the waits of the longer one
+        shared = max(shared, counts.shared_launches, key=lambda some: some.total)
+    launches += shared
+    return max(seconds, launches.seconds(machine))
 
 
 def _counts(machine: Machine, served: MatrixGroup | ModuleNumbers) -> Counts:
     """Return the counts of what computes these matrices or layers on ``machine``."""
-    return COUNTS["torch" if machine.code == "triton" and not served.by_kernels else machine.code]
+    if machine.code == "triton" and not served.by_kernels:
+        return COUNTS["torch"]
+    return COUNTS[machine.code]
 
 
 def _full_step(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Machine) -> float:
@@ -384,6 +460,15 @@ def _full_step(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: M
     batch = replace(batch, trace=replace(batch.trace, gathered=gathered), teacher_weights=0, own_teacher=False)
     zero = replace(zero, copy_ranks=0)  # which would be made anew in every step
     flops = step_flops(full, batch) + 2 * full.dense_weights * batch.tokens
-    launches = Launches(full.num_layers * (4 if batch.checkpointing else 3))
-    traffic = step_traffic(full, zero, batch)
-    return _together(*_step_seconds(full, zero, batch, machine, traffic, flops, batch.trace.moved, launches), machine)
+    products = 4 if batch.checkpointing else 3  # forward, twice if it is recomputed, and two gradients
+    seconds = _step_seconds(
+        full,
+        zero,
+        batch,
+        machine,
+        traffic=step_traffic(full, zero, batch),
+        flops=flops,
+        moved=batch.trace.moved,
+        launches=Launches(full.num_layers * products),
+    )
+    return seconds.together(machine)
