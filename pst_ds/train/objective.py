@@ -41,45 +41,62 @@ class Objective:
     def __init__(self, context: RunContext, teacher: nn.Module | None = None, shared: SequenceParallel | None = None):
         """``shared``: the ranks that train on the same sequences as this one, if any."""
         settings = context.run.distillation
-        self._weight, self._temperature = settings.weight, settings.temperature
-        self._task, self._teacher, self._shared = context.task, teacher, shared
+        self._weight = settings.weight
+        self._temperature = settings.temperature
+        self._task = context.task
+        self._teacher = teacher
+        self._shared = shared
         self._known_heads: dict[nn.Module, tuple[LanguageHead, LanguageHead] | None] = {}
 
     def __call__(self, engine: Engine, batch: dict[str, Tensor]) -> Tensor:
         """Return the loss of ``batch``, with a gradient. Collective under ZeRO-3; the engine is in training mode."""
-        inputs, labels = {name: values for name, values in batch.items() if name != "labels"}, batch["labels"]
+        labels = batch["labels"]
+        inputs = {name: values for name, values in batch.items() if name != "labels"}
         if labels.is_floating_point():  # torch before 2.13 has no gradient of mse_loss for bf16 and fp32
             return F.mse_loss(engine(**inputs).logits.squeeze(-1).float(), labels)
         heads = self._heads(engine.module)
         if heads is not None:
-            return self._loss_in_chunks(engine, inputs, labels, *heads)
+            return self._loss_in_chunks(engine, inputs, labels, head=heads[0], teacher_head=heads[1])
         if not self._weight and labels.dim() == 1:
             return engine(**inputs, labels=labels).loss
         if not self._weight:
             predicts = (labels[:, 1:] != IGNORED).any()  # the mean loss of no tokens would be NaN
             return predicts * engine(**inputs, labels=labels.masked_fill(~predicts, 0)).loss
-        taught, logits = self._teach(engine, inputs), engine(**inputs).logits
-        dense = taught.logits
+        teacher_logits = self._teach(engine, inputs).logits
+        logits = engine(**inputs).logits
         if labels.dim() == 2:  # one prediction per token
             places, labels = predicted(following(labels))
-            logits, dense = (of_tokens.flatten(0, 1)[places] for of_tokens in (logits, dense))
-        return distilled_loss(logits, dense, labels, self._weight, self._temperature)
+            # (examples, length, tokens) -> (predictions, tokens)
+            teacher_logits = teacher_logits.flatten(0, 1)[places]
+            logits = logits.flatten(0, 1)[places]
+        return distilled_loss(
+            student=logits, teacher=teacher_logits, targets=labels, weight=self._weight, temperature=self._temperature
+        )
 
     def why_all_logits(self, module: nn.Module) -> str:
         """Return why the loss of a language model needs the logits of a whole micro-batch; "" if it does not."""
-        models = (module,) if self._teacher is None else (module, self._teacher)
-        return next(filter(None, (why_all_logits(model, self._task) for model in models)), "")
+        reason = why_all_logits(module, self._task)
+        if not reason and self._teacher is not None:
+            reason = why_all_logits(self._teacher, self._task)
+        return reason
 
     def _heads(self, module: nn.Module) -> tuple[LanguageHead, LanguageHead] | None:
         """Return the language heads of model and teacher, if both are known."""
         if module not in self._known_heads:
-            own = head_of(module, self._task)
-            other = own if self._teacher is None or own is None else head_of(self._teacher, self._task)
-            self._known_heads[module] = None if own is None or other is None else (own, other)
+            self._known_heads[module] = self._find_heads(module)
         return self._known_heads[module]
 
+    def _find_heads(self, module: nn.Module) -> tuple[LanguageHead, LanguageHead] | None:
+        head = head_of(module, self._task)
+        if head is None:
+            return None
+        if self._teacher is None:
+            return head, head
+        teacher_head = head_of(self._teacher, self._task)
+        return None if teacher_head is None else (head, teacher_head)
+
     def _loss_in_chunks(
-        self, engine: Engine, inputs: dict[str, Tensor], labels: Tensor, head: LanguageHead, other: LanguageHead
+        self, engine: Engine, inputs: dict[str, Tensor], labels: Tensor, head: LanguageHead, teacher_head: LanguageHead
     ) -> Tensor:
         """Return the loss, computed by the head in chunks of tokens in place of the model's own product.
 
@@ -94,21 +111,36 @@ class Objective:
             inputs, positions, targets, count = part_of_batch(shared, inputs, labels)
             sharing = shared.sharing(positions)
         places, tokens = predicted(targets)
-        seen: list[Tensor] = []
+        teacher_hidden: list[Tensor] = []  # one tensor (examples, length, width), or none without a teacher
 
-        def read(hidden: Tensor) -> Tensor:
+        def loss_of(hidden: Tensor) -> Tensor:
             teacher = None
-            if seen:
-                teacher = Teacher(seen[0].flatten(0, 1), other.readout, self._weight, self._temperature)
-            return head_loss(hidden.flatten(0, 1), head.readout, tokens, places, teacher=teacher, count=count)
+            if teacher_hidden:
+                teacher = Teacher(
+                    hidden=teacher_hidden[0].flatten(0, 1),
+                    readout=teacher_head.readout,
+                    weight=self._weight,
+                    temperature=self._temperature,
+                )
+            return head_loss(
+                hidden.flatten(0, 1),  # (examples * length, width)
+                head.readout,
+                targets=tokens,
+                rows=places,
+                teacher=teacher,
+                count=count,
+            )
 
         with sharing:
             if self._weight:
-                with other.reading(lambda hidden: hidden) as seen:
+                with teacher_head.reading(lambda hidden: hidden) as teacher_hidden:
                     self._teach(engine, inputs)
-            with head.reading(read) as losses:
+            with head.reading(loss_of) as losses:
                 engine(**inputs)
-        return losses[0] if shared is None else shared.degree * losses[0]
+        if shared is None:
+            return losses[0]
+        # each rank has the sum over its own tokens divided by the count of all, and gradients are averaged over ranks
+        return shared.degree * losses[0]
 
     @torch.no_grad()
     def _teach(self, engine: Engine, inputs: dict[str, Tensor]) -> Any:
@@ -136,15 +168,16 @@ def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
             )
         require_comparable(run, shapes.config, place, place.config(**attention_options(run)))  # type: ignore[arg-type]
         return
-    record, why = Path(run.model.path) / PRUNING_RECORD, ""
+    record = Path(run.model.path) / PRUNING_RECORD
+    problem = ""
     if run.pst.initial_mask == "zeros":
-        why = 'with pst.initial_mask = "zeros" it is already pruned'
+        problem = 'with pst.initial_mask = "zeros" it is already pruned'
     elif record.is_file():
-        why = f"{record} says that it was pruned"
-    if why:
+        problem = f"{record} says that it was pruned"
+    if problem:
         raise ConfigError(
-            f"distillation.teacher is empty, so model.path = {run.model.path!r} is its own teacher, and {why}; name "
-            "the folder of the dense model in distillation.teacher"
+            f"distillation.teacher is empty, so model.path = {run.model.path!r} is its own teacher, and {problem}; "
+            "name the folder of the dense model in distillation.teacher"
         )
     trainable = (name for name, param in shapes.named_parameters() if param.requires_grad)
     trained = [name for name in trainable if not name.rpartition(".")[2].startswith("pst_")]
@@ -164,11 +197,16 @@ def require_comparable(run: RunConfig, own: "PreTrainedConfig", place: Pretraine
         task.check_model(run.data, config, None)
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from None
-    words, others = (getattr(c.get_text_config(), "vocab_size", None) for c in (own, config))
-    if words and others and (others < words if task.new_head else others != words):
+    vocabulary = getattr(own.get_text_config(), "vocab_size", None)
+    teacher_vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if not vocabulary or not teacher_vocabulary:
+        return
+    # under a new head only the inputs must be readable; predictions of tokens must have the same ones
+    is_comparable = teacher_vocabulary >= vocabulary if task.new_head else teacher_vocabulary == vocabulary
+    if not is_comparable:
         raise ConfigError(
-            f"{place} has a vocabulary of {others} tokens, and model.path = {run.model.path!r} "
-            f"one of {words} (vocab_size); name a model that reads the tokens of the same tokenizer"
+            f"{place} has a vocabulary of {teacher_vocabulary} tokens, and model.path = {run.model.path!r} "
+            f"one of {vocabulary} (vocab_size); name a model that reads the tokens of the same tokenizer"
         )
 
 
@@ -183,8 +221,12 @@ def teacher_shapes(run: RunConfig) -> nn.Module | None:
     place = teacher_of(run)
     if place is None:
         return None
-    config, kind = place.config(**attention_options(run)), task_of(run).model_class()
-    return place.shapes(kind, config, dtype=DTYPES[run.train.precision], fix="Name a model of the same task")
+    return place.shapes(
+        task_of(run).model_class(),
+        place.config(**attention_options(run)),
+        dtype=DTYPES[run.train.precision],
+        fix="Name a model of the same task",
+    )
 
 
 def load_teacher(context: RunContext) -> nn.Module | None:
@@ -200,7 +242,9 @@ def load_frozen(place: Pretrained, context: RunContext, quantization_config: obj
     ``quantization_config``: how to load a packed folder. Raises InputError for other classes, and for missing weights
     or weights of another shape, with advice on the ``fix``.
     """
-    run, labels, task = context.run, context.labels, context.task
+    run = context.run
+    labels = context.labels
+    task = context.task
     config = place.config(**attention_options(run))
     classes = [name for _, name in sorted((config.id2label or {}).items())] if labels else []
     if classes != labels:
@@ -210,8 +254,13 @@ def load_frozen(place: Pretrained, context: RunContext, quantization_config: obj
         )
     set_padding(config, task, context.tokenizer)
     fix = fix or f"Name a whole model that was trained for task {run.task!r}"
-    dtype, how = DTYPES[run.train.precision], quantization_config
-    model, missing = place.load(task.model_class(), fix, config=config, dtype=dtype, quantization_config=how)
+    model, missing = place.load(
+        task.model_class(),
+        fix,
+        config=config,
+        dtype=DTYPES[run.train.precision],
+        quantization_config=quantization_config,
+    )
     place.require_whole(model, missing, fix)
     model.config.use_cache = False
     keep_documents_apart(model)

@@ -110,7 +110,8 @@ def train_run(
         CheckpointWriteError: The last checkpoint could not be written.
     """
     if isinstance(run, str | Path):
-        run, run_file = load_run_or_folder(run), str(run)
+        run_file = str(run)
+        run = load_run_or_folder(run)
     context = prepare(run, launch_environment(), run_file=run_file)
     return train_prepared(context, resume=resume, restart=restart, quiet=quiet)
 
@@ -124,9 +125,11 @@ def build(
         checkpoint: Checkpoint to load into the model; None keeps the values of the base model.
         label_scale: Mean and standard deviation of the labels, on which a new head's outputs start.
     """
-    run, ds_config = context.run, context.ds_config
+    run = context.run
+    ds_config = context.ds_config
     zero3_config = ds_config if zero_stage(ds_config) == 3 else None
     based = on_base_of(run, checkpoint)
+    # a download may take longer than a collective waits
     on_all_ranks_at_length(Pretrained(based.model.path, "model.path").download)
     with sharding.copying_frozen(context.copy_ranks):
         built = build_model(
@@ -159,11 +162,15 @@ def train_prepared(
         splits: Result of :func:`load_splits`; None to load them.
     """
     with run_folder.without_other_runs(Path(context.run.output_dir)):
-        examples, validation = splits = splits or load_splits(context)
+        if splits is None:
+            splits = load_splits(context)
+        examples, validation = splits
         raise_on_all_ranks(lambda: require_stages(context.run, len(examples)))
         context = run_stages(context, splits, resume=resume, restart=restart, quiet=quiet).with_rates(examples)
         run = context.run
-        checkpoint = checkpoint_to_resume(run, examples.digest, quiet=quiet) if resume else None
+        checkpoint = None
+        if resume:
+            checkpoint = checkpoint_to_resume(run, examples.digest, quiet=quiet)
         if checkpoint is None and not restart:
             run_folder.require_no_checkpoints(Path(run.output_dir))
         loop, state = _build_loop(context, examples, checkpoint, quiet=quiet)
@@ -194,7 +201,9 @@ def load_splits(context: RunContext) -> Splits:
     """
     run = context.run
     examples = raise_on_all_ranks(lambda: context.load("train"))
-    validation = raise_on_all_ranks(lambda: context.load("validation")) if run.data.validation else None
+    validation = None
+    if run.data.validation:
+        validation = raise_on_all_ranks(lambda: context.load("validation"))
     require_same_data(examples.digest, run.data.trained_on)
     return examples, validation
 
@@ -206,38 +215,62 @@ def _build_loop(
 
     Raises as :func:`train_run`.
     """
-    run, folder = context.run, Path(context.run.output_dir)
+    run = context.run
+    folder = Path(run.output_dir)
+    num_steps = run.num_steps(len(examples))
     if place := teacher_of(run):
         on_all_ranks_at_length(place.download)
+    # before the engine is built, as load_frozen requires
     teacher = raise_on_all_ranks(lambda: load_teacher(context))
     engine = build(context, checkpoint, label_scale=context.task.label_scale(examples))
     leaks = require_documents_apart(engine, context, examples)
     objective = Objective(context, teacher, shared_sequences(engine, context))
-    state = restore(engine, checkpoint, run) if checkpoint else LoopState()
     if checkpoint is None:
+        state = LoopState()
         run_folder.set_aside_checkpoints(folder)
+    else:
+        state = restore(engine, checkpoint, run)
     if is_main():
-        run_folder.write_files(run, context.ds_config, is_finished=state.step == run.num_steps(len(examples)))
-    barrier()
+        run_folder.write_files(run, context.ds_config, is_finished=state.step == num_steps)
+    barrier()  # no rank writes into the folder before rank 0 has removed what an earlier run left there
     if run.mask_method.masks != "none" and "input_norms" in run.pst.criterion_needs:
         calibrate(context, engine, examples, resumed=checkpoint is not None)
     metrics = _open_metrics(context, engine, examples, checkpoint, quiet=quiet)
-    why = objective.why_all_logits(engine.module)
-    about_loss = f"the loss holds the logits of a whole micro-batch, because {why}" if why else ""
-    emulates = context.device == "cpu" and run.train.precision == "bf16" and not multiplies_bf16()
-    about_data = context.task.remark(run.data, examples)
-    emulated = _EMULATED_BF16 if emulates else ""
-    for remark in (emulated, leaks, about_loss, about_data, remark_on_shares(run), context.remark):
-        metrics.say(remark)
-    return Loop(context, engine, examples, run.make_schedules(run.num_steps(len(examples))), metrics, objective), state
+    for remark in (
+        _remark_on_precision(context),
+        leaks,
+        _remark_on_logits(objective, engine),
+        context.task.remark(run.data, examples),
+        remark_on_shares(run),
+        context.remark,
+    ):
+        metrics.say(remark)  # nothing is shown for ""
+    return Loop(context, engine, examples, run.make_schedules(num_steps), metrics, objective), state
+
+
+def _remark_on_precision(context: RunContext) -> str:
+    """Return a remark if the processor emulates the run's bf16; "" otherwise."""
+    uses_bf16 = context.device == "cpu" and context.run.train.precision == "bf16"
+    return _EMULATED_BF16 if uses_bf16 and not multiplies_bf16() else ""
+
+
+def _remark_on_logits(objective: Objective, engine: Engine) -> str:
+    """Return a remark if the loss needs memory for all logits of a micro-batch; "" otherwise."""
+    reason = objective.why_all_logits(engine.module)
+    return f"the loss holds the logits of a whole micro-batch, because {reason}" if reason else ""
 
 
 def _open_metrics(
     context: RunContext, engine: Engine, examples: ExampleSet, checkpoint: Checkpoint | None, *, quiet: bool
 ) -> MetricsWriter:
     """Open metrics and trackers. Collective. Raises ConfigError on every rank for a tracker that does not start."""
-    run, folder = context.run, Path(context.run.output_dir)
-    step = checkpoint.state.step if checkpoint else 0
+    run = context.run
+    folder = Path(run.output_dir)
+    step = 0
+    seconds = 0.0
+    if checkpoint is not None:
+        step = checkpoint.state.step
+        seconds = RunProgress.read(checkpoint).seconds
 
     def trackers() -> Trackers | None:
         if not run.tracking.to or not is_main():
@@ -250,7 +283,7 @@ def _open_metrics(
         is_main=is_main(),
         quiet=quiet,
         step=step,
-        seconds=RunProgress.read(checkpoint).seconds if checkpoint else 0.0,
+        seconds=seconds,
         layers={name: layer.whole_layout.numel for name, layer in pst_layers(engine.module).items()},
         trackers=raise_on_all_ranks(trackers),
     )
@@ -261,15 +294,17 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState) 
 
     Raises as :func:`train_run`.
     """
-    first_step, folder = state.step, Path(loop.run.output_dir)
+    first_step = state.step
+    folder = Path(loop.run.output_dir)
     try:
-        watched = watching(folder / STALLS, loop.run.train.stall_timeout_seconds, loop.pace.hosts)
-        with watched:
+        with watching(folder / STALLS, loop.run.train.stall_timeout_seconds, loop.pace.hosts):
             for _ in loop.steps(state):  # changes the state in place
                 checkpointer.after_step(state)
+                # a checkpoint does not have the sums of a solve, so a stop waits for the solve
                 if state.stopped_by and loop.sums is None:
                     break
-            metrics, experts = checkpointer.finish(state), counts_of_experts(loop.engine.module)
+            metrics = checkpointer.finish(state)
+            experts = counts_of_experts(loop.engine.module)
         if state.step == loop.num_steps:
             loop.metrics.say(warning_of_unused(experts.get("expert_tokens", {}), first_step))
     except DivergedError as error:
@@ -289,7 +324,7 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState) 
     result = _result(loop, state, metrics, checkpointer.best_step, experts)
     if is_main():
         write_text_atomic(folder / RESULT_FILE, json_of(result, indent=1) + "\n")
-    barrier()
+    barrier()  # the result exists once any rank returns
     return result
 
 
@@ -297,6 +332,11 @@ def _result(
     loop: Loop, state: LoopState, metrics: dict[str, float], best_step: int | None, experts: CountsOfExperts
 ) -> TrainResult:
     """Return the result of a finished run. Collective."""
+    sparsity = 0.0
+    checksum = ""
+    if state.masks is not None:
+        sparsity = state.masks.sparsity
+        checksum = state.masks.checksum
     result = TrainResult(
         task=loop.run.task,
         method=loop.run.method,
@@ -304,8 +344,8 @@ def _result(
         skipped_steps=loop.engine.skipped_steps,
         world_size=world_size(),
         sparsity_requested=loop.schedules.sparsity_at(state.step),
-        sparsity_in_masks=state.masks.sparsity if state.masks else 0.0,
-        mask_checksum=state.masks.checksum if state.masks else "",
+        sparsity_in_masks=sparsity,
+        mask_checksum=checksum,
         trained_parameters=num_trainable(loop.engine.module),
         optimizer_bytes_per_rank=optimizer_bytes(loop.engine),
         metrics=metrics,
@@ -313,7 +353,8 @@ def _result(
         seconds=round(loop.metrics.seconds, 1),
     )
     if experts:
-        result["expert_tokens"], result["expert_zeros"] = experts["expert_tokens"], experts["expert_zeros"]
+        result["expert_tokens"] = experts["expert_tokens"]
+        result["expert_zeros"] = experts["expert_zeros"]
     return result
 
 
