@@ -88,10 +88,10 @@ def _placed(context: RunContext, run_file: str) -> RunContext:
     chosen = place_frozen(
         config,
         wanted,
-        frozen_bytes(context.resolved.shapes.model, run, ranks),
-        ranks,
-        ranks if uneven else sizes[0],
-        min(memory),
+        frozen=frozen_bytes(context.resolved.shapes.model, run, ranks),
+        ranks=ranks,
+        node_size=ranks if uneven else sizes[0],
+        memory=min(memory),  # of the rank with the least, so that all ranks choose the same
         names=(run.deepspeed_config, run_file),
     )
     remark = (
@@ -150,17 +150,18 @@ def resolved_deepspeed_config(
     """
     if raw is None:
         return None
-    micro_batch, accumulation = run.micro_batch_size(ranks), run.train.gradient_accumulation_steps
+    micro_batch = run.micro_batch_size(ranks)
+    accumulation = run.train.gradient_accumulation_steps
     numbers = RunNumbers(
         # DeepSpeed knows neither parts of unequal size nor shared sequences
-        micro_batch * accumulation * ranks,
-        micro_batch,
-        accumulation,
-        run.train.gradient_clipping,
-        run.train.precision == "bf16",
-        num_trainable(shapes),
-        run.train.experts_divided_by(ranks),
-        leaf_class(shapes),
+        train_batch_size=micro_batch * accumulation * ranks,
+        train_micro_batch_size_per_gpu=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        gradient_clipping=run.train.gradient_clipping,
+        bf16=run.train.precision == "bf16",
+        num_trainable=num_trainable(shapes),
+        expert_parallel=run.train.experts_divided_by(ranks),
+        leaf_class=leaf_class(shapes),
     )
     return resolve_deepspeed_config(raw, numbers, source=run.deepspeed_config, run_file=run_file)
 

@@ -33,8 +33,10 @@ _ATTENTIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
 """Attention implementations whose sequences ranks can share."""
 _TOKENS = 8
 """Tokens of each document, and of each rank, in the checks."""
-_DOCUMENT_ROUNDINGS, _SHARING_ROUNDINGS = 4, 8
-"""Rounding errors of the largest logit that are not a difference: between documents, and between ranks."""
+_DOCUMENT_ROUNDINGS = 4
+"""Rounding errors of the largest logit that are not a difference between documents."""
+_SHARING_ROUNDINGS = 8
+"""Rounding errors of the largest logit that are not a difference between ranks that share a sequence and one rank."""
 _LEAST_LEAK = 2.0**-15
 """Smallest difference that counts as a leak, as a share of the largest logit. In untrained models the smallest leaks
 measured are 30 times as large; rounding errors of 24 blocks of experts in fp32, with products of other sizes, are a
@@ -86,9 +88,10 @@ def _knowing_documents(implementation: str, module: nn.Module) -> Iterator[None]
 
 
 def _enter(module: nn.Module, args: tuple[object, ...], kwargs: Inputs) -> None:
-    positions, documents = kwargs.get("position_ids"), None
+    positions = kwargs.get("position_ids")
+    documents = None
     if isinstance(positions, Tensor) and positions.dim() == 2 and kwargs.get("attention_mask") is None:
-        documents = (positions == 0).cumsum(1)
+        documents = (positions == 0).cumsum(1)  # positions restart at 0 where a document starts
         if not bool((documents != documents[:, :1]).any()):
             documents = None  # plain causal attention needs no mask, which takes memory and time
     _DOCUMENTS.set(documents)
@@ -133,7 +136,11 @@ def flatten_packed_rows(model: nn.Module) -> None:
             shapes.append(None)
             return args, kwargs
         shapes.append(positions.shape)
-        return args, {name: v.reshape(1, -1) if name in _PER_TOKEN else v for name, v in kwargs.items()}
+        flat = dict(kwargs)
+        for name in _PER_TOKEN:
+            if name in flat:
+                flat[name] = flat[name].reshape(1, -1)  # (1, batch * length)
+        return args, flat
 
     def restore(module: nn.Module, args: tuple[object, ...], kwargs: Inputs, out: ModelOutput) -> ModelOutput:
         shape = shapes.pop()
@@ -156,19 +163,19 @@ def require_documents_apart(engine: Engine, context: RunContext, examples: Examp
     run = context.run
     if not getattr(examples, "several_documents", False):
         return ""
-    drawn, (some,) = raise_on_all_ranks(lambda: context.task.sample(examples, 1, run.seed))
-    ids = drawn[some].tokens[: 2 * _TOKENS].astype("int64")  # type: ignore[index]
+    sampled, (index,) = raise_on_all_ranks(lambda: context.task.sample(examples, 1, run.seed))
+    ids = sampled[index].tokens[: 2 * _TOKENS].astype("int64")  # type: ignore[index]
     leaks = reads_on(engine, torch.as_tensor(ids, device=context.device))
     kind = getattr(getattr(engine.module, "config", None), "model_type", "model")
-    found = f"model.path = {run.model.path!r} ({kind}) lets tokens see the documents before their own"
+    finding = f"model.path = {run.model.path!r} ({kind}) lets tokens see the documents before their own"
     problem = None
     if leaks and run.data.document_mask:
         problem = ConfigError(
-            f"data.document_mask = true, but {found}. Set data.document_mask = false, which joins documents"
+            f"data.document_mask = true, but {finding}. Set data.document_mask = false, which joins documents"
         )
     raise_together(problem)  # a rounding error on a single rank must not leave the others waiting
     warning = (
-        f"warning: data.document_mask is not set, and {found}: at most some of its layers keep documents apart. Set "
+        f"warning: data.document_mask is not set, and {finding}: at most some of its layers keep documents apart. Set "
         "data.document_mask = false to join them"
     )
     return warning if leaks else ""
@@ -197,7 +204,9 @@ def reads_on(engine: Engine, ids: Tensor) -> bool:
 
 def require_small_masks(run: RunConfig, config: PreTrainedConfig) -> None:
     """Raise ConfigError if attention would need a mask of all pairs of tokens in very long sequences."""
-    attention, length, window = config._attn_implementation, run.data.max_length, _window(run, config)
+    attention = config._attn_implementation
+    length = run.data.max_length
+    window = _window(run, config)
     if length > MOST_WITH_MASK and (attention == "eager" or (attention == "sdpa" and window)):
         seen = f" with a sliding window of {window} tokens" if window else ""
         raise ConfigError(
@@ -209,7 +218,9 @@ def require_small_masks(run: RunConfig, config: PreTrainedConfig) -> None:
 def _window(run: RunConfig, config: PreTrainedConfig) -> int | None:
     """Return the tokens of a sliding window shorter than ``data.max_length``; None without one."""
     text = config.get_text_config()
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    if not getattr(text, "use_sliding_window", True):  # a config may name a window that its model does not use
+        return None
+    window = getattr(text, "sliding_window", None)
     return window if window and window < run.data.max_length else None
 
 
@@ -242,11 +253,17 @@ def require_shareable(run: RunConfig, config: PreTrainedConfig, stage: int, micr
         )
     window = _window(run, config)
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds or window:
-        seen = f"layers of kind {', '.join(sorted(kinds))}" if kinds else f"a sliding window of {window} tokens"
+    obstacle = ""
+    alternative = ""
+    if kinds:
+        obstacle = f"layers of kind {', '.join(sorted(kinds))}"
+    elif window:
+        obstacle = f"a sliding window of {window} tokens"
+        alternative = f", or data.max_length to at most {window}"
+    if obstacle:
         raise ConfigError(
-            f"{setting} needs full causal attention, and model.path = {run.model.path!r} has {seen}; set "
-            "train.sequence_parallel = 1" + ("" if kinds else f", or data.max_length to at most {window}")
+            f"{setting} needs full causal attention, and model.path = {run.model.path!r} has {obstacle}; set "
+            f"train.sequence_parallel = 1{alternative}"
         )
 
 
@@ -264,8 +281,9 @@ def part_of_batch(
     targets = following(labels, more)
     added = positions[:, -1:] + torch.arange(1, more + 1, device=ids.device)
     positions = torch.cat([positions, added], dim=1)
-    own = {"input_ids": shared.part(pad(ids, (0, more))), "position_ids": shared.part(positions)}
-    return own, positions, shared.part(targets), (targets != IGNORED).sum().clamp_min(1)
+    own_inputs = {"input_ids": shared.part(pad(ids, (0, more))), "position_ids": shared.part(positions)}
+    num_predicted = (targets != IGNORED).sum().clamp_min(1)  # a batch that predicts nothing has loss 0, not NaN
+    return own_inputs, positions, shared.part(targets), num_predicted
 
 
 def shared_sequences(engine: Engine, context: RunContext) -> SequenceParallel | None:
@@ -300,13 +318,13 @@ def require_same_when_shared(engine: Engine, run: RunConfig, shared: SequencePar
     engine.eval()
     expected = shared.part(engine(input_ids=ids, position_ids=positions).logits).float()
     with shared.sharing(positions):
-        found = engine(input_ids=shared.part(ids), position_ids=shared.part(positions)).logits.float()
+        logits = engine(input_ids=shared.part(ids), position_ids=shared.part(positions)).logits.float()
     engine.train()
     eps = torch.finfo(torch.bfloat16 if run.train.precision == "bf16" else torch.float32).eps
     # products of experts have other sizes on each rank: in fp32 their roundings were up to 40 eps in 24 blocks
     allowed = max(_SHARING_ROUNDINGS * eps, _LEAST_LEAK)
     problem = None
-    if bool((found - expected).abs().max() > allowed * expected.abs().max()):
+    if bool((logits - expected).abs().max() > allowed * expected.abs().max()):
         problem = ConfigError(
             f"train.sequence_parallel = {shared.degree}, but model.path = {run.model.path!r} "
             f"({config.model_type}) gives other logits where ranks share a sequence: not all of it that reads "

@@ -11,10 +11,14 @@ import torch
 
 from pst_ds.parallel.engine import Engine, time_waits
 
-WINDOW, LEAST_SLOW = 10, 8
-"""A straggler is slow in LEAST_SLOW of the last WINDOW steps."""
-SLOWER, LEAST_SECONDS = 1.2, 0.01
-"""A slow step takes SLOWER times as long as the median rank's, and LEAST_SECONDS more."""
+WINDOW = 10
+"""Last steps in which a straggler is looked for."""
+LEAST_SLOW = 8
+"""Slow steps of a straggler in the window."""
+SLOWER = 1.2
+"""A slow step takes longer than this many times the median rank's time, plus :data:`LEAST_SECONDS`."""
+LEAST_SECONDS = 0.01
+"""Seconds by which a step may always exceed that time."""
 _NOT_IN_A_STEP = nullcontext()
 
 
@@ -34,7 +38,10 @@ class StepClock:
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:
         """Count the time inside as ``part`` of the step."""
-        first, started = self._recorded() if self._uses_events else None, time.perf_counter()
+        first = None
+        if self._uses_events:
+            first = self._recorded()
+        started = time.perf_counter()
         try:
             yield
         finally:
@@ -52,11 +59,12 @@ class StepClock:
         """Return the seconds of each part since the last call. Waits for a GPU to reach the last event."""
         for part, first, last in self._events:
             last.synchronize()
-            self._seconds[part] += first.elapsed_time(last) / 1e3
+            self._seconds[part] += first.elapsed_time(last) / 1e3  # milliseconds
             self._free += (first, last)
         self._events.clear()
-        found, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
-        return found
+        seconds = self._seconds
+        self._seconds = dict.fromkeys(seconds, 0.0)
+        return seconds
 
 
 class OwnTime:
@@ -64,7 +72,10 @@ class OwnTime:
 
     def __init__(self, device: str, engine: Engine):
         self._waits = StepClock(device, ("waits",))
-        self._busy, self._since = 0.0, 0.0
+        self._busy = 0.0
+        """Seconds in the current step before ``_since``, waits included."""
+        self._since = 0.0
+        """When the current stretch of work started; 0 between steps."""
         self.seconds = 0.0
         """Busy seconds of the last finished step; 0 before the first."""
         time_waits(engine, self.waiting)
@@ -86,7 +97,8 @@ class OwnTime:
             yield
         now = time.perf_counter()
         self.seconds = max(0.0, self._busy + now - self._since - self._waits.read()["waits"])
-        self._busy, self._since = 0.0, now
+        self._busy = 0.0
+        self._since = now
 
     def waiting(self) -> AbstractContextManager[None]:
         """Count the time inside as waiting for other ranks."""
@@ -157,8 +169,8 @@ class Pace:
         seconds = np.median(self._steps, axis=0)
         rank = int(np.where(slow, seconds, 0.0).argmax())
         return Straggler(
-            rank,
-            self.hosts[rank],
+            rank=rank,
+            host=self.hosts[rank],
             step_seconds=float(seconds[rank]),
             median_step_seconds=float(_typical(seconds)),
             memory_bytes=int(self._memory[rank]),
@@ -167,11 +179,16 @@ class Pace:
 
     def newly_slow(self) -> Straggler | None:
         """Return the straggler, unless the last call returned the same one."""
-        found = self.slow()
-        before, self._named = self._named, found.rank if found else None
-        return found if found and found.rank != before else None
+        straggler = self.slow()
+        before = self._named
+        self._named = None
+        if straggler is None:
+            return None
+        self._named = straggler.rank
+        return straggler if straggler.rank != before else None
 
 
 def _typical(values: np.ndarray) -> float:
     """Return the median; the lower one of two in the middle."""
-    return np.partition(values, (len(values) - 1) // 2)[(len(values) - 1) // 2]
+    middle = (len(values) - 1) // 2
+    return np.partition(values, middle)[middle]
