@@ -48,13 +48,23 @@ from pst_ds.train.stages import require_schedules
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-_START_SPARSITY, _EXAMPLES, _RECOVERY_STEPS = 0.8, 1024, 100
+_START_SPARSITY = 0.8
+"""Sparsity of a classifier's start, from which training ramps up."""
+_EXAMPLES = 1024
+"""Most examples of a classification task that a start examines."""
+_RECOVERY_STEPS = 100
+"""Steps after a cut, for a model that learned its task before it."""
 Settings: TypeAlias = dict[str, Any]
 """Settings, or tables of settings, by name."""
 NO_VALIDATION = "none"
 """Value of ``--validation`` for a run without validation data."""
-_UNKNOWN_LIMIT, _BATCH_SIZE = 128, 32
-_LEAST_STEPS, _MOST_STEPS, _LONGER = 600, 10_000, 3.0
+_UNKNOWN_LIMIT = 128
+"""Tokens per example if neither model nor tokenizer states its limit."""
+_BATCH_SIZE = 32
+_LEAST_STEPS = 600
+_MOST_STEPS = 10_000
+_LONGER = 3.0
+"""Most epochs of a small dataset, relative to the task's usual number."""
 _GUESSED_PAIRS = (["sentence1", "sentence2"], ["premise", "hypothesis"], ["question1", "question2"])
 _GUESSED_TEXTS = (["text"], ["sentence"], *_GUESSED_PAIRS)
 _GUESSED_CONVERSATIONS = (["messages"], ["conversations"], ["prompt", "completion"])
@@ -85,14 +95,19 @@ class Chosen:
 
     def plan_command(self, out: Path) -> str:
         """Return the shell command that plans the run."""
-        ranks = f" --ranks {self.summary['ranks']}" if self.run.deepspeed_config else ""
-        ranks += f" --machine {shlex.quote(self.summary['machine'])}" if self.node_size else ""
-        return f"pst-ds plan {shlex.quote(str(out))}{ranks}"
+        command = f"pst-ds plan {shlex.quote(str(out))}"
+        if self.run.deepspeed_config:
+            command += f" --ranks {self.summary['ranks']}"
+        if self.node_size:
+            command += f" --machine {shlex.quote(self.summary['machine'])}"
+        return command
 
     def train_command(self, out: Path) -> str:
-        file, size = shlex.quote(str(out)), self.node_size
-        if size:
-            nodes = f"--nodes={self.summary['ranks'] // size} --ntasks-per-node={size} --gpus-per-node={size}"
+        """Return the shell command that trains the run, here or on a cluster."""
+        file = shlex.quote(str(out))
+        if self.node_size:
+            num_nodes = self.summary["ranks"] // self.node_size
+            nodes = f"--nodes={num_nodes} --ntasks-per-node={self.node_size} --gpus-per-node={self.node_size}"
             return f"sbatch {nodes} launch/slurm.sbatch {file}"
         if not self.run.deepspeed_config:
             return f"pst-ds train {file}"
@@ -105,7 +120,11 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
         raise InputError(f"--speedup {args.speedup} needs an engine to count for. Add --target {' or '.join(ENGINES)}")
     _require_useful_pattern(args)
     machine = _machine(args)
-    ranks = args.nodes * machine.node_size if machine else args.ranks or 1
+    ranks = args.ranks or 1
+    node_size = 0
+    if machine:
+        node_size = machine.node_size
+        ranks = args.nodes * node_size
     has_accelerator = machine is not None or torch.accelerator.is_available()
     table = _first_table(args, deepspeed_file if ranks > 1 or has_accelerator else None)
     if args.target and TARGETS[args.target].only_causal and not TASKS[table["task"]].predicts_tokens:
@@ -113,12 +132,13 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
             f"--target {args.target} runs language models, and the task is {table['task']}. Choose another --target"
         )
     asked = table["data"].pop("max_length", 0)
+    # with the task's shortest length, which every model supports, until the model's limit is known
     first = run_from_table(laid_over(table, "data", max_length=TASKS[table["task"]].min_length))
-    task, tokenizer = task_of(first), load_tokenizer(first)
+    task = task_of(first)
+    tokenizer = load_tokenizer(first)
     labels = task.label_names(first.data)
     model_config = load_model_config(first, labels, tokenizer)
-    limits = positions_of(model_config), tokenizer.model_max_length
-    positions = min((limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9), default=None)
+    positions = _most_tokens(positions_of(model_config), tokenizer.model_max_length)
     length = asked or min(first.task_facts.init_max_length, positions or _UNKNOWN_LIMIT)
     table = laid_over(table, "data", max_length=length)
     held_out = ""
@@ -126,8 +146,11 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
         table, held_out = with_validation(table, tokenizer, labels)
     data = run_from_table(table).data
     training = task.load(data, "train", tokenizer, labels)
-    examples, remarks = len(training), [_remark_on_lines(data), held_out, task.remark(data, training)]
-    table, length_reason = _with_batches(table, args, first.task_facts.init_epochs, examples, ranks)
+    examples = len(training)
+    remarks = [_remark_on_lines(data), held_out, task.remark(data, training)]
+    table, length_reason = _with_batches(
+        table, args, usual_epochs=first.task_facts.init_epochs, examples=examples, ranks=ranks
+    )
     run = run_from_table(table)
     run.micro_batch_size(ranks)
     resolved = resolve(run, labels=labels, tokenizer=tokenizer)
@@ -144,17 +167,17 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     draft, remark = _first_sound(proposals, check)
     remarks.append(remark)
     if machine:
-        table, remark = _for_cluster(draft.table, resolved, examples, ranks, args.machine)
+        table, remark = _for_cluster(draft.table, resolved, examples=examples, ranks=ranks, machine=args.machine)
         remarks.append(remark)
         draft = check(table)
-    run, model = draft.run, draft.model
-    layers = pst_layers(model)
+    run = draft.run
+    layers = pst_layers(draft.model)
     summary = {
         "task": run.task,
         "method": run.method,
         "sparsity": run.schedule.final_sparsity if run.mask_method.masks != "none" else 0.0,
         "num_layers": len(layers),
-        "trained_parameters": num_trainable(model),
+        "trained_parameters": num_trainable(draft.model),
         "classes": labels,
         "num_steps": run.num_steps(examples),
         "examples": examples,
@@ -163,11 +186,27 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
         "machine": args.machine,
         "remarks": [remark for remark in remarks if remark],
     }
-    names = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-    reasons = length_reason, _proposed_pattern(args, run.task)[1]
-    node_size = machine.node_size if machine else 0
-    known = model_config.model_type, positions, has_accelerator, node_size
-    return Chosen(draft.table, run, labels, *known, names, *reasons, summary)
+    _, pattern_reason = _proposed_pattern(args, run.task)
+    return Chosen(
+        table=draft.table,
+        run=run,
+        labels=labels,
+        family=model_config.model_type,
+        positions=positions,
+        has_accelerator=has_accelerator,
+        node_size=node_size,
+        layers=list(dict.fromkeys(name.rpartition(".")[2] for name in layers)),
+        length_reason=length_reason,
+        pattern_reason=pattern_reason,
+        summary=summary,
+    )
+
+
+def _most_tokens(*limits: object) -> int | None:
+    """Return the least of the limits of a model and its tokenizer; None if neither states one."""
+    # tokenizers without a limit state a huge number (transformers: 10^30)
+    stated = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]
+    return min(stated, default=None)
 
 
 def _require_useful_pattern(args: argparse.Namespace) -> None:
@@ -214,10 +253,12 @@ def _checked(table: Settings, resolved: ResolvedRun, examples: int, ranks: int) 
     require_trainable(resolved, ranks=ranks, stage=stage)
     model = resolved.shapes.model
     require_schedules(run, examples)
-    unexamined = require_startable(run) if run.start.method != "none" else ""
+    remark = ""
+    if run.start.method != "none" and (unexamined := require_startable(run)):
+        remark = f"[start] was checked with the model's config only, not with its weights: {unexamined}"
+    # for its checks only: raises InputError if the start cannot be planned
     start_cost(run, model, model_numbers(model), ranks, machine_of("cpu"))
-    remark = f"[start] was checked with the model's config only, not with its weights: {unexamined}"
-    return _Draft(table, run, model, remark if unexamined else "")
+    return _Draft(table=table, run=run, model=model, remark=remark)
 
 
 def _first_sound(proposals: Sequence[Settings], check: Callable[[Settings], _Draft]) -> tuple[_Draft, str]:
@@ -236,10 +277,9 @@ def _first_sound(proposals: Sequence[Settings], check: Callable[[Settings], _Dra
         else:
             return draft, draft.remark
     draft = check(plain)
-    return (
-        draft,
-        f"no [start] with ALPS, which would make the model more accurate: {problem}" if problem else draft.remark,
-    )
+    if problem:
+        return draft, f"no [start] with ALPS, which would make the model more accurate: {problem}"
+    return draft, draft.remark
 
 
 def _machine(args: argparse.Namespace) -> Machine | None:
@@ -251,43 +291,48 @@ def _machine(args: argparse.Namespace) -> Machine | None:
     gpus = ", ".join(name for name, machine in MACHINES.items() if machine.device != "cpu")
     if not args.machine:
         raise InputError(f"--nodes {args.nodes}: their machine is unknown. Add --machine with one of {gpus} or a file")
-    if (machine := machine_of(args.machine)).device == "cpu":
+    machine = machine_of(args.machine)
+    if machine.device == "cpu":
         raise InputError(f"--machine {args.machine}: its nodes have no GPUs. Name one of {gpus}, or use --ranks")
     return machine
 
 
 def _for_cluster(
-    table: Settings, resolved: ResolvedRun, examples: int, ranks: int, machine: str
+    table: Settings, resolved: ResolvedRun, *, examples: int, ranks: int, machine: str
 ) -> tuple[Settings, str]:
     """Return ``table`` with the best settings of a search, and a remark on their plan."""
     from pst_ds.planning.plan import PlanOptions, plan
     from pst_ds.planning.search import search
 
     run = run_from_table(table)
+    # the run's DeepSpeed JSON is written only once all settings are chosen, and the plan reads a file
     with TemporaryDirectory() as folder:
         file = Path(folder) / "deepspeed.json"
         file.write_text(json.dumps(deepspeed_settings(on_cpu=False)))
+        # the plan needs a number of steps, since it does not read the data again
         train = replace(run.train, num_steps=run.num_steps(examples), num_epochs=0.0)
         run = replace(run, deepspeed_config=str(file), train=train)
         options = PlanOptions(ranks, machine, no_data=True)
         resolved = resolved.with_settings(run)
         best = search(resolved, options, plan(resolved, options))[0].plan
-    found = best.run
     for section, name in (
         ("model", "gradient_checkpointing"),
         ("train", "gradient_accumulation_steps"),
         ("train", "sequence_parallel"),
         ("train", "expert_parallel"),
     ):
-        if (value := getattr(getattr(found, section), name)) != getattr(getattr(run, section), name):
+        value = getattr(getattr(best.run, section), name)
+        if value != getattr(getattr(run, section), name):
             table = laid_over(table, section, **{name: value})
-    needed, judged = bytes_text(best.verdict.needed_bytes), best.verdict.fits
+    needed = bytes_text(best.verdict.needed_bytes)
     remark = f"the search of pst-ds plan expects {needed} per rank and {best.time.step:.3g} s per step on {machine}"
-    return table, remark + (": does NOT fit; pst-ds plan says what would" if judged is False else "")
+    if best.verdict.fits is False:  # None: unknown
+        remark += ": does NOT fit; pst-ds plan says what would"
+    return table, remark
 
 
 def _with_batches(
-    table: Settings, args: argparse.Namespace, usual_epochs: float, examples: int, ranks: int
+    table: Settings, args: argparse.Namespace, *, usual_epochs: float, examples: int, ranks: int
 ) -> tuple[Settings, str]:
     """Return ``table`` with a batch size and the length of the run, and the reason for the length."""
     # a multiple of ranks, at most all examples
@@ -339,7 +384,13 @@ def _with_cut(table: Settings, run: RunConfig, args: argparse.Namespace, example
     A new task is learned before the cut.
     """
     is_new = not run.task_facts.predicts_tokens
-    share, samples = (0.25, _EXAMPLES) if is_new else (0.75, 2 * SAMPLES_OF_TOKENS)
+    # share of the feed-forward channels that stay, and most examples that choose them
+    if is_new:
+        share = 0.25
+        samples = _EXAMPLES
+    else:
+        share = 0.75
+        samples = 2 * SAMPLES_OF_TOKENS
     if args.speedup:
         share, _ = share_for(run, args.speedup, args.target)
     train = dict(table["train"])
@@ -348,7 +399,8 @@ def _with_cut(table: Settings, run: RunConfig, args: argparse.Namespace, example
         length = {name: train[name] for name in ("num_steps", "num_epochs") if name in train}
         first["finetune"] = {"method": "dense", **length}
         if run.mask_method.masks == "none":
-            train = {"num_steps": _RECOVERY_STEPS, **{name: train[name] for name in train if name not in length}}
+            others = {name: train[name] for name in train if name not in length}
+            train = {"num_steps": _RECOVERY_STEPS, **others}
     first["start"] = {"method": CHANNELS, "ffn": share, "samples": min(samples, examples)}
     first["distillation"] = {"weight": 0.5, "teacher": FINETUNED if is_new else run.model.path}
     if not is_new:
@@ -384,45 +436,76 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Setti
         where = f"--label-column {args.label_column!r} is not in {args.train}"
         raise InputError(f"{where}. Name one of the columns: {', '.join(features)}")
     label_column = args.label_column or "label"
-    suggested = next(name for name, of in TASKS.items() if of.suggested_by(features.get(label_column)))
     conversations = _guessed(_GUESSED_CONVERSATIONS, features)
-    task = args.task or ("chat" if conversations else suggested)
-    facts = TASKS[task]
-    if facts.packs_text and not args.task:
+    if args.task:
+        task = args.task
+    elif conversations:
+        task = "chat"
+    else:
+        label_type = features.get(label_column)
+        task = next(name for name, facts in TASKS.items() if facts.suggested_by(label_type))
+    if TASKS[task].packs_text and not args.task:
         _require_labels_or_causal(args, features)
-    data: Settings = {"train": args.train}
-    data |= {name: of for name in ("validation", "test") if (of := getattr(args, name)) and of != NO_VALIDATION}
-    found = conversations if task == "chat" else []
-    data["text_columns"] = args.text_columns or found or _text_columns(features, label_column, task, args.train)
-    if facts.has_labels:
-        data["label_column"] = label_column
-    plain = Path(file_and_slice(args.train)[0])
-    if facts.packs_text and plain.suffix.lower() == ".txt" and (proposed := proposed_sample_by(plain)) != "line":
-        data["sample_by"] = proposed
-        data |= {"document_mask": False} if proposed == "paragraph" else {}
-    if args.max_length:
-        data["max_length"] = args.max_length
-    epochs = {"num_epochs": facts.init_epochs if args.epochs is None else args.epochs}
     table: Settings = {
         "output_dir": args.output_dir or f"runs/{Path(args.out).stem}",
         "task": task,
         "method": method_of(args),
-        **({"deepspeed_config": str(deepspeed_file)} if deepspeed_file else {}),
-        "model": {"path": args.model},
-        "data": data,
-        "train": {**({"num_steps": args.steps} if args.steps else epochs), "precision": "bf16"},
     }
-    method = METHODS[method_of(args)]
-    if method.masks != "none":
-        table["pst"] = {"target_modules": "all-linear", "pattern": _proposed_pattern(args, task)[0]}
-        table["pst"] |= {"exclude_modules": args.exclude_modules} if args.exclude_modules else {}
-        table["schedule"] = {"final_sparsity": _sparsity(args, facts)}
+    if deepspeed_file:
+        table["deepspeed_config"] = str(deepspeed_file)
+    text_columns = args.text_columns
+    if not text_columns and task == "chat":
+        text_columns = conversations
+    if not text_columns:
+        text_columns = _text_columns(features, label_column, task, args.train)
+    table["model"] = {"path": args.model}
+    table["data"] = _data_section(args, TASKS[task], text_columns, label_column)
+    table["train"] = {**_asked_length(args, TASKS[task]), "precision": "bf16"}
+    if METHODS[method_of(args)].masks != "none":
+        pattern, _ = _proposed_pattern(args, task)
+        table["pst"] = {"target_modules": "all-linear", "pattern": pattern}
+        if args.exclude_modules:
+            table["pst"]["exclude_modules"] = args.exclude_modules
+        table["schedule"] = {"final_sparsity": _sparsity(args, TASKS[task])}
     return table
 
 
+def _data_section(args: argparse.Namespace, facts: TaskFacts, text_columns: list[str], label_column: str) -> Settings:
+    """Return ``[data]`` without ``max_length``, unless the user gave it."""
+    data: Settings = {"train": args.train}
+    if args.validation and args.validation != NO_VALIDATION:
+        data["validation"] = args.validation
+    if args.test and args.test != NO_VALIDATION:
+        data["test"] = args.test
+    data["text_columns"] = text_columns
+    if facts.has_labels:
+        data["label_column"] = label_column
+    plain = Path(file_and_slice(args.train)[0])
+    if facts.packs_text and plain.suffix.lower() == ".txt":
+        sample_by = proposed_sample_by(plain)
+        if sample_by != "line":
+            data["sample_by"] = sample_by
+        if sample_by == "paragraph":
+            # paragraphs of a long text continue each other, so that a token attends to those before it
+            data["document_mask"] = False
+    if args.max_length:
+        data["max_length"] = args.max_length
+    return data
+
+
+def _asked_length(args: argparse.Namespace, facts: TaskFacts) -> Settings:
+    """Return the number of steps or epochs that the user gave, or the task's usual epochs."""
+    if args.steps:
+        return {"num_steps": args.steps}
+    return {"num_epochs": facts.init_epochs if args.epochs is None else args.epochs}
+
+
 def method_of(args: argparse.Namespace) -> str:
+    """Return the requested method, or the one for a sparse or a smaller dense model."""
+    if args.method:
+        return str(args.method)
     is_dense = _is_cut(args) and args.sparsity is None
-    return args.method or ("lora" if is_dense else "pst")
+    return "lora" if is_dense else "pst"
 
 
 def _proposed_pattern(args: argparse.Namespace, task: str) -> tuple[str, str]:
@@ -441,8 +524,9 @@ def _sparsity(args: argparse.Namespace, facts: TaskFacts) -> float:
         fixed = parse_pattern(args.pattern or "matrix").fixed_sparsity
     except ValueError as error:
         raise InputError(f"--pattern {args.pattern!r}: {error}") from None
-    default = facts.init_sparsity if fixed is None else fixed
-    return default if args.sparsity is None else float(args.sparsity)
+    if args.sparsity is not None:
+        return float(args.sparsity)
+    return facts.init_sparsity if fixed is None else fixed
 
 
 def _require_labels_or_causal(args: argparse.Namespace, features: dict[str, str]) -> None:
@@ -490,12 +574,17 @@ def _with_start(table: Settings, examples: int, *, any_pattern: bool) -> list[Se
     run = run_from_table(table)
     if not gains_by_start(run):
         return []
+    proposals = []
     if run.task_facts.predicts_tokens:
-        shares = (True, False) if any_pattern and run.schedule.final_sparsity <= MOST_SPARSITY_OF_BUDGETS else (False,)
-        return [_language_model(table, run, examples, by_saliency) for by_saliency in shares]
+        if any_pattern and run.schedule.final_sparsity <= MOST_SPARSITY_OF_BUDGETS:
+            proposals.append(_language_model(table, run, examples, by_saliency=True))
+        proposals.append(_language_model(table, run, examples, by_saliency=False))
+        return proposals
     gains = run.task == "classification" and run.schedule.final_sparsity >= SOLVED_SPARSITY
-    solved = [_solved(table)] if gains and run.pst.pattern == "matrix" else []
-    return [*solved, _classifier(table, examples)]
+    if gains and run.pst.pattern == "matrix":
+        proposals.append(_solved(table))
+    proposals.append(_classifier(table, examples))
+    return proposals
 
 
 def _solved(table: Settings) -> Settings:
@@ -510,7 +599,7 @@ def _classifier(table: Settings, examples: int) -> Settings:
     return laid_over(table, "schedule", initial_sparsity=_START_SPARSITY)
 
 
-def _language_model(table: Settings, run: RunConfig, examples: int, by_saliency: bool) -> Settings:
+def _language_model(table: Settings, run: RunConfig, examples: int, *, by_saliency: bool) -> Settings:
     """Start at the final sparsity and let PST compensate: docs/how-to/methods.md, "Language models"."""
     table = laid_over(table, "start", method="alps", samples=min(SAMPLES_OF_TOKENS, examples), reconstruct=2)
     if by_saliency:
@@ -522,6 +611,7 @@ def _language_model(table: Settings, run: RunConfig, examples: int, by_saliency:
 
 
 PERCENT = 10
+"""Rows of data.train that are held out for validation, in percent."""
 
 
 def with_validation(table: Settings, tokenizer: "Tokenizer", labels: list[str]) -> tuple[Settings, str]:
@@ -529,12 +619,17 @@ def with_validation(table: Settings, tokenizer: "Tokenizer", labels: list[str]) 
 
     Where that is not possible, return ``table`` unchanged; the sentence gives the reason.
     """
-    where, share = table["data"]["train"], 100 - PERCENT
+    where = table["data"]["train"]
     file, piece = file_and_slice(where)
     if piece:
         return table, f"no validation data: {where} is a slice, and --validation may name the rest of {file}"
-    sliced = {"train": f"{where}[:{share}%]", "validation": f"{where}[{share}%:]"}
-    held = {**table, "data": sliced | {name: of for name, of in table["data"].items() if name != "train"}}
+    trained = 100 - PERCENT
+    # the order of the settings is that of the run file
+    data = {"train": f"{where}[:{trained}%]", "validation": f"{where}[{trained}%:]"}
+    for name, value in table["data"].items():
+        if name != "train":
+            data[name] = value
+    held = {**table, "data": data}
     try:
         examples = _require_fair(run_from_table(held), tokenizer, labels)
     except InputError as error:
@@ -547,7 +642,8 @@ def _require_fair(run: RunConfig, tokenizer: "Tokenizer", labels: list[str]) -> 
 
     Raises InputError if the remaining rows cannot be trained on, or if the rows are sorted by class.
     """
-    task, data = task_of(run), run.data
+    task = task_of(run)
+    data = run.data
     if task.label_names(data) != labels:
         raise InputError(f"{data.train} lacks some classes, so its rows may be in their order")
     task.load(data, "train", tokenizer, labels)
@@ -559,7 +655,6 @@ def _require_fair(run: RunConfig, tokenizer: "Tokenizer", labels: list[str]) -> 
 
 def deepspeed_settings(*, on_cpu: bool) -> dict[str, object]:
     """Return ZeRO-3 settings for ranks on a CPU or on GPUs, as ds_configs/zero3_cpu.json and zero3.json have it."""
-    numbers = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     zero: dict[str, object] = {
         "stage": 3,
         "overlap_comm": not on_cpu,
@@ -570,4 +665,11 @@ def deepspeed_settings(*, on_cpu: bool) -> dict[str, object]:
     }
     if not on_cpu:
         zero |= {"stage3_max_live_parameters": 10**9, "stage3_max_reuse_distance": 10**9}
-    return {**dict.fromkeys(numbers, "auto"), "bf16": {"enabled": "auto"}, "zero_optimization": zero}
+    return {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": zero,
+    }
