@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -88,7 +88,8 @@ def trace_micro_batch(
     """
     trace = Trace()
 
-    def start(root: nn.Module, args: object) -> None:  # late: checkpointing adds its hook to the embedding first
+    def start(root: nn.Module, args: object) -> None:
+        # only now, since checkpointing adds its hook to the embedding first
         for module in root.modules():
             _count_gathers(module, trace, persistence_threshold)
 
@@ -108,20 +109,27 @@ def _count_gathers(module: nn.Module, trace: Trace, threshold: int) -> None:
     DeepSpeed still has the parameters of that module then.
     """
     params = [p for p in module.parameters(recurse=False) if p.numel() > threshold]
-    not_kept = [p for p in params if p.requires_grad or not isinstance(module, PSTLayer)]
     if not params:
         return
+    not_kept = params
+    if isinstance(module, PSTLayer):
+        not_kept = [p for p in params if p.requires_grad]
 
     def count(module: nn.Module, args: object, output: object) -> None:
-        has_backward = any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(output))
-        turns, fetched = (1, not_kept) if in_backward_pass() else (1 + has_backward, params)
-        trace.gathered += turns * sum(p.numel() * p.element_size() for p in fetched)
-        trace.gathers += turns * len({p.dtype for p in fetched})
-        if isinstance(module, PSTExpertStack):
-            trace.in_stacks += turns * sum(p.numel() * p.element_size() for p in fetched)
+        if in_backward_pass():  # recomputed, within its backward turn
+            turns = 1
+            fetched = not_kept
+        else:
+            turns = 1 + any(tensor.requires_grad for tensor in _tensors(output))
+            fetched = params
         trained = [p for p in fetched if p.requires_grad]
-        trace.trained += turns * sum(p.numel() * p.element_size() for p in trained)
+        # one gather per dtype, since a collective has one
+        trace.gathers += turns * len({p.dtype for p in fetched})
         trace.trained_gathers += turns * len({p.dtype for p in trained})
+        trace.gathered += turns * sum(p.nbytes for p in fetched)
+        trace.trained += turns * sum(p.nbytes for p in trained)
+        if isinstance(module, PSTExpertStack):
+            trace.in_stacks += turns * sum(p.nbytes for p in fetched)
 
     module.register_forward_hook(count)
 
@@ -143,21 +151,28 @@ def _run(
         )
     _pretend_on_cpu(model, mode)
     seen = _Operators(model)
-    wide = patched(torch.nn.functional, "scaled_dot_product_attention", _with_wide_values)
+    attention: AbstractContextManager[object] = nullcontext()
+    if device != "cpu":
+        attention = patched(torch.nn.functional, "scaled_dot_product_attention", _with_wide_values)
     is_classifier = type(model).__name__.endswith("ForSequenceClassification")
     with mode, layers_save_their_input(model):
         ids = torch.zeros(batch, sequence, dtype=torch.long)
         labels = torch.zeros(batch, dtype=torch.long) if is_classifier else ids
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         try:
-            with seen, nullcontext() if device == "cpu" else wide:
+            with seen, attention:
                 if head is not None:
-                    _loss_in_chunks(model, head, inputs, chunk_sizes(device), distilled, seen).backward()
+                    loss = _loss_in_chunks(
+                        model, head, inputs, sizes=chunk_sizes(device), distilled=distilled, seen=seen
+                    )
                 else:
-                    model(**inputs, labels=labels).loss.backward()
+                    loss = model(**inputs, labels=labels).loss
+                loss.backward()
         except Exception as error:
+            # models fail in many ways where they need a value, and the plan continues without a trace
             raise UntraceableError(f"{type(model).__name__}: {first_line(error)}") from error
-    if distilled and head is None and not is_classifier:  # the teacher's logits, next to the model's
+    if distilled and head is None and not is_classifier:
+        # the teacher's logits, next to the model's
         config: Any = model.config
         seen.peak += batch * sequence * config.vocab_size * next(model.parameters()).element_size()
     return seen
@@ -167,6 +182,7 @@ def _loss_in_chunks(
     model: nn.Module,
     head: LanguageHead,
     inputs: dict[str, Tensor],
+    *,
     sizes: ChunkSizes,
     distilled: bool,
     seen: "_Operators",
@@ -178,28 +194,33 @@ def _loss_in_chunks(
     targets = inputs["input_ids"].flatten()
     width = head.module.in_features
     rows = sizes.rows(head.module.out_features)
-    taught = torch.empty(len(targets), width, dtype=head.readout.weight.dtype) if distilled else None
+    teacher = None
+    if distilled:
+        taught = torch.empty(len(targets), width, dtype=head.readout.weight.dtype)
+        teacher = Teacher(taught, head.readout, 0.5)
 
     def read(hidden: Tensor) -> Tensor:
-        teacher = None if taught is None else Teacher(taught, head.readout, 0.5)
-
         def loss_of(tokens: int) -> Tensor:
             places = torch.arange(tokens)
             return head_loss(hidden.flatten(0, 1), head.readout, targets[:tokens], places, teacher=teacher, sizes=sizes)
 
-        more = len(targets) / rows - 2
-        if more <= 0:
+        more_chunks = len(targets) / rows - 2
+        if more_chunks <= 0:
             return loss_of(len(targets))
-        start = seen.launches, seen.moved
+
+        def extrapolated(start: int, after_one: int, after_both: int) -> int:
+            one_chunk = after_one - start
+            two_chunks = after_both - after_one
+            return start + two_chunks + round(more_chunks * (two_chunks - one_chunk))
+
+        launches_at_start = seen.launches
+        moved_at_start = seen.moved
         loss_of(rows)  # not kept: its gradients would count in the peak of the next call
-        one = seen.launches, seen.moved
+        launches_after_one = seen.launches
+        moved_after_one = seen.moved
         loss = loss_of(2 * rows)
-        totals = []
-        for before, between, after in zip(start, one, (seen.launches, seen.moved), strict=True):
-            of_two = after - between
-            of_one = between - before
-            totals.append(before + of_two + round(more * (of_two - of_one)))
-        seen.launches, seen.moved = totals
+        seen.launches = extrapolated(launches_at_start, launches_after_one, seen.launches)
+        seen.moved = extrapolated(moved_at_start, moved_after_one, seen.moved)
         return loss
 
     with head.reading(read) as losses:
@@ -213,7 +234,7 @@ def _pretend_on_cpu(model: nn.Module, mode: Any) -> None:
     def pretend(tensor: Tensor) -> Tensor:
         return FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
 
-    made: dict[int, nn.Parameter] = {}
+    made: dict[int, nn.Parameter] = {}  # by id, so that tied parameters stay one
     for module in model.modules():
         for name, param in module._parameters.items():
             if param is None:
@@ -289,10 +310,10 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         if ctx.routing is None:
-            grad_x = torch.empty_like(x)
-        else:
-            grad_x = grad_y.new_empty(len(grad_y), x.shape[1])
-            grad_x = ctx.routing.summed(grad_x) if ctx.by_token else grad_x
+            return None, None, torch.empty_like(x), None, None
+        grad_x = grad_y.new_empty(len(grad_y), x.shape[1])  # (tokens of all experts, inputs)
+        if ctx.by_token:
+            grad_x = ctx.routing.summed(grad_x)  # (tokens, inputs)
         return None, None, grad_x, None, None
 
 
@@ -315,8 +336,12 @@ class _Operators(TorchDispatchMode):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.now = self.peak = self.moved = self.launches = 0
+        self.now = 0
+        self.peak = 0
+        self.moved = 0
+        self.launches = 0
         self._sizes: dict[int, int] = {}
+        # keeps the tensors alive, since a new storage may have the id of a freed one
         self._known = {id(t.untyped_storage()): t for t in (*model.parameters(), *model.buffers())}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> object:
