@@ -27,6 +27,8 @@ FLAGS = {"names": "--users", **flags_of_fields(["min_rows", "again", "form", "la
 """Flags of the fields of :class:`Choice`, :class:`PersonalPart` and :func:`train_users`."""
 _SHOWN = 20
 """Users that a table has; --json has all."""
+_NAME_WIDTH = 40
+"""Characters of a user's name that a table has."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +96,8 @@ def _train(args: argparse.Namespace) -> Facts:
         head_learning_rate=args.head_learning_rate,
     )
     part = PersonalPart(form=args.form, layers=tuple(args.layers), rank=args.rank or 0, dtype=args.dtype)
-    context, checkpoint = _opened(run_of_users(config, how, **({"train": args.data} if args.data else {})), args)
+    data = {"train": args.data} if args.data else {}
+    context, checkpoint = _opened(run_of_users(config, how, **data), args)
     choice = Choice(names=tuple(args.users), min_rows=args.min_rows, limit=args.limit or 0)
     done = train_users(
         context,
@@ -108,13 +111,16 @@ def _train(args: argparse.Namespace) -> Facts:
         say=lambda text: _say(in_flags(text, FLAGS)),
     )
     facts: Facts = dict(done)
-    few = f", {facts['with_few_rows']} left out with fewer rows than --min-rows" if facts["with_few_rows"] else ""
-    diverged = f", {len(facts['diverged'])} diverged: {', '.join(facts['diverged'][:4])}" if facts["diverged"] else ""
-    _say(
-        f"trained {facts['trained']} of {facts['users']} users into {args.store}, "
-        f"{bytes_text(facts['state_bytes'])} each{few}{diverged}"
-    )
-    return facts | ({"exit_code": 1} if facts["diverged"] else {})
+    text = f"trained {facts['trained']} of {facts['users']} users into {args.store}"
+    text += f", {bytes_text(facts['state_bytes'])} each"
+    if facts["with_few_rows"]:
+        text += f", {facts['with_few_rows']} left out with fewer rows than --min-rows"
+    diverged = facts["diverged"]
+    if diverged:
+        text += f", {len(diverged)} diverged: {', '.join(diverged[:4])}"
+        facts["exit_code"] = 1
+    _say(text)
+    return facts
 
 
 def _eval(args: argparse.Namespace) -> Facts:
@@ -128,6 +134,7 @@ def _eval(args: argparse.Namespace) -> Facts:
 
     data = {args.split: args.data} if args.data else {}
     context, checkpoint = _opened(run_of_users(config, UserTraining(), **data), args)
+    # if one rank cannot read what all read, all stop, instead of waiting for it in their next collective
     store = raise_on_all_ranks(lambda: UserStore(Path(args.store)))
     rows = raise_on_all_ranks(lambda: read_by_user(context.run.data, args.split, args.by))
     users = raise_on_all_ranks(lambda: _users_to_score(args, store, set(rows.places)))
@@ -135,17 +142,23 @@ def _eval(args: argparse.Namespace) -> Facts:
     raise_on_all_ranks(lambda: store.require_common(model.common))
     scores = evaluate_users(model, store, rows, users, others=args.others)
     facts = {"metric": metric_of(context), **summary(scores, lower_is_better=context.task.lower_is_better)}
-    head = ["user", "rows", "shared", "own", "another's"]
-    lines = [[s.user[:40], str(s.rows), *(f"{v:.4f}" for v in (s.shared, s.own, s.other))] for s in scores]
-    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    _say("\n".join([*aligned([head, *lines[:_SHOWN]]), *more, _sentence(facts)]))
+    table = [["user", "rows", "shared", "own", "another's"]]
+    for score in scores[:_SHOWN]:
+        values = [f"{value:.4f}" for value in (score.shared, score.own, score.other)]
+        table.append([score.user[:_NAME_WIDTH], str(score.rows), *values])
+    lines = aligned(table)
+    if len(scores) > _SHOWN:
+        lines.append(f"and {len(scores) - _SHOWN} more")
+    lines.append(_sentence(facts))
+    _say("\n".join(lines))
     return {**facts, "scores": [score.as_table() for score in scores]}
 
 
 def _sentence(facts: Facts) -> str:
     parts = [f"{facts['metric']} of {facts['users']} users: shared {facts['shared']:.4f}, own {facts['own']:.4f}"]
     for name, word in (("shared", "the shared"), ("other", "another's")):
-        gain, error = facts[f"gain_over_{name}"], facts[f"gain_over_{name}_standard_error"]
+        gain = facts[f"gain_over_{name}"]
+        error = facts[f"gain_over_{name}_standard_error"]
         share = facts[f"share_better_than_{name}"]
         if gain == gain:  # no NaN: there is another user
             parts.append(f"own better than {word} by {gain:+.4f} (s.e. {error:.4f}), for {share:.0%} of users")
@@ -156,14 +169,19 @@ def _list(args: argparse.Namespace) -> Facts:
     from pst_ds.checkpoint.user_store import UserStore
 
     store = UserStore(Path(args.store))
-    entries = {name: store.entry(name) for name in store.names}
+    table = [["user", "rows", "steps", "loss", "state"]]
+    users: Facts = {}
+    total = 0
+    for name in store.names:
+        entry = store.entry(name)
+        users[name] = {"rows": entry.rows, "steps": entry.steps, "loss": entry.loss, "bytes": entry.bytes}
+        numbers = [str(entry.rows), str(entry.steps), f"{entry.loss:.4f}"]
+        table.append([name[:_NAME_WIDTH], *numbers, bytes_text(entry.bytes)])
+        total += entry.bytes
     if not args.json:
-        lines = [[n[:40], str(e.rows), str(e.steps), f"{e.loss:.4f}", bytes_text(e.bytes)] for n, e in entries.items()]
-        print("\n".join(aligned([["user", "rows", "steps", "loss", "state"], *lines])))
-    total = sum(entry.bytes for entry in entries.values())
+        print("\n".join(aligned(table)))
     common = store.common
     print(f"{len(store)} users, {bytes_text(total)}, {common.form} over {common.base_path}")
-    users = {name: {"rows": e.rows, "steps": e.steps, "loss": e.loss, "bytes": e.bytes} for name, e in entries.items()}
     return {"store": args.store, "form": common.form, "base": common.base_path, "bytes": total, "users": users}
 
 
@@ -205,7 +223,8 @@ def _opened(config: RunConfig, args: argparse.Namespace) -> tuple[RunContext, Ch
     from pst_ds.train.run_folder import open_checkpoint
 
     checkpoint = open_checkpoint(config, args.checkpoint)
-    return prepare(config, launch_environment(), run_file=args.run, labels=checkpoint.state.labels), checkpoint
+    context = prepare(config, launch_environment(), run_file=args.run, labels=checkpoint.state.labels)
+    return context, checkpoint
 
 
 def part_of(store: UserStore) -> PersonalPart:
@@ -213,12 +232,18 @@ def part_of(store: UserStore) -> PersonalPart:
     from pst_ds.train.users.personal import UPDATES, PersonalPart
 
     common = store.common
-    owners = {name: shape for name, shape in common.shapes.items() if name.rpartition(".")[2] in UPDATES}
-    ranks = [shape[1] for name, shape in owners.items() if name.endswith(".personal_U")]
+    layers: list[str] = []
+    ranks: list[int] = []
+    for name, shape in common.shapes.items():
+        layer, _, parameter = name.rpartition(".")
+        if parameter in UPDATES and layer not in layers:
+            layers.append(layer)
+        if parameter in UPDATES and name.endswith(".personal_U"):
+            ranks.append(shape[1])  # (outputs, rank)
     return PersonalPart(
         form=common.form,
-        layers=tuple(dict.fromkeys(name.rpartition(".")[0] for name in owners)),
-        rank=next(iter(ranks), 0),
+        layers=tuple(layers),
+        rank=ranks[0] if ranks else 0,  # 0: in the layers, U and V have the run's rank
         dtype=common.dtype,
     )
 
