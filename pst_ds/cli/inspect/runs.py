@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, open_checkpoint, read_checkpoint
@@ -19,8 +20,10 @@ from pst_ds.core.forms.form import UpdateForm
 from pst_ds.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, links_to, step_folders
 from pst_ds.writing.manifest import read_table
 
-_OUTPUTS, _INPUTS = "ARU", "BCV"
-"""Factors with a row per output of their layer, and with a column per input."""
+_OUTPUTS = "ARU"
+"""Factors with a row per output of their layer."""
+_INPUTS = "BCV"
+"""Factors with a column per input of their layer."""
 _BYTES_TRAINED = 12
 """Bytes of a trained parameter in a checkpoint: its fp32 master and two moments."""
 _WHOLE = "with intact files: every SHA-256 matches"
@@ -38,9 +41,10 @@ def run_folder(path: Path) -> Inspection:
 
     The layers are from the best or newest checkpoint. A damaged one is reported, and the next one is used.
     """
-    run, folder = load_run(path / RUN_FILE), path / CHECKPOINTS
-    result = read_table(path / RESULT_FILE, "") if (path / RESULT_FILE).is_file() else {}
-    deepspeed = read_table(path / "deepspeed.json", "") if (path / "deepspeed.json").is_file() else {}
+    run = load_run(path / RUN_FILE)
+    folder = path / CHECKPOINTS
+    result = _table_if_written(path / RESULT_FILE)
+    deepspeed = _table_if_written(path / "deepspeed.json")
     layers: list[Layer] = []
     held: Facts = {}
     checkpoint, name, problems = _whole_checkpoint(folder)
@@ -49,8 +53,10 @@ def run_folder(path: Path) -> Inspection:
         _add_experts(layers, checkpoint, result.get("expert_tokens") or {})
         held = _held(checkpoint, layers)
         note = f"layers are from {checkpoint.folder} ({name}), {_WHOLE}"
+    elif problems:
+        note = "none of its checkpoints is intact"
     else:
-        note = "none of its checkpoints is intact" if problems else "it has no checkpoint yet"
+        note = "it has no checkpoint yet"
     facts = {
         **_settings(run),
         **held,
@@ -61,6 +67,11 @@ def run_folder(path: Path) -> Inspection:
         "tensorboard": (path / "tensorboard").is_dir(),
     }
     return Inspection(f"{path}: a run folder", facts, layers, "\n".join([note, *problems.values()]))
+
+
+def _table_if_written(path: Path) -> dict[str, Any]:
+    """Return the table of a JSON file; {} before the run has written it."""
+    return read_table(path, "") if path.is_file() else {}
 
 
 def _whole_checkpoint(folder: Path) -> tuple[Checkpoint | None, str, dict[str, str]]:
@@ -91,8 +102,9 @@ def checkpoint_folder(path: Path) -> Inspection:
     except (KeyError, ConfigError):  # of another version
         run = None
     layers = _layers(checkpoint, run)
+    settings = _settings(run) if run else {}
     facts = {
-        **(_settings(run) if run else {}),
+        **settings,
         "step": state.step,
         "sparsity_requested": state.sparsity,
         **_held(checkpoint, layers),
@@ -136,7 +148,8 @@ def _checkpoints(folder: Path, problems: Mapping[str, str]) -> list[Facts]:
             about["step"] = open_checkpoint(path).state.step
         except (CheckpointError, OSError) as error:
             about["problem"] = str(error)
-        about |= {"problem": problems[path.name]} if path.name in problems else {}
+        if path.name in problems:
+            about["problem"] = problems[path.name]
         try:
             about["size_bytes"] = sum(file.stat().st_size for file in path.iterdir())
         except FileNotFoundError:  # the run has removed it meanwhile
@@ -159,8 +172,9 @@ def _held(checkpoint: Checkpoint, layers: list[Layer]) -> Facts:
 
 def _layers(checkpoint: Checkpoint, run: RunConfig | None) -> list[Layer]:
     """Describe every module that has a mask or trained parameters."""
-    contents, rules = checkpoint.contents, run.injected_pst if run else None
-    trained: dict[str, int] = {}
+    contents = checkpoint.contents
+    rules = run.injected_pst if run else None
+    trained: dict[str, int] = {}  # parameters, by module
     for name, shape in contents.trained.items():
         owner = name.rpartition(".")[0]
         trained[owner] = trained.get(owner, 0) + math.prod(shape)
@@ -177,14 +191,18 @@ def _layers(checkpoint: Checkpoint, run: RunConfig | None) -> list[Layer]:
             "bytes": _BYTES_TRAINED * count,
             "trained": count,
         }
-        if (weights := contents.masks.get(name)) is not None:
+        weights = contents.masks.get(name)
+        if weights is not None:
             bits = checkpoint.masks[name]
-            layer["pattern"] = str(rules.rule_for(name).pattern) if rules else ""
-            layer["weights"], layer["zeros"] = weights, weights - int(count_bits(bits, bits)[1])
+            layer["weights"] = weights
+            layer["zeros"] = weights - int(count_bits(bits, bits)[1])
+            # every rank pads its shard to whole bytes; ranks may divide a stack of experts into parts first
             parts = contents.parts.get(name, 1)
             layer["bytes"] += contents.num_shards * shard_bytes(weights // parts, contents.num_shards // parts)
-            if rules is not None and (described := _update(checkpoint, name, rules)):
-                layer["update"] = described
+            if rules is not None:
+                layer["pattern"] = str(rules.rule_for(name).pattern)
+                if described := _update(checkpoint, name, rules):
+                    layer["update"] = described
         layers.append(layer)
     return layers
 
@@ -196,9 +214,11 @@ def _update(checkpoint: Checkpoint, layer: str, config: PSTConfig) -> dict[str, 
         return {}  # without reading parameters
     prefix = f"{layer}.pst_"
     # the update of a layer is all of its trained parameters but those of the scores
-    names = [name for name in checkpoint.contents.trained if name.startswith(prefix)]
-    endings = {name: name.removeprefix(prefix) for name in names}
-    parameters = {end: checkpoint.trained[name] for name, end in endings.items() if end not in SCORE_FACTORS}
+    parameters = {}
+    for name in checkpoint.contents.trained:
+        ending = name.removeprefix(prefix)
+        if name.startswith(prefix) and ending not in SCORE_FACTORS:
+            parameters[ending] = checkpoint.trained[name]
     return form.describe(parameters) if parameters else {}
 
 
@@ -206,20 +226,26 @@ def _matrix_shape(name: str, trained: Mapping[str, tuple[int, ...]]) -> list[int
     """Return the shape of a trained weight, or (O, I) from the factors; None without either."""
     if f"{name}.weight" in trained:
         return list(trained[f"{name}.weight"])
-    outputs, inputs = (
-        [trained[f"{name}.pst_{factor}"] for factor in factors if f"{name}.pst_{factor}" in trained]
-        for factors in (_OUTPUTS, _INPUTS)
-    )
-    return [outputs[0][0], inputs[0][-1]] if outputs and inputs else None
+    outputs = next((trained[key] for factor in _OUTPUTS if (key := f"{name}.pst_{factor}") in trained), None)
+    inputs = next((trained[key] for factor in _INPUTS if (key := f"{name}.pst_{factor}") in trained), None)
+    if outputs is None or inputs is None:
+        return None
+    return [outputs[0], inputs[-1]]
 
 
 def _add_experts(layers: list[Layer], checkpoint: Checkpoint, tokens: Mapping[str, list[int]]) -> None:
     """Add the pruned weights of each expert to stacks for which the run counted ``tokens``, by module."""
     for layer in layers:
-        name, weights = layer["name"], layer["weights"]
+        name = layer["name"]
+        weights = layer["weights"]
         of_experts = tokens.get(name.rpartition(".")[0])
-        if of_experts and name in checkpoint.masks:
-            bits, each = checkpoint.masks[name], weights // len(of_experts)
-            firsts = range(0, each * len(of_experts), each)
-            zeros = [each - int(unpack_range(bits, weights, 1, i, i + each).sum()) for i in firsts]
-            add_experts(layer, zeros, of_experts)
+        if not of_experts or name not in checkpoint.masks:
+            continue
+        bits = checkpoint.masks[name]
+        weights_per_expert = weights // len(of_experts)
+        zeros = []
+        for expert in range(len(of_experts)):
+            start = expert * weights_per_expert
+            kept = unpack_range(bits, weights, 1, start, start + weights_per_expert).sum()
+            zeros.append(weights_per_expert - int(kept))
+        add_experts(layer, zeros, of_experts)
