@@ -61,7 +61,8 @@ def put_sparse_layers(model: nn.Module, groups: Groups, packing: str, tied: set[
         if name in stacks:
             continue
         module = model.get_submodule(name)
-        is_embedding, is_tied = isinstance(module, nn.Embedding), f"{name}.weight" in tied
+        is_embedding = isinstance(module, nn.Embedding)
+        is_tied = f"{name}.weight" in tied
         table = module.get_parameter("weight")
         shape = (table.shape[0], table.shape[1]) if is_embedding else linear_shape(module)
         form = form_of_group(name, packing, group, shape[1])
@@ -74,8 +75,16 @@ def put_sparse_layers(model: nn.Module, groups: Groups, packing: str, tied: set[
             kept_values(name, form, group, shape)
             model.set_submodule(name, LoadingTable(module, shape, form))
             continue
-        count, bias = kept_values(name, form, group, shape), module.bias is not None
-        sparse = LoadingProjection(*shape[::-1], count, format=form, bias=bias, dtype=table.dtype, device="meta")
+        rows, columns = shape
+        sparse = LoadingProjection(
+            columns,
+            rows,
+            kept_values(name, form, group, shape),
+            format=form,
+            bias=module.bias is not None,
+            dtype=table.dtype,
+            device="meta",
+        )
         sparse.stores_transposed = is_conv1d(module)
         _await_bits(sparse, group)
         model.set_submodule(name, sparse)
@@ -88,12 +97,19 @@ def _put_experts(
 ) -> nn.Module:
     """Replace the stack ``name`` by an empty SparseExperts. Return the experts module that holds it."""
     owner, _, attribute = name.rpartition(".")
-    experts, one = model.get_submodule(owner), layout.expert
+    experts = model.get_submodule(owner)
+    expert_layout = layout.expert
     form = form_of_group(name, packing, group, layout.in_features)
     count = kept_values(name, form, group, (layout.out_features, layout.in_features))
     dtype = experts.get_parameter(attribute).dtype
     sparse = SparseExperts(
-        layout.num_experts, one.in_features, one.out_features, count, format=form, dtype=dtype, device="meta"
+        layout.num_experts,
+        expert_layout.in_features,
+        expert_layout.out_features,
+        count,
+        format=form,
+        dtype=dtype,
+        device="meta",
     )
     _await_bits(sparse, group)
     sparse._is_hf_initialized = True  # type: ignore[assignment]  # transformers would initialise the stack
@@ -129,19 +145,24 @@ def finish_layer(name: str, layer: SparseLinear, group: Mapping[str, StoredTenso
 
 def make_dense(model: nn.Module, replaced: Mapping[str, nn.Module]) -> None:
     """Restore the layers that :func:`put_sparse_layers` replaced, with unpacked weights, one after another."""
-    for name in list(sparse_layers(model)):  # without references to all of them
-        sparse, (owner, _, attribute) = model.get_submodule(name), name.rpartition(".")
+    # only names are listed: a reference to each layer would keep all packed weights alive next to the dense ones
+    for name in list(sparse_layers(model)):
+        sparse = model.get_submodule(name)
         assert isinstance(sparse, SparseLinear)
-        device, weight = getattr(sparse, sparse.format.values_name).device, sparse.dense_weight()
+        owner, _, attribute = name.rpartition(".")
+        device = getattr(sparse, sparse.format.values_name).device
+        weight = sparse.dense_weight()  # (O, I)
         if isinstance(sparse, SparseExperts):
             experts = model.get_submodule(owner)
             weight = weight.view(sparse.num_experts, sparse.rows_of_expert, sparse.in_features)
-            weight = weight.transpose(1, 2) if experts.is_transposed else weight
+            if experts.is_transposed:
+                weight = weight.transpose(1, 2)  # (experts, inputs, outputs)
             del experts._modules[attribute]
             experts.register_parameter(attribute, nn.Parameter(weight.contiguous().to(device)))
         else:
             linear = replaced[name]
-            weight = weight.t() if is_conv1d(linear) else weight
+            if is_conv1d(linear):
+                weight = weight.t()
             linear.weight = nn.Parameter(weight.contiguous().to(device))
             if sparse.bias is not None:
                 linear.bias = nn.Parameter(sparse.bias.detach())

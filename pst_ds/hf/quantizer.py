@@ -92,16 +92,21 @@ class PackedWeightsQuantizer(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise PackedFolderError("packed weights are loaded from their folder. Remove state_dict= and gguf_file=")
-        headers, packing = read_headers(checkpoint_files), self.quantization_config.format
+        headers = read_headers(checkpoint_files)
+        packing = self.quantization_config.format
         is_other = type(model).__name__ not in (model.config.architectures or ())
-        expected = f"{model.base_model_prefix}." if is_other and outside_base_model(headers, model) else ""
-        is_part = is_text_part(model, Path(checkpoint_files[0]).parent)
+        expected: str | None = ""
+        if is_text_part(model, Path(checkpoint_files[0]).parent):
+            expected = None
+        elif is_other and outside_base_model(headers, model):
+            # the model is of another class than the saved one: tensors of the saved head are not part of it
+            expected = f"{model.base_model_prefix}."
         self._groups = named_groups(model, packed_groups(headers, packing))
         tied = getattr(model, "all_tied_weights_keys", {})
         self._replaced = put_sparse_layers(model, self._groups, packing, {*tied, *tied.values()})
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         model._adjust_missing_and_unexpected_keys = functools.partial(  # type: ignore[method-assign]
-            self._finish, model, None if is_part else expected, model._adjust_missing_and_unexpected_keys
+            self._finish, model, expected, model._adjust_missing_and_unexpected_keys
         )
         # without get_new_dtype, transformers does not cast renamed tensors of a model that it takes for quantised
         self.pre_quantized = hasattr(HfQuantizer, "get_new_dtype")
@@ -129,30 +134,38 @@ class PackedWeightsQuantizer(HfQuantizer):
             finish_layer(name, layer, self._groups[name])
         if self.quantization_config.dequantize:
             make_dense(model, self._replaced)
-        self._groups, self._finished = {}, True
+        self._groups = {}
+        self._finished = True
 
     def _require_same_keys(self, model: PreTrainedModel, expected: str | None, info: LoadStateDictInfo) -> None:
         """Raise PackedFolderError, naming a tensor, unless the files have the tensors of the model.
 
         transformers initialises missing ones randomly. ``info`` has its sets of keys after its own exceptions.
         """
-        kind, saved = type(model).__name__, model.config.architectures or ()
+        kind = type(model).__name__
+        saved = model.config.architectures or ()
         if info.missing_keys:
             fix = "Export again."
             if saved and kind not in saved:
                 fix = f"The folder holds {', '.join(saved)}: load it with that class, or export the model you want."
             absent = shortened(sorted(info.missing_keys), 3)
             raise PackedFolderError(f"{absent}: missing in the folder; {kind} would have random values there. {fix}")
-        extra = [] if expected is None else sorted(n for n in info.unexpected_keys if n.startswith(expected))
+        extra: list[str] = []
+        if expected is not None:
+            extra = sorted(name for name in info.unexpected_keys if name.startswith(expected))
         if extra:
             raise PackedFolderError(
                 f"{shortened(extra, 3)}: in the folder, but {kind} has no such tensor. Does config.json belong to "
                 "another model?"
             )
         loaded = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        other = {n for n, shape in loaded.items() if shape != self._shapes.get(n)}
-        if other := {str(key[0]) for key in info.mismatched_keys} | other:
-            names, wanted = sorted(other), tuple(self._shapes.get(min(other), ()))
+        misshapen = {str(key[0]) for key in info.mismatched_keys}
+        for name, shape in loaded.items():
+            if shape != self._shapes.get(name):
+                misshapen.add(name)
+        if misshapen:
+            names = sorted(misshapen)
+            wanted = tuple(self._shapes.get(names[0], ()))
             raise PackedFolderError(f"{shortened(names, 3)}: not of the shape {wanted} that {kind} has")
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> None:

@@ -35,7 +35,9 @@ class LoadingTable(nn.Module):
 
     def __init__(self, replaced: nn.Module, shape: tuple[int, int], form: QuantizedFormat):
         super().__init__()
-        self.replaced, self.form, self.table_shape = [replaced], form, shape  # a list hides it from nn.Module
+        self.replaced = [replaced]  # in a list, since nn.Module would register it as a submodule
+        self.form = form
+        self.table_shape = shape
         self.dtype = replaced.get_parameter("weight").dtype
         for name, (dtype, dims) in form.parts(shape, 0, self.dtype).items():
             self.register_buffer(name, torch.empty(dims, dtype=dtype, device="meta"))
@@ -70,10 +72,13 @@ def restore_tables(model: PreTrainedModel, groups: Groups) -> None:
                 setattr(module, other, param)
         module.weight = weight
         model.set_submodule(name, module.train(table.training))
+        weight_name = f"{name}.weight"
         for pair in ties.items():
-            for tied in set(pair) - {f"{name}.weight"} if f"{name}.weight" in pair else ():
-                owner, _, last = tied.rpartition(".")
-                setattr(model.get_submodule(owner), last, weight)
+            if weight_name not in pair:
+                continue
+            for tied in set(pair) - {weight_name}:
+                owner, _, attribute = tied.rpartition(".")
+                setattr(model.get_submodule(owner), attribute, weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +97,17 @@ class StoredTable:
 def stored_tables(folder: Path, model: nn.Module) -> dict[str, StoredTable]:
     """Return the quantised embeddings of ``folder``, by name in ``model``, which was loaded from it."""
     headers = read_headers(str(path) for path in folder.glob("*.safetensors"))
-    modules, found = dict(model.named_modules()), {}
+    modules = dict(model.named_modules())
+    tables: dict[str, StoredTable] = {}
     for name, group in named_groups(model, packed_groups(headers, DENSE_FORMAT)).items():
         module = modules.get(name)
         if isinstance(module, nn.Embedding) and "codes" in group:
             form = form_of_group(name, DENSE_FORMAT, group, module.embedding_dim)
             assert isinstance(form, QuantizedFormat)
-            codes, scales = group["codes"].read(), group["scales"].read()
-            found[name] = StoredTable(codes, scales, form.grid.bits, form.grid.group or 0)
-    return found
+            tables[name] = StoredTable(
+                codes=group["codes"].read(),
+                scales=group["scales"].read(),
+                bits=form.grid.bits,
+                group=form.grid.group or 0,
+            )
+    return tables

@@ -74,22 +74,28 @@ def named_groups(model: nn.Module, groups: Groups) -> Groups:
     or removed as transformers does. Raises PackedFolderError if two groups belong to one layer.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}.".removeprefix(".")
-    holders = ((n, m) for n, m in model.named_modules() if is_linear(m) or isinstance(m, nn.Embedding))
-    weights: dict[str, Tensor] = {f"{n}.weight": m.get_parameter("weight") for n, m in holders}
+    weights: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if is_linear(module) or isinstance(module, nn.Embedding):
+            weights[f"{name}.weight"] = module.get_parameter("weight")
+    # names in files come first: where one of them is also a name in the model, the model's name replaces it
     layers = {name.removesuffix(".weight"): layer for name, layer in names_in_files(model, weights).items()}
-    layers |= {name.removesuffix(".weight"): name for name in weights} | {name: name for name in known_stacks(model)}
+    for name in weights:
+        layers[name.removesuffix(".weight")] = name
+    for name in known_stacks(model):
+        layers[name] = name
     named: dict[str, Mapping[str, StoredTensor]] = {}
     for name, group in groups.items():
         candidates = (name.removeprefix(prefix), name, prefix + name)
-        found = next((layers[candidate] for candidate in candidates if candidate in layers), None)
-        if found is None:
+        matches = [layers[candidate] for candidate in candidates if candidate in layers]
+        if not matches:
             continue
-        found = found.removesuffix(".weight")
-        if found in named:
+        layer = matches[0].removesuffix(".weight")
+        if layer in named:
             raise PackedFolderError(
                 f"{name}: the folder has this layer twice, with and without its prefix. Export again."
             )
-        named[found] = group
+        named[layer] = group
     return named
 
 
@@ -106,8 +112,10 @@ def kept_values(name: str, form: PackedFormat, group: Mapping[str, StoredTensor]
     """Return how many values are stored for a weight (O, I). Raises PackedFolderError if the parts do not fit."""
     absent = [part for part in form.part_names if part not in group]
     if absent:
-        file, part = next(iter(group.values())).file, absent[0]
-        raise PackedFolderError(f"{name}.{part}: not in the folder, though other parts are in {file}. Export again.")
+        file = next(iter(group.values())).file
+        raise PackedFolderError(
+            f"{name}.{absent[0]}: not in the folder, though other parts are in {file}. Export again."
+        )
     values = group[form.values_name]
     count = form.stored_of(math.prod(values.shape))
     if values.dtype not in form.value_dtypes:
@@ -142,13 +150,23 @@ def loaded_dtype(scales: Tensor, dtype: torch.dtype) -> torch.dtype:
 def reread_parts(module: nn.Module, form: PackedFormat, group: Mapping[str, StoredTensor]) -> None:
     """Restore the stored dtype of scales and other parts that transformers has cast, except float values."""
     for part in form.part_names:
-        tensor, stored = getattr(module, part), group[part]
+        tensor = getattr(module, part)
+        stored = group[part]
         if tensor.dtype != stored.dtype and (part != form.values_name or not stored.dtype.is_floating_point):
             setattr(module, part, stored.read().to(tensor.device))
 
 
 def outside_base_model(names: Iterable[str], model: PreTrainedModel) -> set[str]:
     """Return the tensors of a head: names without the base model's prefix, if other names have it."""
-    names, prefix = set(names), model.base_model_prefix
-    inside = {name for name in names if prefix and name.startswith(f"{prefix}.")}
-    return names - inside if inside else set()
+    prefix = model.base_model_prefix
+    if not prefix:
+        return set()
+    inside: set[str] = set()
+    outside: set[str] = set()
+    for name in names:
+        if name.startswith(f"{prefix}."):
+            inside.add(name)
+        else:
+            outside.add(name)
+    # without prefixed names the files are those of the base model, in which nothing is a head
+    return outside if inside else set()
