@@ -15,6 +15,7 @@ from pst_ds.formats.safetensors_file import Slot, TensorFile
 
 _WeightFile = TensorFile | dict[str, Tensor]
 _OLD_ENDINGS = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
+"""Endings of names in transformers, and those that checkpoints converted from TensorFlow have."""
 
 
 class BaseWeights:
@@ -31,14 +32,18 @@ class BaseWeights:
 
         Raises InputError, and NotDownloadedError if the hub cannot be reached.
         """
-        self._prefix = base_model_prefix + "." if base_model_prefix else ""
+        self._prefix = f"{base_model_prefix}.".removeprefix(".")
         self._sizes: dict[str, hub.TensorSize] = {}
-        remote = None if reads_values else hub.remote_headers(path)
+        remote: hub.RemoteHeaders | None = None
+        if not reads_values:
+            remote = hub.remote_headers(path)
         if remote is None:
             self.folder = hub.downloaded(path)
             self._file_of = _index(self.folder, index)
         else:
-            self.folder, self._file_of, self._sizes = remote.folder, remote.file_of, remote.sizes
+            self.folder = remote.folder
+            self._file_of = remote.file_of
+            self._sizes = remote.sizes
         self.names = self._file_of.keys()
         """Names in the files, in the order of the files."""
         self._open: dict[str, _WeightFile] = {}
@@ -66,7 +71,9 @@ class BaseWeights:
     def read(self, name: str) -> Tensor:
         """Read a tensor, by its name in the files; from safetensors into new memory."""
         file = self._file(name)
-        return file.read(name) if isinstance(file, TensorFile) else file[name]
+        if isinstance(file, TensorFile):
+            return file.read(name)
+        return file[name]
 
     def read_rows(self, name: str, first: int, last: int) -> Tensor:
         """Read rows [first, last) of a tensor (..., columns), viewed as the matrix (rows, columns)."""
@@ -79,7 +86,8 @@ class BaseWeights:
         file = self._file_of[name]
         if file not in self._open:
             opened = _opened(self.folder / file)
-            missing = {n for n, at in self._file_of.items() if at == file} - set(_tensors_of(opened))
+            listed = {tensor for tensor, where in self._file_of.items() if where == file}
+            missing = listed - set(_tensors_of(opened))
             if missing:
                 raise InputError(f"{self.folder / file} lacks {min(missing)}, which the index lists. Copy it again")
             self._open[file] = opened
@@ -101,9 +109,11 @@ def is_text_part(model: nn.Module, folder: Path) -> bool:
 
     if not (folder / "config.json").is_file():
         return False
-    config, own = AutoConfig.from_pretrained(folder), type(model.config)
-    if own is type(config) or config.sub_configs.get("text_config") is not own:
+    config = AutoConfig.from_pretrained(folder)
+    model_class = type(model.config)
+    if model_class is type(config) or config.sub_configs.get("text_config") is not model_class:
         return False
+    # without this attribute, which loading sets, transformers reverts no change of a prefix
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # type: ignore
     return True
 
@@ -121,8 +131,12 @@ def saved_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 def names_in_files(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the model's names of ``tensors`` by their names in saved files; tensors that are split are omitted."""
-    name_of = {id(tensor): name for name, tensor in tensors.items()}
-    return {saved: name_of[id(t)] for saved, t in saved_tensors(model, tensors).items() if id(t) in name_of}
+    name_of = {id(tensor): name for name, tensor in tensors.items()}  # a renamed tensor stays the same object
+    found: dict[str, str] = {}
+    for saved, tensor in saved_tensors(model, tensors).items():
+        if id(tensor) in name_of:
+            found[saved] = name_of[id(tensor)]
+    return found
 
 
 def may_be_missing(model: nn.Module, name: str) -> bool:
@@ -139,9 +153,17 @@ def tensors_lacking(model: nn.Module, in_files: Collection[str]) -> list[str]:
     def is_there(name: str) -> bool:
         return may_be_missing(model, name) or _spelled(name, prefix, in_files) is not None
 
-    lacking = [names for names in _tied(state.items()) if not any(map(is_there, names))]
-    saved = saved_tensors(model, {name: state[name] for names in lacking for name in names})
-    return [min(names) for names in _tied(saved.items()) if not any(name in in_files for name in names)]
+    lacking: dict[str, Tensor] = {}
+    for names in _tied(state.items()):
+        # files have a tied tensor under one of its names
+        if not any(map(is_there, names)):
+            lacking.update((name, state[name]) for name in names)
+    # files may have it under the names of an older or another class, such as single experts
+    still_lacking: list[str] = []
+    for names in _tied(saved_tensors(model, lacking).items()):
+        if not any(name in in_files for name in names):
+            still_lacking.append(min(names))
+    return still_lacking
 
 
 def _tied(tensors: Iterable[tuple[str, Tensor]]) -> list[list[str]]:
@@ -153,6 +175,7 @@ def _tied(tensors: Iterable[tuple[str, Tensor]]) -> list[list[str]]:
 
 
 def _spelled(name: str, prefix: str, known: Collection[str]) -> str | None:
+    """Return the spelling of ``name`` in ``known``: with or without ``prefix``, and with a new or an old ending."""
     for candidate in (name, name.removeprefix(prefix), prefix + name):
         for new, old in (("", ""), *_OLD_ENDINGS):
             if candidate.endswith(new):
@@ -164,15 +187,21 @@ def _spelled(name: str, prefix: str, known: Collection[str]) -> str | None:
 
 def _index(folder: Path, named: str) -> dict[str, str]:
     """Return the file of each tensor. Raises InputError."""
-    for name in [named] if named else hub.WEIGHT_FILES:
+    candidates = [named] if named else hub.WEIGHT_FILES
+    for name in candidates:
         path = folder / name
-        if path.is_file():
-            return hub.weight_map(path) if name.endswith(".json") else dict.fromkeys(_tensors_of(_opened(path)), name)
+        if not path.is_file():
+            continue
+        if name.endswith(".json"):
+            return hub.weight_map(path)
+        return dict.fromkeys(_tensors_of(_opened(path)), name)
     raise InputError(f"{folder.absolute()} has no {named or 'model.safetensors or pytorch_model.bin'}")
 
 
 def _tensors_of(file: _WeightFile) -> Mapping[str, Slot | Tensor]:
-    return file.slots if isinstance(file, TensorFile) else file
+    if isinstance(file, TensorFile):
+        return file.slots
+    return file
 
 
 def _opened(path: Path) -> _WeightFile:

@@ -35,19 +35,23 @@ def gguf_blocks(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor 
     columns = weight.shape[1]
     if columns == 0 or columns % BLOCK:
         raise ValueError(f"GGUF has blocks of {BLOCK} inputs, which do not divide {columns}")
-    codes, found = quantize(weight, keep, grid, scales)
-    exact = found.float().repeat_interleave(columns // BLOCK // grid.num_groups(columns), 1)
+    codes, group_scales = quantize(weight, keep, grid, scales)
+    blocks_per_group = columns // BLOCK // grid.num_groups(columns)
+    exact = group_scales.float().repeat_interleave(blocks_per_group, 1)  # (O, I / 32)
     half = limited(exact, _LEAST_HALF, torch.finfo(torch.float16).max).half()
     changed = half.float() != exact
     if changed.any():
-        kept = weight.float() if keep is None else torch.where(keep, weight.float(), 0.0)
+        kept = weight.float()
+        if keep is not None:
+            kept = torch.where(keep, kept, 0.0)
+        # codes were for the exact scale, and another one has other nearest codes
         anew = nearest_codes(kept.unflatten(1, (-1, BLOCK)), half.unsqueeze(2), grid)
         codes = torch.where(changed.unsqueeze(2), anew, codes.unflatten(1, (-1, BLOCK))).flatten(1)
-    grouped = codes.unflatten(1, (-1, BLOCK))
+    grouped = codes.unflatten(1, (-1, BLOCK))  # (O, I / 32, 32)
     if grid.bits == 4:
-        raw = (grouped.to(torch.int16) + 8).to(torch.uint8)
+        raw = (grouped.to(torch.int16) + 8).to(torch.uint8)  # -8 to 7 becomes 0 to 15
         stored = raw[..., : BLOCK // 2] | raw[..., BLOCK // 2 :] << 4
     else:
         stored = grouped.contiguous().view(torch.uint8)
-    scale_bytes = half.contiguous().view(torch.uint8).unflatten(1, (-1, 2))
+    scale_bytes = half.contiguous().view(torch.uint8).unflatten(1, (-1, 2))  # (O, I / 32, 2)
     return torch.cat([scale_bytes, stored], -1).flatten(1), int(changed.sum())

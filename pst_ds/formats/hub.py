@@ -68,7 +68,9 @@ def downloaded(path: str | Path) -> Path:
     except InputError:
         raise
     except Exception as error:  # of several HTTP clients
-        problem = _error(name, missing[0] if missing else "its tokenizer", error)
+        needed = missing[0] if missing else "its tokenizer"
+        problem = _error(name, needed, error)
+        # some models have no tokenizer file, and a complete one in the cache must load offline
         if folder is not None and not missing and isinstance(problem, NotDownloadedError):
             return folder
         raise problem from error
@@ -80,7 +82,9 @@ def cached_snapshot(name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(name, CONFIG_FILE)
-    return Path(config).parent if isinstance(config, str) else None
+    if not isinstance(config, str):  # None, or a mark that the hub is known not to have the file
+        return None
+    return Path(config).parent
 
 
 def missing_weights(folder: Path) -> list[str]:
@@ -88,7 +92,9 @@ def missing_weights(folder: Path) -> list[str]:
     is damaged."""
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
-            shards = sorted(set(weight_map(folder / name).values())) if name.endswith(".json") else []
+            if not name.endswith(".json"):
+                return []
+            shards = sorted(set(weight_map(folder / name).values()))
             return [shard for shard in shards if not (folder / shard).is_file()]
     return [WEIGHT_FILES[0]]
 
@@ -181,7 +187,9 @@ def _download(name: str) -> Path:
         return folder
     patterns = [glob.escape(file) for file in wanted]
     download = _Background(lambda: snapshot_download(name, revision=folder.name, allow_patterns=patterns))
-    blobs, total = folder.parents[1] / "blobs", sum(sizes[file] for file in lacking)
+    total = sum(sizes[file] for file in lacking)
+    # the cache has a snapshots/REVISION folder of links into blobs/, where parts of files grow
+    blobs = folder.parents[1] / "blobs"
     before = _bytes_in(blobs)
     with Progress(f"download {name}", total, "bytes") as progress:
         progress.say(f"downloading {name}: {len(lacking)} files, {total / 1e6:,.1f} MB")
@@ -219,7 +227,7 @@ class _Background:
         def run() -> None:
             try:
                 call()
-            except BaseException as error:
+            except BaseException as error:  # raised again on the caller's thread
                 self._error = error
 
         self._thread = threading.Thread(target=run, daemon=True)

@@ -44,6 +44,7 @@ def row_bits(weight: Tensor) -> Tensor:
     rows, columns = as_int.shape
     native = library()
     if native is None:
+        # the largest integer masks the sign, so that -0.0 is zero, as a comparison of floats would have it
         nonzero = (as_int.numpy() & np.iinfo(as_int.numpy().dtype).max) != 0
         return torch.from_numpy(np.packbits(nonzero, axis=1, bitorder="little"))
     bits = torch.empty(rows, bytes_of_row(columns), dtype=torch.uint8)
@@ -59,8 +60,10 @@ def mask_row_bits(mask: Tensor, layout: WeightLayout) -> Tensor:
     if not layout.transposed and layout.in_features % 8 == 0:
         return mask.view(layout.out_features, layout.in_features // 8)
     keep = unpack_range(mask, layout.numel, 1, 0, layout.numel).view(layout.num_experts, *layout.expert.shape)
-    keep = (keep.transpose(1, 2) if layout.transposed else keep).flatten(0, 1)
-    return torch.from_numpy(np.packbits(keep.contiguous().numpy(), axis=1, bitorder="little"))
+    if layout.transposed:
+        keep = keep.transpose(1, 2)  # (experts, outputs, inputs)
+    matrix = keep.flatten(0, 1).contiguous()  # (O, I)
+    return torch.from_numpy(np.packbits(matrix.numpy(), axis=1, bitorder="little"))
 
 
 def as_bools(bits: Tensor, columns: int) -> Tensor:
@@ -89,7 +92,7 @@ def gather(weight: Tensor, bits: Tensor, count: int) -> Tensor:
     native = library()
     if native is None:
         values.copy_(torch.from_numpy(as_int.numpy()[as_bools(bits, columns).numpy()]))
-        values[values == torch.iinfo(values.dtype).min] = 0
+        values[values == torch.iinfo(values.dtype).min] = 0  # only the sign bit is set: -0.0
     else:
         size = as_int.element_size()
         native.pst_gather(as_int.data_ptr(), bits.data_ptr(), size, rows, columns, values.data_ptr(), count)
@@ -102,7 +105,8 @@ def scatter(values: Tensor, bits: Tensor, columns: int) -> Tensor:
     ``bits`` must have as many bits set as there are values, none of them padding.
     """
     as_int = _as_int(values)
-    rows, count = bits.shape[0], values.numel()
+    rows = bits.shape[0]
+    count = values.numel()
     native = library()
     if not rows * columns:  # without inputs, a file of few bytes may claim any number of rows
         dense = torch.empty(rows, columns, dtype=as_int.dtype)
@@ -120,8 +124,9 @@ def columns_of(bits: Tensor, columns: int, count: int, dtype: torch.dtype) -> Te
     """Return the column of every set bit, row by row: (count,), uint16 or int32."""
     native = library()
     if native is None:
-        found = np.nonzero(as_bools(bits, columns).numpy())[1]
-        return torch.from_numpy(found.astype(np.uint16 if dtype == torch.uint16 else np.int32))
+        column_of = np.nonzero(as_bools(bits, columns).numpy())[1]
+        width = np.uint16 if dtype == torch.uint16 else np.int32
+        return torch.from_numpy(column_of.astype(width))
     indices = torch.empty(count, dtype=dtype)
     native.pst_columns(bits.data_ptr(), bits.shape[0], columns, dtype.itemsize, indices.data_ptr(), count)
     return indices
@@ -132,13 +137,16 @@ def scatter_columns(values: Tensor, starts: Tensor, indices: Tensor, columns: in
 
     ``starts`` (O + 1,) int64: index of the first value of each row.
     """
-    as_int, rows = _as_int(values), starts.numel() - 1
+    as_int = _as_int(values)
+    rows = starts.numel() - 1
     dense = torch.zeros(rows, columns, dtype=as_int.dtype)
     step = max(1, _BAND // max(1, columns))
     for first in range(0, rows, step):  # numpy's indices take several times the memory of the values
-        band, own = slice(first, first + step), starts.numpy()[first : first + step + 1]
-        row_of, kept = np.repeat(np.arange(len(own) - 1), np.diff(own)), slice(own[0], own[-1])
-        dense.numpy()[band][row_of, indices.numpy()[kept]] = as_int.numpy()[kept]
+        band_starts = starts.numpy()[first : first + step + 1]
+        kept = slice(band_starts[0], band_starts[-1])
+        row_of = np.repeat(np.arange(len(band_starts) - 1), np.diff(band_starts))
+        band = dense.numpy()[first : first + step]
+        band[row_of, indices.numpy()[kept]] = as_int.numpy()[kept]
     return dense.view(values.dtype)
 
 

@@ -90,7 +90,9 @@ class TensorFile:
         data = torch.empty(last - first, dtype=torch.uint8)
         handle = os.open(self.path, os.O_RDONLY) if self._handle is None else self._handle
         try:
-            offset, view, done = self.slots[name].offset + first, data.numpy().data, 0
+            offset = self.slots[name].offset + first
+            view = data.numpy().data
+            done = 0
             while done < len(view):
                 count = os.preadv(handle, [view[done : done + _CHUNK_BYTES]], offset + done)
                 if not count:
@@ -135,9 +137,12 @@ def header_and_slots(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]])
     """
     order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    slots, end = {}, 0
+    slots: dict[str, Slot] = {}
+    end = 0
     for name in order:
-        slot = slots[name] = Slot(*tensors[name], end)
+        dtype, shape = tensors[name]
+        slot = Slot(dtype, shape, end)
+        slots[name] = slot
         end += slot.nbytes
         table[name] = {
             "dtype": CODE_OF_DTYPE[slot.dtype],
@@ -146,6 +151,7 @@ def header_and_slots(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]])
         }
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    # offsets in the header count from its end, those of slots from the start of the file
     start = 8 + len(text)
     placed = {name: Slot(slot.dtype, slot.shape, start + slot.offset) for name, slot in slots.items()}
     return len(text).to_bytes(8, "little") + text, placed, start + end
@@ -160,4 +166,5 @@ def write_at(handle: int, data: memoryview, offset: int) -> None:
     """Write all of ``data`` at ``offset`` of an open file."""
     while data:
         count = os.pwrite(handle, data[:_CHUNK_BYTES], offset)
-        data, offset = data[count:], offset + count
+        data = data[count:]
+        offset += count
