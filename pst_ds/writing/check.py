@@ -27,6 +27,9 @@ from pst_ds.writing.manifest import (
 from pst_ds.writing.refilled import measured_sparsity
 from pst_ds.writing.to_folder import storage_facts, tensor_counts
 
+_LOADED_ENDINGS = (".safetensors", ".bin", ".index.json", ".py", ".pt", ".onnx")
+"""Endings of files that programs load from a model folder."""
+
 
 def check_export(folder: Path) -> Facts:
     """Read every tensor of an export and compare it with the manifest.
@@ -47,7 +50,9 @@ def check_export(folder: Path) -> Facts:
     _check_files(folder, tensors, facts, encoding)
     files = _open_weights(folder, tensors)
     _check_index(folder, tensors, files, encoding)
-    sizes = [sum(files[part.file].slots[part.name].nbytes for part in tensor.parts) for tensor in tensors]
+    sizes: list[int] = []
+    for tensor in tensors:
+        sizes.append(sum(files[part.file].slots[part.name].nbytes for part in tensor.parts))
     with Progress("check", sum(sizes), "bytes") as shown:
         for tensor, nbytes in zip(tensors, sizes, strict=True):
             _check_tensor(folder, tensor, files)
@@ -77,9 +82,10 @@ def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
 
 def check_model(folder: Path) -> None:
     """Compare the names and shapes of a checked export with the model of its config.json. Raises ExportError."""
-    tensors, model = read_manifest(folder)[0], model_of(folder)
+    tensors, _ = read_manifest(folder)
+    model = model_of(folder)
     in_model = model.state_dict(keep_vars=True)
-    in_model |= saved_tensors(model, in_model)
+    in_model |= saved_tensors(model, in_model)  # exports have the names in the model, or those of saved files
     for tensor in tensors:
         known = in_model.get(tensor.name)
         if known is not None and tuple(known.shape) != tensor.shape:
@@ -104,7 +110,7 @@ def _check_files(folder: Path, tensors: Sequence[ExportedTensor], facts: Facts, 
     for name in sorted(weights):
         require_plain(folder / name, f"{folder / name} is missing")
     stray = {path.name for path in folder.iterdir()} - {*weights, *others, MANIFEST_FILE, CARD_FILE}
-    loaded = sorted(n for n in stray if n.endswith((".safetensors", ".bin", ".index.json", ".py", ".pt", ".onnx")))
+    loaded = sorted(name for name in stray if name.endswith(_LOADED_ENDINGS))
     if loaded:
         raise ExportError(f"{folder} has files that the manifest does not list: {shortened(loaded)}. Remove them")
     path = folder / CONFIG_FILE
@@ -167,7 +173,8 @@ def _check_index(
 def _check_tensor(folder: Path, tensor: ExportedTensor, files: dict[str, TensorFile]) -> None:
     """Read a tensor; compare its bytes with the manifest, and check all invariants of its parts and values."""
     parts: list[Tensor] = []
-    spec, place = tensor.spec, f"{folder / tensor.parts[-1].file}: {tensor.name}"
+    spec = tensor.spec
+    place = f"{folder / tensor.parts[-1].file}: {tensor.name}"
     try:
         for part in tensor.parts:
             parts.append(files[part.file].read(part.name))
@@ -205,11 +212,15 @@ def _check_values(tensor: ExportedTensor, values: Tensor, place: str) -> None:
 
 def _matrices(tensor: ExportedTensor, values: Tensor, place: str) -> list[Tensor]:
     """Split a pruned tensor into its matrices; a stack of experts expert by expert."""
-    count, width = len(tensor.pruned_per_matrix), tensor.shape[tensor.matrix_axis - 2]
+    count = len(tensor.pruned_per_matrix)
+    width = tensor.shape[tensor.matrix_axis - 2]  # the axis counts without that of the experts
     experts = [values] if values.dim() == 2 else list(values)
     per_expert, rest = divmod(count, len(experts)) if experts else (0, count)
     if rest or not per_expert or width % per_expert:
         raise ExportError(f"{place} cannot be {count} matrices: {list(values.shape)} does not divide")
     if not width:
-        return [values] * count
-    return [matrix for expert in experts for matrix in expert.split(width // per_expert, dim=tensor.matrix_axis)]
+        return [values] * count  # split would return a single matrix
+    matrices: list[Tensor] = []
+    for expert in experts:
+        matrices += expert.split(width // per_expert, dim=tensor.matrix_axis)
+    return matrices

@@ -18,7 +18,7 @@ from pst_ds.storage_format import (
 )
 from pst_ds.storage_format import QUANT_METHOD as QUANT_METHOD
 
-_KEYS = ("values", "group"), ("embeddings", "embedding_group")
+_KEYS = (("values", "group"), ("embeddings", "embedding_group"))
 """Keys of the quantisation of linear layers and of embeddings: "int8" or "int4", and weights per scale or "row"."""
 
 
@@ -66,16 +66,23 @@ class Encoding:
 
     def weights_file(self, num_files: int) -> str:
         """Return the name of the only weight file, or of the index of several files."""
-        return f"{self.stem}.safetensors" + (".index.json" if num_files > 1 else "")
+        name = f"{self.stem}.safetensors"
+        if num_files > 1:
+            return f"{name}.index.json"
+        return name
 
     def __str__(self) -> str:
-        grids = (("values", self.values), ("embeddings", self.embeddings))
-        return "; ".join([self.packing, *(f"{what} in {grid}" for what, grid in grids if grid)])
+        described = [self.packing]
+        if self.values:
+            described.append(f"values in {self.values}")
+        if self.embeddings:
+            described.append(f"embeddings in {self.embeddings}")
+        return "; ".join(described)
 
     def facts(self) -> dict[str, str | int]:
         """Return the quantisation as a manifest and a config.json have it; empty if nothing is quantised."""
         facts: dict[str, str | int] = {}
-        for grid, key, group_key in ((self.values, *_KEYS[0]), (self.embeddings, *_KEYS[1])):
+        for grid, (key, group_key) in zip((self.values, self.embeddings), _KEYS, strict=True):
             if grid is not None:
                 facts |= {key: grid.values, group_key: grid.group or WHOLE_ROW}
         return facts
@@ -104,13 +111,15 @@ def encoding_of(packing: object, facts: Mapping[str, object]) -> Encoding:
 
     Raises ValueError for unknown formats, values and groups.
     """
-    grids = []
+    grids: list[Grid | None] = []
     for key, group_key in _KEYS:
-        values, group = facts.get(key), facts.get(group_key)
+        values = facts.get(key)
+        group = facts.get(group_key)
         if (values is None) != (group is None):
             raise ValueError(f"{key} and {group_key} must be given together, got {values!r} and {group!r}")
         grids.append(None if values is None else grid_of(values, group))
-    return Encoding(str(packing), *grids)
+    linear, embeddings = grids
+    return Encoding(str(packing), linear, embeddings)
 
 
 def encoding_of_config(settings: Mapping[str, object]) -> tuple[Encoding, str]:
@@ -118,7 +127,9 @@ def encoding_of_config(settings: Mapping[str, object]) -> tuple[Encoding, str]:
 
     Raises ExportError for folders that this version does not read, and for a file of another name or folder.
     """
-    packing, version, index = (settings.get(key) for key in ("format", "format_version", "weights_file"))
+    packing = settings.get("format")
+    version = settings.get("format_version")
+    index = settings.get("weights_file")
     unread = f"packed as {packing!r}, version {version!r}, which this version of pst-ds does not read"
     try:
         encoding = encoding_of(packing, settings)
@@ -129,7 +140,8 @@ def encoding_of_config(settings: Mapping[str, object]) -> tuple[Encoding, str]:
         versions.append(COMPRESSED_VERSION)
     if not encoding.needs_pst_ds or version not in versions:
         raise ExportError(f"{unread}. Use a newer pst-ds, or export the model again")
-    if str(index) not in [encoding.weights_file(count) for count in (1, 2)]:
+    # only these two names, so that a config cannot point to a file outside its folder
+    if str(index) not in (encoding.weights_file(1), encoding.weights_file(2)):
         raise ExportError(
             f"weights_file = {str(index)[:80]!r} is not a weight file of a folder packed as {packing}. Export again"
         )

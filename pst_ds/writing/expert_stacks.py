@@ -30,9 +30,10 @@ class StackRun:
     @cached_property
     def piece(self) -> WeightLayout:
         """Layout of one piece."""
-        stack, count = self.stack, self.of
-        experts = max(1, stack.num_experts // count)
-        outputs, matrices = stack.out_features // count, stack.num_matrices // count
+        stack = self.stack
+        experts = max(1, stack.num_experts // self.of)  # a matrix of an expert is laid out like one expert
+        outputs = stack.out_features // self.of
+        matrices = stack.num_matrices // self.of
         return WeightLayout(outputs, stack.in_features, stack.transposed, matrices, experts)
 
     @property
@@ -49,12 +50,16 @@ class StackRun:
         """Return the place of a piece in the ``whole`` stack, of which this one has only the experts ``kept``."""
         per_expert = self.of // self.stack.num_experts
         expert, part = divmod(piece, per_expert)
-        return StackRun(whole, 0, 0, whole.num_experts * per_expert), kept[expert] * per_expert + part
+        # the range is empty, since only the index of the piece and the number of pieces are used
+        run = StackRun(whole, first=0, last=0, of=whole.num_experts * per_expert)
+        return run, kept[expert] * per_expert + part
 
     def share(self, count: int, piece: int | None = None) -> tuple[int, int]:
         """Return the range of the run, or of one piece, in ``count`` values that are stored expert by expert."""
-        first, last = (self.first, self.last) if piece is None else (piece, piece + 1)
-        return first * (count // self.of), last * (count // self.of)
+        per_piece = count // self.of
+        if piece is None:
+            return self.first * per_piece, self.last * per_piece
+        return piece * per_piece, (piece + 1) * per_piece
 
 
 def all_experts(layout: WeightLayout) -> StackRun:
@@ -79,19 +84,25 @@ def parts_in_files(model: nn.Module, name: str, layout: WeightLayout) -> list[Fi
     with the tensor's name, if it does not consist of whole matrices or experts.
     """
     height, width = layout.shape
-    numbers = torch.arange(height).view(layout.num_experts, -1, 1)
-    found = []
+    numbers = torch.arange(height).view(layout.num_experts, -1, 1)  # (experts, rows of an expert, 1)
+    counts = {layout.num_experts}
+    if not layout.transposed:
+        # the matrices of a transposed expert lie side by side in its rows
+        counts.add(layout.num_matrices)
+    parts: list[FilePart] = []
     for part, rows in saved_tensors(model, {name: numbers}).items():
         flat = rows.flatten()
-        first, last = int(flat[0]), int(flat[0]) + flat.numel()
-        counts = {layout.num_experts} | (set() if layout.transposed else {layout.num_matrices})
+        first = int(flat[0])
+        last = first + flat.numel()
         fitting = [n for n in sorted(counts) if not first % (height // n) and not last % (height // n)]
         if rows.shape[-1] != 1 or not torch.equal(flat, torch.arange(first, last)) or not fitting:
             raise ValueError(part)
-        size = height // fitting[0]
-        run = StackRun(layout, first // size, last // size, fitting[0])
-        found.append(FilePart(part, run, (*rows.shape[:-1], width)))
-    return found
+        # whole experts where possible, since they are fewer and larger pieces than their matrices
+        num_pieces = fitting[0]
+        rows_of_piece = height // num_pieces
+        run = StackRun(layout, first // rows_of_piece, last // rows_of_piece, num_pieces)
+        parts.append(FilePart(part, run, (*rows.shape[:-1], width)))
+    return parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,22 +121,38 @@ class FolderStack:
 
 def folder_stacks(model: nn.Module, weights: BaseWeights) -> list[FolderStack]:
     """Return the stacks of ``model`` that a folder holds completely, packed or in tensors of one dtype."""
-    found = (_stack(model, name, layout, weights) for name, layout in known_stacks(model).items())
-    return [stack for stack in found if stack is not None]
+    stacks: list[FolderStack] = []
+    for name, layout in known_stacks(model).items():
+        stack = _stack(model, name, layout, weights)
+        if stack is not None:
+            stacks.append(stack)
+    return stacks
 
 
 def _stack(model: nn.Module, name: str, layout: WeightLayout, weights: BaseWeights) -> FolderStack | None:
+    """Return the stack ``name`` of a folder; None if its tensors are incomplete, or not rows of it in their order."""
     shape = tuple(model.get_parameter(name).shape)
     try:
         pieces = sorted(parts_in_files(model, name, layout), key=lambda piece: piece.run.rows)
     except ValueError:  # the files have the rows in another order
         return None
-    if (own := weights.find(name)) is not None:
-        return FolderStack(name, layout, shape, (FilePart(name, all_experts(layout), shape),), (own,))
-    stored = [at for piece in pieces if (at := weights.find(piece.name)) is not None]
-    if len(stored) not in (0, len(pieces)) or len({weights.size(at)[0] for at in stored}) > 1:
-        return None
-    if any(weights.size(at)[1] != piece.shape for at, piece in zip(stored, pieces, strict=False)):
+    in_one = weights.find(name)
+    if in_one is not None:
+        whole = FilePart(name, all_experts(layout), shape)
+        return FolderStack(name, layout, shape, (whole,), (in_one,))
+    stored: list[str] = []
+    dtypes = set[torch.dtype]()
+    for piece in pieces:
+        in_files = weights.find(piece.name)
+        if in_files is None:
+            continue
+        dtype, stored_shape = weights.size(in_files)
+        if stored_shape != piece.shape:
+            return None
+        stored.append(in_files)
+        dtypes.add(dtype)
+    # without any of them the stack is packed
+    if len(stored) not in (0, len(pieces)) or len(dtypes) > 1:
         return None
     return FolderStack(name, layout, shape, tuple(pieces), tuple(stored))
 
@@ -135,10 +162,16 @@ def kept_experts(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[in
 
     ``model``: the run's model with all experts, maybe on the meta device.
     """
-    found = {}
+    kept_in_block: dict[str, tuple[int, ...]] = {}
     for router in pst_routers(model).values():
+        # an expert is removed from all stacks of its block, so the mask of one of them tells
         stack = f"{router.experts}.{stack_names(model.get_submodule(router.experts))[0]}"
         layout = pst_layers(model)[stack].layout
-        bits = (checkpoint.mask_bits(stack, *layout.expert_range(expert)) for expert in range(layout.num_experts))
-        found[router.experts.rpartition(".")[0]] = tuple(i for i, own in enumerate(bits) if own.any())
-    return found
+        kept: list[int] = []
+        for expert in range(layout.num_experts):
+            first, last = layout.expert_range(expert)
+            if checkpoint.mask_bits(stack, first, last).any():
+                kept.append(expert)
+        block = router.experts.rpartition(".")[0]
+        kept_in_block[block] = tuple(kept)
+    return kept_in_block

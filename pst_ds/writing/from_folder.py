@@ -84,34 +84,46 @@ class FolderRecipe:
         """Return whether the values are quantised to ``grid`` already."""
         if grid is None or not self.matrix or not isinstance(self.form, QuantizedFormat):
             return False
-        mine, inputs = self.form.grid, self.matrix[1]
-        return mine.bits == grid.bits and mine.num_groups(inputs) == grid.num_groups(inputs)
+        stored = self.form.grid
+        inputs = self.matrix[1]
+        # a group of at least a whole row is the same quantisation as "row"
+        return stored.bits == grid.bits and stored.num_groups(inputs) == grid.num_groups(inputs)
 
 
 class FolderSource:
     """Values of a model folder: read, verified and unpacked."""
 
     def __init__(self, weights: BaseWeights, pruned_scales: PrunedScales | None = None):
-        self._weights, self._pruned_scales = weights, pruned_scales
+        self._weights = weights
+        self._pruned_scales = pruned_scales
 
     def make(self, job: TensorJob) -> Iterator[TensorValues]:
         """Yield the values of the job's outputs. Raises ExportError and InputError."""
-        recipe, output = job.recipe, job.outputs[0]
+        recipe = job.recipe
         assert isinstance(recipe, FolderRecipe)
-        tensor, facts, stack = self.read(recipe, output.name, output.dtype), recipe.facts, recipe.stack
-        scales, error, pruned = None, 0.0, facts.pruned_per_matrix
+        output = job.outputs[0]
+        stack = recipe.stack
+        tensor = self.read(recipe, output.name, output.dtype)
+        scales: Tensor | None = None
+        rounding_error = 0.0
         if recipe.is_on(output.grid):
-            scales, error = self._weights.read(recipe.parts["scales"]), facts.rounding_error
-        if stack is not None and output.name != stack.name:  # as the tensors of a dense folder
-            for piece in stack.pieces:
-                rows = slice(*piece.run.rows)
-                own_scales, own_pruned = None if scales is None else scales[rows], slice(*piece.run.share(len(pruned)))
-                yield TensorValues(tensor[rows].view(piece.shape), None, pruned[own_pruned], own_scales, error)
+            # quantising the values again could give other scales
+            scales = self._weights.read(recipe.parts["scales"])
+            rounding_error = recipe.facts.rounding_error
+        values = TensorValues(
+            tensor=tensor,
+            pruned_per_matrix=recipe.facts.pruned_per_matrix,
+            scales=scales,
+            rounding_error=rounding_error,
+        )
+        if stack is not None and output.name != stack.name:
+            yield from _split_into_pieces(values, stack)
             return
-        tensor = tensor if stack is None else tensor.view(stack.shape)
+        if stack is not None:
+            tensor = tensor.view(stack.shape)
         if scales is None and recipe.pruned_layer and self._pruned_scales and output.grid:
             scales = self._pruned_scales.scales_of(recipe.pruned_layer, output.as_matrix(tensor), recipe.rows)
-        yield TensorValues(tensor, None, pruned, scales, error)
+        yield replace(values, tensor=tensor, scales=scales)
 
     def read(self, recipe: FolderRecipe, name: str, dtype: torch.dtype, *, hashed: bool = True) -> Tensor:
         """Return a tensor in the model's shape, a stack of experts as the matrix that it is in memory.
@@ -120,22 +132,25 @@ class FolderSource:
         manifest, if there is one. Raises ExportError, with the tensor's ``name``, for damaged parts.
         """
         sha256 = recipe.facts.sha256 if hashed else {}
-        parts = {part: self._stored(stored, sha256) for part, stored in recipe.parts.items()}
-        form, stack = recipe.form, recipe.stack
+        form = recipe.form
+        stack = recipe.stack
         if form is None and stack is not None:
             rows = [self._stored(stored, sha256).flatten(0, -2) for stored in stack.stored]
             return rows[0] if len(rows) == 1 else torch.cat(rows)
+        parts = {part: self._stored(stored, sha256) for part, stored in recipe.parts.items()}
         if form is None:
             return parts[""]
+        shape = (recipe.matrix[0], recipe.matrix[1])
         try:
-            parts = with_row_bits(name, parts, (recipe.matrix[0], recipe.matrix[1]))
-            form.check(name, parts, (recipe.matrix[0], recipe.matrix[1]))
+            parts = with_row_bits(name, parts, shape)
+            form.check(name, parts, shape)
             dense = form.unpack(parts, dtype if isinstance(form, QuantizedFormat) else None)
         except FormatError as error:
             raise ExportError(f"{self._weights.folder}: {error}") from None
-        del parts
+        del parts  # before the copies below, which would otherwise add to it in memory
         if stack is not None and stack.layout.transposed:
-            return dense.view(stack.layout.num_experts, -1, dense.shape[1]).transpose(1, 2).flatten(0, 1)
+            by_expert = dense.view(stack.layout.num_experts, -1, dense.shape[1])  # (experts, outputs, inputs)
+            return by_expert.transpose(1, 2).flatten(0, 1)  # (experts * inputs, outputs), as in memory
         return dense.t().contiguous() if recipe.transposed else dense
 
     def _stored(self, name: str, sha256: dict[str, str]) -> Tensor:
@@ -149,15 +164,39 @@ class FolderSource:
         return tensor
 
 
+def _split_into_pieces(values: TensorValues, stack: FolderStack) -> Iterator[TensorValues]:
+    """Yield a stack of experts as the tensors that a dense folder has in its place. ``values``: of the whole stack."""
+    pruned = values.pruned_per_matrix
+    for piece in stack.pieces:
+        rows = slice(*piece.run.rows)
+        first, last = piece.run.share(len(pruned))
+        yield replace(
+            values,
+            tensor=values.tensor[rows].view(piece.shape),
+            pruned_per_matrix=pruned[first:last],
+            scales=None if values.scales is None else values.scales[rows],
+        )
+
+
 def open_folder(path: Path) -> FolderContents:
     """Open a model folder. Raises InputError if it is not one, or damaged."""
     config = read_table(path / CONFIG_FILE, f"{path.absolute()} is not a model folder: {CONFIG_FILE} is missing")
     encoding, index = _encoding_of(path, config)
     model = model_of(path)
-    tensors, facts = read_manifest(path) if (path / MANIFEST_FILE).exists() else ([], {})
-    weights = BaseWeights(path, getattr(model, "base_model_prefix", ""), index)
-    by_name = {tensor.name: tensor for tensor in tensors}
-    return FolderContents(path, config, model, weights, encoding, by_name, facts, read_pruned_scales(path))
+    tensors: list[ExportedTensor] = []
+    facts: Facts = {}
+    if (path / MANIFEST_FILE).exists():
+        tensors, facts = read_manifest(path)
+    return FolderContents(
+        path=path,
+        config=config,
+        model=model,
+        weights=BaseWeights(path, getattr(model, "base_model_prefix", ""), index),
+        encoding=encoding,
+        tensors={tensor.name: tensor for tensor in tensors},
+        facts=facts,
+        pruned_scales=read_pruned_scales(path),
+    )
 
 
 def _encoding_of(path: Path, config: dict[str, object]) -> tuple[Encoding, str]:
@@ -165,8 +204,10 @@ def _encoding_of(path: Path, config: dict[str, object]) -> tuple[Encoding, str]:
     quantization = config.get("quantization_config")
     if quantization is None:
         return Encoding(), ""
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    method = quantization
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method")
+    if not isinstance(quantization, dict) or method != QUANT_METHOD:
         raise ExportError(f"{path} is quantised ({str(method)[:40]}). Export the model before it was quantised")
     try:
         return encoding_of_config(quantization)
@@ -179,6 +220,7 @@ def model_of(path: Path) -> nn.Module:
     place = Pretrained(str(path))
     config = place.config()
     if hasattr(config, "quantization_config"):
+        # transformers would replace linear layers by packed ones
         del config.quantization_config
     kind = architecture(config)
     if kind is None:
@@ -200,10 +242,13 @@ def plan_folder(folder: FolderContents, encoding: Encoding, dtype: str | None) -
 
 class _Planner:
     def __init__(self, folder: FolderContents, encoding: Encoding, cast: torch.dtype | None):
-        self._folder, self._encoding, self._cast = folder, encoding, cast
+        self._folder = folder
+        self._encoding = encoding
+        self._cast = cast
         self.source = FolderSource(folder.weights, folder.pruned_scales)
         layers = {f"{name}.weight": module for name, module in untied_linear_layers(folder.model).items()}
-        in_files = names_in_files(folder.model, {name: module.weight for name, module in layers.items()})
+        weights = {name: module.weight for name, module in layers.items()}
+        in_files = names_in_files(folder.model, weights)
         self._linear = layers | {saved: layers[name] for saved, name in in_files.items()}
         """Linear layers with untied weights, by the weights' names in the model and in the files."""
         self._stacks = folder_stacks(folder.model, folder.weights)
@@ -214,8 +259,10 @@ class _Planner:
             self._pruned_layers = folder.pruned_scales.names(folder.model, self._linear, stacks, encoding.values)
 
     def jobs(self) -> list[TensorJob]:
-        jobs, taken = [], set[str]()
-        pieces: dict[str, tuple[str, tuple[int, int]]] = {}
+        """Return the jobs: stacks that are made as a whole first, then all other tensors in the order of the files."""
+        jobs: list[TensorJob] = []
+        taken = set[str]()
+        pieces: dict[str, tuple[str, tuple[int, int]]] = {}  # stack and rows of a tensor of the files
         for stack in self._stacks:
             recipe = self._stack_recipe(stack)
             outputs = self._stack_outputs(stack, recipe)
@@ -223,12 +270,16 @@ class _Planner:
                 jobs.append(TensorJob(outputs, recipe))
                 taken |= {*recipe.parts.values(), *stack.stored}
             if self._encoding.storage.fills_stacks_by_expert:
-                stored = zip(stack.stored, stack.pieces, strict=False)
-                pieces |= {name: (stack.name, piece.run.rows) for name, piece in stored}
+                # a packed stack has no stored pieces
+                for name, piece in zip(stack.stored, stack.pieces, strict=False):
+                    pieces[name] = (stack.name, piece.run.rows)
         for name, parts in self._tensors(taken).items():
-            layer, rows, grid = name, None, self._grids.get(name)
+            layer = name
+            rows: tuple[int, int] | None = None
+            grid = self._grids.get(name)
             if name in pieces:
-                (layer, rows), grid = pieces[name], self._encoding.values
+                layer, rows = pieces[name]
+                grid = self._encoding.values
             recipe = self._recipe(name, parts)
             recipe = replace(recipe, pruned_layer=self._pruned_layers.get(layer, ""), rows=rows)
             jobs.append(TensorJob((self._output(name, recipe, grid),), recipe))
@@ -242,37 +293,66 @@ class _Planner:
             shape = recipe.matrix[::-1] if recipe.transposed else recipe.matrix
         is_linear = name in self._linear and len(shape) == 2
         transposed = is_linear and is_conv1d(self._linear[name])
-        dtype, origin = self._cast_dtype(recipe.dtype), recipe.facts.origin
-        spec = TensorSpec(name, shape, dtype, origin, transposed=transposed, is_linear=is_linear)
-        return spec.stored_as(self._encoding, grid, partial(self._keep, recipe) if is_linear else None)
+        spec = TensorSpec(
+            name=name,
+            shape=shape,
+            dtype=self._cast_dtype(recipe.dtype),
+            origin=recipe.facts.origin,
+            transposed=transposed,
+            is_linear=is_linear,
+        )
+        keep = partial(self._keep, recipe) if is_linear else None
+        return spec.stored_as(self._encoding, grid, keep)
 
     def _keep(self, recipe: FolderRecipe, spec: TensorSpec) -> Tensor:
         """Read a weight, and return the row bits of its non-zeros."""
+        # cast first, since a cast may round a small weight to zero; hashed when its values are written
         weight = self.source.read(recipe, spec.name, spec.dtype, hashed=False).to(spec.dtype)
         return row_bits(spec.as_matrix(weight.view(spec.shape)).contiguous())
 
     def _stack_recipe(self, stack: FolderStack) -> FolderRecipe:
-        folder, layout = self._folder, stack.layout
-        found = [folder.tensors.get(name) for name in stack.stored or (stack.name,)]
-        facts = _facts_of([tensor for tensor in found if tensor is not None], layout.num_matrices)
-        pruned = stack.name if stack.name in self._pruned_layers else ""
-        stored = {} if folder.encoding.is_plain else _parts_of(stack.name, set(folder.weights.names), folder)
-        if not stored:
+        """Return the recipe for a whole stack; for one that the folder does not have, without parts."""
+        folder = self._folder
+        layout = stack.layout
+        listed: list[ExportedTensor] = []
+        for name in stack.stored or (stack.name,):
+            if name in folder.tensors:
+                listed.append(folder.tensors[name])
+        facts = _facts_of(listed, layout.num_matrices)
+        pruned_layer = stack.name if stack.name in self._pruned_layers else ""
+        part_of: dict[str, str] = {}
+        if not folder.encoding.is_plain:
+            part_of = _parts_of(stack.name, set(folder.weights.names), folder)
+        if not part_of:
             dtype = folder.weights.size(stack.stored[0])[0] if stack.stored else torch.float32
-            return FolderRecipe(dtype, facts, {}, pruned_layer=pruned, stack=stack)
-        parts = {part: name for name, part in stored.items()}
+            return FolderRecipe(dtype, facts, {}, pruned_layer=pruned_layer, stack=stack)
+        parts = {part: name for name, part in part_of.items()}
         form, dtype = _form_of_parts(folder, stack.name, parts, layout.in_features)
-        matrix = layout.out_features, layout.in_features
-        return FolderRecipe(dtype, facts, parts, form, matrix, pruned_layer=pruned, stack=stack)
+        return FolderRecipe(
+            dtype=dtype,
+            facts=facts,
+            parts=parts,
+            form=form,
+            matrix=(layout.out_features, layout.in_features),
+            pruned_layer=pruned_layer,
+            stack=stack,
+        )
 
     def _stack_outputs(self, stack: FolderStack, recipe: FolderRecipe) -> tuple[TensorSpec, ...]:
         """Return the outputs of a stack that is or will be packed; nothing if it stays separate dense tensors."""
-        encoding, is_packed = self._encoding, recipe.form is not None
+        encoding = self._encoding
         storage = encoding.storage
+        is_packed = recipe.form is not None
         if not is_packed and (not stack.stored or encoding.is_plain or storage.keeps_stacks_in_pieces):
             return ()
-        dtype, transposed = self._cast_dtype(recipe.dtype), stack.layout.transposed
-        spec = TensorSpec(stack.name, stack.shape, dtype, recipe.facts.origin, transposed=transposed, is_linear=True)
+        spec = TensorSpec(
+            name=stack.name,
+            shape=stack.shape,
+            dtype=self._cast_dtype(recipe.dtype),
+            origin=recipe.facts.origin,
+            transposed=stack.layout.transposed,
+            is_linear=True,
+        )
         if not storage.keeps_stacks_in_pieces:
             # a format that packs quantises the stack with it, and leaves one that it cannot pack unchanged
             grid = None if storage.marks_tensors else encoding.values
@@ -285,8 +365,10 @@ class _Planner:
         return tuple(replace(piece_spec, name=piece.name, shape=piece.shape) for piece in stack.pieces)
 
     def _recipe(self, name: str, parts: dict[str, str]) -> FolderRecipe:
-        folder, layer = self._folder, self._linear.get(name)
-        tensor, transposed = folder.tensors.get(name), layer is not None and is_conv1d(layer)
+        """Return the recipe for a tensor, given the name in the files of each part. Raises ExportError."""
+        folder = self._folder
+        layer = self._linear.get(name)
+        tensor = folder.tensors.get(name)
         if folder.tensors and tensor is None:
             raise ExportError(f"{folder.path} has {name}, which its {MANIFEST_FILE} does not list")
         facts = ManifestFacts() if tensor is None else _facts_of([tensor])
@@ -294,6 +376,7 @@ class _Planner:
             return FolderRecipe(folder.weights.size(parts[""])[0], facts, parts)
         matrix = linear_shape(layer) if layer is not None else tuple(embedding_tables(folder.model)[name].shape)
         form, dtype = _form_of_parts(folder, name, parts, matrix[1])
+        transposed = layer is not None and is_conv1d(layer)
         return FolderRecipe(dtype, facts, parts, form, matrix, transposed)
 
     def _tensors(self, taken: set[str]) -> dict[str, dict[str, str]]:
@@ -301,25 +384,36 @@ class _Planner:
 
         Omits tensors of the files that are ``taken`` already. Raises ExportError.
         """
-        folder, known = self._folder, self._folder.weights.names
+        folder = self._folder
+        known = set(folder.weights.names)
         model_names = (*dict(folder.model.named_parameters()), *dict(folder.model.named_buffers()))
-        by_model = {at: name for name in model_names if (at := folder.weights.find(name)) is not None}
+        name_in_model: dict[str, str] = {}
+        for name in model_names:
+            stored = folder.weights.find(name)
+            if stored is not None:
+                name_in_model[stored] = name
         part_of: dict[str, tuple[str, str]] = {}
         if not folder.encoding.is_plain:
             for weight in {**self._linear, **embedding_tables(folder.model)}:
-                parts = _parts_of(weight, set(known), folder)
-                part_of |= {stored: (weight, part) for stored, part in parts.items()}
+                for stored, part in _parts_of(weight, known, folder).items():
+                    part_of[stored] = (weight, part)
         tensors: dict[str, dict[str, str]] = {}
-        for stored in (name for name in known if name not in taken):
-            name, part = part_of.get(stored, (by_model.get(stored, stored), ""))
+        for stored in folder.weights.names:
+            if stored in taken:
+                continue
+            # a tensor that the model does not have is copied under its name in the files
+            name, part = part_of.get(stored, (name_in_model.get(stored, stored), ""))
             tensors.setdefault(name, {})[part] = stored
-        mixed = next((name for name, parts in tensors.items() if "" in parts and len(parts) > 1), None)
-        if mixed:
-            raise ExportError(f"{folder.path} has {mixed} both dense and packed. Export the model again")
+        for name, parts in tensors.items():
+            if "" in parts and len(parts) > 1:
+                raise ExportError(f"{folder.path} has {name} both dense and packed. Export the model again")
         return tensors
 
     def _cast_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return self._cast if self._cast is not None and dtype.is_floating_point else dtype
+        """Return the dtype that a tensor of ``dtype`` has in the export."""
+        if self._cast is not None and dtype.is_floating_point:
+            return self._cast
+        return dtype
 
 
 def _facts_of(tensors: Sequence[ExportedTensor], num_matrices: int | None = None) -> ManifestFacts:
@@ -327,13 +421,18 @@ def _facts_of(tensors: Sequence[ExportedTensor], num_matrices: int | None = None
 
     ``num_matrices``: of a stack of experts, which is "pruned" if all its pieces were.
     """
-    pruned = tuple(count for tensor in tensors for count in tensor.pruned_per_matrix)
-    sums = {part.name: part.sha256 for tensor in tensors for part in tensor.parts}
-    error = tensors[0].rounding_error if len(tensors) == 1 else 0.0
+    pruned: list[int] = []
+    sha256: dict[str, str] = {}
+    for tensor in tensors:
+        pruned += tensor.pruned_per_matrix
+        sha256 |= {part.name: part.sha256 for part in tensor.parts}
+    # relative errors of several tensors do not add up to one of the stack
+    rounding_error = tensors[0].rounding_error if len(tensors) == 1 else 0.0
     if num_matrices is None:
-        return ManifestFacts(tensors[0].origin, sums, pruned, error)
-    is_pruned = len(pruned) == num_matrices
-    return ManifestFacts("pruned" if is_pruned else "model", sums, pruned if is_pruned else (), error)
+        return ManifestFacts(tensors[0].origin, sha256, tuple(pruned), rounding_error)
+    if len(pruned) == num_matrices:
+        return ManifestFacts("pruned", sha256, tuple(pruned), rounding_error)
+    return ManifestFacts("model", sha256, (), rounding_error)
 
 
 def _parts_of(weight: str, known: set[str], folder: FolderContents) -> dict[str, str]:
@@ -357,10 +456,12 @@ def _form_of_parts(
     sizes = {part: folder.weights.size(stored) for part, stored in parts.items()}
     try:
         form = form_of(folder.encoding.packing, sizes, inputs)
-    except FormatError as broken:
-        raise ExportError(f"{folder.path}: {name}: {broken}") from None
-    is_quantised = isinstance(form, QuantizedFormat)
-    return form, _model_dtype(folder, name) if is_quantised else sizes[form.values_name][0]
+    except FormatError as error:
+        raise ExportError(f"{folder.path}: {name}: {error}") from None
+    if isinstance(form, QuantizedFormat):
+        return form, _model_dtype(folder, name)
+    dtype, _ = sizes[form.values_name]
+    return form, dtype
 
 
 def _model_dtype(folder: FolderContents, name: str) -> torch.dtype:

@@ -393,28 +393,40 @@ class _Planner:
         coded = self._tables.get(name)
         if layer is not None and layer.base_codes is not None:
             coded = layer.base_codes.layout
-        if in_base is None and (embedding is not None or not trained):
-            problem = "not" if embedding is not None else "neither trained nor"
-            raise ExportError(f"{name} is {problem} in the base model {state.base_path!r}")
+        if in_base is None and embedding is not None:
+            raise ExportError(f"{name} is not in the base model {state.base_path!r}")
+        if in_base is None and not trained:
+            raise ExportError(f"{name} is neither trained nor in the base model {state.base_path!r}")
         # values have the precision of the run, but are stored at least as wide as the base's, to keep files uniform
         compute = DTYPES[state.precision]
         stored = in_base or dtype_of
-        width = compute if stored is None else self._base.size(stored)[0]
+        width = compute
+        if stored is not None:
+            width, _ = self._base.size(stored)
         if layer is not None or trained or embedding is not None or coded is not None:
             width = torch.promote_types(compute, width)
         kept = self._kept_of(name)
+        run: tuple[StackRun, Constants] | None = None
+        grid: StoredGrid | None = None
+        whole: WeightLayout | None = None
+        if layer is not None:
+            run = (all_experts(layer.layout), layer.constants)
+            if state.rounds:
+                grid = self._whole_layers[owner].stored_grid
+            if kept:
+                whole = self._whole_layers[owner].layout
         return RunRecipe(
             name=name,
             in_base=in_base,
             dtype=width,
             trained=trained,
-            layer=None if layer is None else (all_experts(layer.layout), layer.constants),
-            grid=None if layer is None or not state.rounds else self._whole_layers[owner].stored_grid,
+            layer=run,
+            grid=grid,
             table=self._table_grid if name in self._rounded else None,
             base=None if coded is None else replace(coded, num_shards=1),
             embedding_beta=None if embedding is None else embedding.beta,
             kept=kept,
-            whole=self._whole_layers[owner].layout if kept and layer is not None else None,
+            whole=whole,
         )
 
     def _kept_of(self, name: str) -> tuple[int, ...]:

@@ -24,8 +24,10 @@ from pst_ds.storage_format import PLAIN_STEM, storage_formats
 from pst_ds.writing.encoding import ExportError, encoding_of
 from pst_ds.writing.plan import Origin, TensorSpec
 
-FORMAT, QUANTIZED_FORMAT = 2, 3
-"""Versions of the manifest: only the second has ``values``, ``group`` and ``rounding_error`` of tensors."""
+FORMAT = 2
+"""Version of manifests without quantised tensors."""
+QUANTIZED_FORMAT = 3
+"""Version of manifests that have ``values``, ``group`` and ``rounding_error`` of tensors."""
 MAX_BYTES = 1 << 30
 """Largest manifest or index that is read."""
 _QUANTIZED_KEYS = {"values", "group", "rounding_error"}
@@ -196,22 +198,22 @@ class _Manifest(BaseModel):
 
     @model_validator(mode="after")
     def _require_consistent(self) -> Self:
-        names = [name for tensor in self.tensors for name in {tensor.name, *tensor.spec.part_names()}]
+        names: list[str] = []
+        for tensor in self.tensors:
+            names += {tensor.name, *tensor.spec.part_names()}  # a tensor that is not packed is its only part
+        if len(set(names)) != len(names):
+            raise ValueError("two tensors have the same name")
+        # names become paths inside the folder, and must not lead out of it
+        if not all(map(_is_plain_name, self.files)):
+            raise ValueError("files must map plain names to SHA-256")
+        for name in self.files_in_folders:
+            if name.count("/") != 1 or not all(map(_is_plain_name, name.split("/"))):
+                raise ValueError("files_in_folders must map FOLDER/NAME to SHA-256")
+        if not set(self.refilled) <= set(names):
+            raise ValueError("refilled names other tensors")
         kept = self.tokens_kept
-        for holds, problem in (
-            (len(set(names)) == len(names), "two tensors have the same name"),
-            (all(map(_is_plain_name, self.files)), "files must map plain names to SHA-256"),
-            (
-                all(
-                    name.count("/") == 1 and all(map(_is_plain_name, name.split("/"))) for name in self.files_in_folders
-                ),
-                "files_in_folders must map FOLDER/NAME to SHA-256",
-            ),
-            (set(self.refilled) <= set(names), "refilled names other tensors"),
-            (kept is None or (kept and all(one < two for one, two in pairwise(kept))), "tokens_kept does not ascend"),
-        ):
-            if not holds:
-                raise ValueError(problem)
+        if kept is not None and not (kept and all(one < two for one, two in pairwise(kept))):
+            raise ValueError("tokens_kept does not ascend")
         return self
 
 
@@ -250,8 +252,10 @@ def write_manifest(folder: Path, tensors: Sequence[ExportedTensor], facts: Facts
     """Write the manifest into ``folder``."""
     is_quantized = any(tensor.values for tensor in tensors)
     # readers of the first version reject unknown keys
-    rows = [tensor.model_dump(mode="json", exclude=None if is_quantized else _QUANTIZED_KEYS) for tensor in tensors]
-    table = {"format": QUANTIZED_FORMAT if is_quantized else FORMAT, **facts, "tensors": rows}
+    version = QUANTIZED_FORMAT if is_quantized else FORMAT
+    omitted = None if is_quantized else _QUANTIZED_KEYS
+    rows = [tensor.model_dump(mode="json", exclude=omitted) for tensor in tensors]
+    table = {"format": version, **facts, "tensors": rows}
     text = json.dumps(sealed(table), indent=1, ensure_ascii=False)
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from pst_ds.core.quantization import Grid
 from pst_ds.writing.encoding import encoding_of
 from pst_ds.writing.manifest import Facts
 
@@ -14,21 +15,34 @@ def model_card(name: str, facts: Facts) -> str:
     from jinja2 import Environment, StrictUndefined
 
     encoding = encoding_of(facts["kind"], facts)
-    grids = [("They", encoding.values), ("The embeddings", encoding.embeddings)]
-    formats = [] if encoding.is_plain else [f"format-{facts['kind'].replace(':', '-of-')}"]
+    grids: list[tuple[str, Grid]] = []
+    if encoding.values:
+        grids.append(("They", encoding.values))
+    if encoding.embeddings:
+        grids.append(("The embeddings", encoding.embeddings))
+    tags = ["sparse", "pruned", "pst-ds"]
+    if not encoding.is_plain:
+        tags.append(f"format-{facts['kind'].replace(':', '-of-')}")
+    tags += dict.fromkeys(grid.values for _, grid in grids)  # once if both are quantised to the same values
+    model_class = "AutoModel"
+    for task in _TASKS:
+        if facts["architecture"].endswith(task):
+            model_class = f"AutoModel{task}"
+    metrics = {metric: value for metric, value in facts["metrics"].items() if value is not None}
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    return environment.from_string(Path(__file__).with_suffix(".md").read_text(encoding="utf-8")).render(
+    template = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
         name=name,
         facts=facts,
         base=facts.get("pruned_from") or facts.get("base_model") or "",
-        tags=["sparse", "pruned", "pst-ds", *formats, *dict.fromkeys(grid.values for _, grid in grids if grid)],
-        grids=[(what, grid) for what, grid in grids if grid],
+        tags=tags,
+        grids=grids,
         encoding=encoding,
         is_packed=encoding.storage.marks_tensors,
-        metrics={metric: value for metric, value in facts["metrics"].items() if value is not None},
-        model_class=next((f"AutoModel{task}" for task in _TASKS if facts["architecture"].endswith(task)), "AutoModel"),
+        metrics=metrics,
+        model_class=model_class,
         needs_compressed_tensors=not encoding.is_plain and not encoding.needs_pst_ds,
         to_json=json.dumps,
         max=max,

@@ -59,8 +59,9 @@ class TensorSpec:
     def matrix(self) -> tuple[int, int]:
         """(O, I) of a linear layer's weight; (E*O, I) of a stack of experts."""
         *stacked, rows, columns = self.shape
-        outputs, inputs = (columns, rows) if self.transposed else (rows, columns)
-        return math.prod(stacked) * outputs, inputs
+        if self.transposed:
+            rows, columns = columns, rows
+        return math.prod(stacked) * rows, columns
 
     @property
     def numel(self) -> int:
@@ -117,7 +118,9 @@ class TensorSpec:
 
     def as_matrix(self, tensor: Tensor) -> Tensor:
         """Return ``tensor``, which has the model's shape, as :attr:`matrix`."""
-        return (tensor.transpose(-1, -2) if self.transposed else tensor).flatten(0, -2)
+        if self.transposed:
+            tensor = tensor.transpose(-1, -2)  # (..., outputs, inputs)
+        return tensor.flatten(0, -2)
 
     def as_in_model(self, matrix: Tensor) -> Tensor:
         """Return a view of ``matrix``, which has the shape :attr:`matrix`, in the model's shape."""
@@ -128,8 +131,10 @@ class TensorSpec:
 
     def quantised(self, grid: Grid | None) -> TensorSpec:
         """Return the tensor quantised to ``grid``, or unchanged if it is not a matrix of floats."""
-        can_be = self.is_of_floats and (len(self.shape) == 2 or self.is_linear) and self.dense_nbytes
-        return replace(self, grid=grid) if can_be else self
+        is_matrix = len(self.shape) == 2 or self.is_linear
+        if self.is_of_floats and is_matrix and self.numel:
+            return replace(self, grid=grid)
+        return self
 
     def stored_as(
         self, encoding: Encoding, grid: Grid | None, keep: Callable[[TensorSpec], Tensor] | None = None
@@ -163,8 +168,10 @@ class TensorSpec:
         if fits:
             packed = replace(dense, packing=packing, stored_values=form.stored(counts))
             if packed.stored_nbytes <= _MAX_DENSE_SHARE * dense.stored_nbytes:
-                bits_shape = tuple(stored_bits(keep).shape) if packed.storage.compresses_bitmask else ()
-                return replace(packed, bitmask_shape=bits_shape)
+                if not packed.storage.compresses_bitmask:
+                    return packed
+                # compressed here to know its size, which the header of the file states before its tensors
+                return replace(packed, bitmask_shape=tuple(stored_bits(keep).shape))
         return replace(self, stays_dense=True)
 
 
@@ -218,18 +225,27 @@ def plan_files(jobs: Sequence[TensorJob], stem: str, shard_bytes: int) -> list[P
     """
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     filled = 0
-    for output in (output for job in jobs for output in job.outputs):
-        parts, nbytes = output.part_sizes(), output.stored_nbytes
+    names = set[str]()
+    outputs = [output for job in jobs for output in job.outputs]
+    for output in outputs:
+        parts = output.part_sizes()
+        nbytes = output.stored_nbytes
         if shards[-1] and filled + nbytes > shard_bytes:
-            shards, filled = [*shards, {}], 0
-        twice = next((name for name in parts for shard in shards if name in shard), None)
-        if twice:
-            raise ExportError(f"two tensors of the model would have the name {twice} in the export")
+            shards.append({})
+            filled = 0
+        for name in parts:
+            if name in names:
+                raise ExportError(f"two tensors of the model would have the name {name} in the export")
+        names.update(parts)
         shards[-1] |= parts
         filled += nbytes
-    count = len(shards)
-    ends = [f"-{i + 1:05d}-of-{count:05d}" for i in range(count)] if count > 1 else [""]
-    return [PlannedFile(f"{stem}{e}.safetensors", *header_and_slots(s)) for e, s in zip(ends, shards, strict=True)]
+    files: list[PlannedFile] = []
+    for number, shard in enumerate(shards, start=1):
+        # transformers' names of weight files
+        end = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+        header, slots, file_bytes = header_and_slots(shard)
+        files.append(PlannedFile(f"{stem}{end}.safetensors", header, slots, file_bytes))
+    return files
 
 
 def require_space(folder: Path, nbytes: int) -> None:

@@ -41,14 +41,23 @@ class PrunedScales:
                 "prune the model with another quantisation"
             )
         modules = dict(model.named_modules())
-        unknown = next((layer for layer in self.layers if layer not in modules and layer not in stacks), None)
-        if unknown is not None:
-            raise ExportError(
-                f"{self.folder / RECORD_FILE} lists {unknown[:200]}, a layer that the model does not have"
-            )
-        layer_of = {id(modules[layer]): layer for layer in self.layers if layer in modules}
-        found = {name: layer_of[id(module)] for name, module in linear.items() if id(module) in layer_of}
-        return found | {name: name for name in stacks if name in self.layers}
+        layer_of: dict[int, str] = {}
+        for layer in self.layers:
+            if layer in modules:
+                layer_of[id(modules[layer])] = layer
+            elif layer not in stacks:
+                raise ExportError(
+                    f"{self.folder / RECORD_FILE} lists {layer[:200]}, a layer that the model does not have"
+                )
+        # by object, because ``linear`` has a weight under its names in the model and in the files
+        found: dict[str, str] = {}
+        for name, module in linear.items():
+            if id(module) in layer_of:
+                found[name] = layer_of[id(module)]
+        for name in stacks:
+            if name in self.layers:
+                found[name] = name
+        return found
 
     def scales_of(self, layer: str, weight: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
         """Return the scales of a layer, (O, groups) bf16, given its weight (O, I) in the dtype of the file.
@@ -56,9 +65,14 @@ class PrunedScales:
         ``rows``: range of rows, if ``weight`` is a piece of a stack of experts. Raises ExportError for damaged scales,
         and if a weight is not exactly an integer times its scale.
         """
-        path, name = self.scales.path, scales_name(layer)
+        path = self.scales.path
+        name = scales_name(layer)
         try:
-            scales = self.scales.read(name) if rows is None else self.scales.read_rows(name, *rows)
+            if rows is None:
+                scales = self.scales.read(name)
+            else:
+                first, last = rows
+                scales = self.scales.read_rows(name, first, last)
             off = first_off_grid(weight, self.grid, scales)
         except (TensorFileError, ValueError) as error:
             raise ExportError(f"{path}: {name}: {error}. Prune again, or see {_opt_out(self.folder)}") from None
@@ -90,11 +104,12 @@ def read_pruned_scales(folder: Path) -> PrunedScales | None:
     path = folder / SCALES_FILE
     require_plain(path, f"{path} is missing, although {record} names a quantisation. See {_opt_out(folder)}")
     scales = TensorFile(path)
-    lacking = next((layer for layer in layers if scales_name(layer) not in scales.slots), None)
-    if lacking is not None:
-        raise ExportError(f"{path} lacks {scales_name(lacking)}. Prune again, or see {_opt_out(folder)}")
+    for layer in layers:
+        if scales_name(layer) not in scales.slots:
+            raise ExportError(f"{path} lacks {scales_name(layer)}. Prune again, or see {_opt_out(folder)}")
     return PrunedScales(folder, grid, layers, scales)
 
 
 def _opt_out(folder: Path) -> str:
+    """Return where a message says how to export without the recorded scales."""
     return f'docs/how-to/methods.md: without "values" in {folder / RECORD_FILE} they are quantised again'

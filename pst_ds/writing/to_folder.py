@@ -42,7 +42,12 @@ from pst_ds.writing.write import write_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_SMALL = "generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
+_SMALL = (
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 """Small files of the base model that ``save_pretrained`` of the tokenizer does not write."""
 _SPARE_BYTES = 64 << 20
 """Free disk space to require in addition to the weights, for tokenizer, manifest and card."""
@@ -120,7 +125,8 @@ def export_checkpoint(
         raise ExportError(
             f"{base.folder} has more than the text part, of which experts cannot be removed. Train its text part only"
         )
-    jobs, source = plan_run(model, checkpoint, base, encoding, options.dtype, whole), RunSource(checkpoint, base, model)
+    jobs = plan_run(model, checkpoint, base, encoding, options.dtype, whole)
+    source = RunSource(checkpoint, base, model)
     facts = _facts_of_run(checkpoint, encoding, run)
     if whole is not None:
         facts |= {"sparsity_requested": 0.0, "experts_removed": checkpoint.state.sparsity}
@@ -135,18 +141,22 @@ def export_checkpoint(
 
 def _facts_of_run(checkpoint: Checkpoint, encoding: Encoding, run: dict[str, object] | None) -> Facts:
     state = checkpoint.state
-    origin = origin_of(state.base_path)
-    return {
+    # JSON has no NaN or infinity
+    metrics = {name: value if math.isfinite(value) else None for name, value in state.metrics.items()}
+    facts: Facts = {
         "kind": encoding.packing,
         "step": state.step,
         "base_model": state.base_path,
         "base_fingerprint": state.base_fingerprint,
         "computed_in": state.precision,
         "sparsity_requested": state.sparsity,
-        "metrics": {name: value if math.isfinite(value) else None for name, value in state.metrics.items()},
+        "metrics": metrics,
         "run": run,
-        **({"pruned_from": origin} if origin != state.base_path else {}),
     }
+    origin = origin_of(state.base_path)
+    if origin != state.base_path:
+        facts["pruned_from"] = origin
+    return facts
 
 
 def _write_small_files_of_run(
@@ -196,11 +206,16 @@ def export_folder(
     additions = read_additions(source)
     encoding.storage.require_additions_fit(additions, source)
     jobs, origin = plan_folder(folder, encoding, options.dtype)
-    facts = {"kind": encoding.packing, **{key: folder.facts.get(key) for key in _KEPT_FACTS}}
+    facts: Facts = {"kind": encoding.packing}
+    for key in _KEPT_FACTS:
+        facts[key] = folder.facts.get(key)
     facts["metrics"] = facts["metrics"] or {}
     if "pruned_from" in folder.facts:
         facts["pruned_from"] = folder.facts["pruned_from"]
-    recorded_zeros = {} if folder.facts else zeros_in_record(folder.path)
+    recorded_zeros: dict[str, int] = {}
+    if not folder.facts:
+        # an export keeps the pruning record of its source, which its own manifest supersedes
+        recorded_zeros = zeros_in_record(folder.path)
 
     def write_small_files(out: Path) -> None:
         copy_small_files(folder.path, out)
@@ -227,9 +242,18 @@ def _trimmed(contents: _Contents, tokenizer: PreTrainedTokenizerBase, vocabulary
     before = contents.facts.get("tokens_kept")
     if before and vocabulary.kept[-1] >= len(before):
         raise ExportError(f"the manifest has {len(before)} tokens, and the tokenizer has more. Export the model again")
-    kept = [before[old] for old in vocabulary.kept] if before else list(vocabulary.kept)
-    facts = {**contents.facts, "tokens_kept": kept}
-    return _Contents(model, jobs, source, facts, write_small_files, contents.recorded_zeros)
+    kept = list(vocabulary.kept)
+    if before:
+        # the folder was trimmed already: these are ids in the tokenizer before both
+        kept = [before[old] for old in vocabulary.kept]
+    return _Contents(
+        model=model,
+        jobs=jobs,
+        source=source,
+        facts={**contents.facts, "tokens_kept": kept},
+        write_small_files=write_small_files,
+        recorded_zeros=contents.recorded_zeros,
+    )
 
 
 def options_as_trained(options: ExportOptions, model: PreTrainedModel, checkpoint: Checkpoint) -> ExportOptions:
@@ -253,7 +277,9 @@ def _as_trained(option: str, trained: Grid | None, requested: Grid | None, optio
         return requested
     if requested is None:
         has_codes = option in storage_format(options.packing).quantises
-        return trained if options.dtype is None and has_codes else None
+        if options.dtype is None and has_codes:
+            return trained
+        return None
     if requested != trained:
         raise ExportError(
             f"the export asks for {requested}, and the run was trained with {trained}. Quantising again loses "
@@ -270,26 +296,35 @@ def _write(
     options: ExportOptions,
 ) -> Facts:
     """Write ``out`` as a folder or a GGUF file; return the facts, counts and sizes."""
-    jobs, source = contents.jobs, contents.source
+    jobs = contents.jobs
+    source = contents.source
     storage = encoding.storage
     if storage.writes_one_file:
         written = storage.write_file(jobs, source, contents.model.config, tokenizer, out, encoding)
         return contents.facts | written
     stay_dense = require_packed(jobs, encoding)
     files = plan_files(jobs, encoding.stem, options.shard_bytes)
-    nbytes = {name: slot.nbytes for file in files for name, slot in file.slots.items()}
+    nbytes: dict[str, int] = {}
+    for file in files:
+        nbytes |= {name: slot.nbytes for name, slot in file.slots.items()}
     file_bytes = sum(file.nbytes for file in files)
     require_space(out, file_bytes + _SPARE_BYTES)
     with atomic_folder(out) as folder:
         tensors = write_tensors(folder, files, jobs, source)
         _write_index(folder, files, encoding)
         contents.write_small_files(folder)
-        left_alone = _unquantised(contents.model, tensors) if storage.lists_unquantised else []
+        left_alone: list[str] = []
+        if storage.lists_unquantised:
+            left_alone = _unquantised(contents.model, tensors)
+        # a compressed bitmask is a row of bytes
         compressed = any(len(output.bitmask_shape) == 1 for job in jobs for output in job.outputs)
         quantization = encoding.quantization_config(len(files), left_alone, compressed=compressed)
         architecture = _finish_config(folder, tensors, quantization)
         refilled = refilled_weights(contents.model, tensors, contents.recorded_zeros)
-        measured = storage_facts(tensors, [sum(nbytes[part.name] for part in tensor.parts) for tensor in tensors])
+        sizes: list[int] = []
+        for tensor in tensors:
+            sizes.append(sum(nbytes[part.name] for part in tensor.parts))
+        measured = storage_facts(tensors, sizes)
         facts: Facts = {
             "kind": encoding.packing,
             **encoding.facts(),
@@ -299,10 +334,14 @@ def _write(
             "dense_bf16_bytes": 2 * sum(tensor.numel for tensor in tensors),
             "weight_bytes": sum(nbytes.values()),
             "file_bytes": file_bytes,
-            **(measured if encoding.is_quantized else {}),
-            **({"left_alone": left_alone} if left_alone else {}),
-            **({"refilled": refilled} if refilled else {}),
         }
+        if encoding.is_quantized:
+            facts |= measured
+        if left_alone:
+            facts["left_alone"] = left_alone
+        if refilled:
+            facts["refilled"] = refilled
+        # the manifest last, since it has the SHA-256 of every other file but the card
         (folder / CARD_FILE).write_text(model_card(out.name, facts), encoding="utf-8")
         write_manifest(folder, tensors, {**facts, **file_sums(folder)})
     facts.pop("run", None)
@@ -322,8 +361,13 @@ def _write_index(folder: Path, files: Sequence[PlannedFile], encoding: Encoding)
     """Write the index, if there are several files."""
     if len(files) == 1:
         return
-    total = sum(slot.nbytes for file in files for slot in file.slots.values())
-    index = {"metadata": {"total_size": total}, "weight_map": {n: file.name for file in files for n in file.slots}}
+    total = 0
+    weight_map: dict[str, str] = {}
+    for file in files:
+        for name, slot in file.slots.items():
+            total += slot.nbytes
+            weight_map[name] = file.name
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     path = folder / encoding.weights_file(len(files))
     path.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -332,10 +376,11 @@ def _finish_config(folder: Path, tensors: Sequence[ExportedTensor], quantization
     """Write dtype and packing of the tensors into config.json; return the name of the model's class."""
     path = folder / CONFIG_FILE
     table = json.loads(path.read_text(encoding="utf-8"))
-    names = ("bfloat16", "float16", "float32")
-    widths = {name for tensor in tensors if (name := str(tensor.spec.dtype).removeprefix("torch.")) in names}
+    names = {str(tensor.spec.dtype).removeprefix("torch.") for tensor in tensors}
+    floats = names & {"bfloat16", "float16", "float32"}
     table.pop("torch_dtype", None)  # the older name of "dtype"
-    table["dtype"] = widths.pop() if len(widths) == 1 else "float32"
+    # loading in fp32 holds the values of all of them exactly
+    table["dtype"] = floats.pop() if len(floats) == 1 else "float32"
     for part in table.values():  # such as text_config
         if isinstance(part, dict) and part.get("dtype"):
             part["dtype"] = table["dtype"]
@@ -359,13 +404,17 @@ def storage_facts(tensors: Sequence[ExportedTensor], sizes: Sequence[int]) -> di
     """
 
     def bits_per_weight(stored: Sequence[tuple[ExportedTensor, int]]) -> float:
-        weights, nbytes = sum(tensor.numel for tensor, _ in stored), sum(size for _, size in stored)
+        weights = sum(tensor.numel for tensor, _ in stored)
+        nbytes = sum(size for _, size in stored)
         return round(8 * nbytes / max(weights, 1), 4)
 
     stored = list(zip(tensors, sizes, strict=True))
     packed = [(tensor, size) for tensor, size in stored if tensor.spec.is_packed]
     errors = [tensor.rounding_error for tensor in tensors if tensor.values]
-    facts = {"bits_per_weight": bits_per_weight(stored)}
+    facts: dict[str, float] = {"bits_per_weight": bits_per_weight(stored)}
     if packed:
         facts["packed_bits_per_weight"] = bits_per_weight(packed)
-    return facts | ({"rounded_tensors": len(errors), "largest_rounding_error": max(errors)} if errors else {})
+    if errors:
+        facts["rounded_tensors"] = len(errors)
+        facts["largest_rounding_error"] = max(errors)
+    return facts

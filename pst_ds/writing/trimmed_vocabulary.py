@@ -47,13 +47,15 @@ class RowSource:
         """Return another source's job with fewer rows. Packed tensors are read, to count their values."""
         outputs = list(job.outputs)
         for i, output in enumerate(outputs):
-            if output.name in self.names:
-                outputs[i] = replace(output, shape=(len(self.kept), *output.shape[1:]))
-                if output.stored_values:
-                    tensor = list(self.make(job))[i].tensor.to(output.dtype)
-                    keep = row_bits(output.as_matrix(tensor).contiguous())
-                    dense = replace(outputs[i], packing=DENSE, stored_values=0, bitmask_shape=())
-                    outputs[i] = dense.packed(output.packing, output.grid, keep)
+            if output.name not in self.names:
+                continue
+            outputs[i] = replace(output, shape=(len(self.kept), *output.shape[1:]))
+            if output.stored_values:
+                # fewer rows have fewer non-zeros, and may no longer be worth packing
+                tensor = list(self.make(job))[i].tensor.to(output.dtype)
+                keep = row_bits(output.as_matrix(tensor).contiguous())
+                dense = replace(outputs[i], packing=DENSE, stored_values=0, bitmask_shape=())
+                outputs[i] = dense.packed(output.packing, output.grid, keep)
         return replace(job, outputs=tuple(outputs))
 
 
@@ -61,15 +63,18 @@ def with_fewer_rows(
     jobs: Sequence[TensorJob], source: Source, model: nn.Module, kept: Sequence[int]
 ) -> tuple[list[TensorJob], RowSource]:
     """Return the jobs and the source of an export of ``model`` with the tokens ``kept``. Raises ExportError."""
-    found = _row_per_token(model, kept)
-    trimmed = RowSource(source, frozenset({*found, *names_in_files(model, found)}), kept)
+    params = _row_per_token(model, kept)
+    names = frozenset({*params, *names_in_files(model, params)})
+    trimmed = RowSource(source, names, kept)
     return [trimmed.job(job) for job in jobs], trimmed
 
 
 def take_rows(model: nn.Module, kept: Sequence[int]) -> None:
     """Keep only the rows of the tokens ``kept`` in ``model``, in place; it may have PST modules. Raises ExportError."""
     rows = torch.tensor(kept)
-    for param in {id(p): p for p in _row_per_token(model, kept).values()}.values():
+    # a tied parameter has several names, and its rows are removed once
+    distinct = {id(param): param for param in _row_per_token(model, kept).values()}
+    for param in distinct.values():
         param.data = param.data[rows.to(param.device)]
     table = model.get_input_embeddings()  # type: ignore[operator]
     if isinstance(table, PSTEmbedding):
@@ -87,30 +92,39 @@ def _row_per_token(model: nn.Module, kept: Sequence[int]) -> dict[str, nn.Parame
     rows = int(modules[0].weight.shape[0])
     if kept[-1] >= rows:
         raise ExportError(f"the tokenizer has token {kept[-1]}, but the model embeds only {rows} tokens")
-    owned = {id(param) for module in modules if module is not None for param in module.parameters()}
-    found = {
-        name: param
-        for name, param in model.named_parameters(remove_duplicate=False)
-        if ".pst_" not in name
-        and (id(param) in owned or (tuple(param.shape) == (rows,) and not is_inside_block(name, model)))
-    }
-    pruned = next((name for name in found if name.rpartition(".")[0] in pst_layers(model)), None)
-    if pruned:
-        raise ExportError(
-            f"vocabulary: {pruned} has a row per token and is pruned, so its rows must stay. Keep all tokens"
-        )
-    other = next((name for name, param in found.items() if param.shape[0] != rows), None)
-    if other:
-        raise ExportError(
-            f"vocabulary: {other} has {found[other].shape[0]} rows, and the embedding {rows}. Keep all tokens"
-        )
+    owned = set[int]()
+    for module in modules:
+        if module is not None:
+            owned |= {id(param) for param in module.parameters()}
+    found: dict[str, nn.Parameter] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if ".pst_" in name:
+            continue
+        # such as the bias of a masked language model, which is outside the output layer
+        is_bias_per_token = tuple(param.shape) == (rows,) and not is_inside_block(name, model)
+        if id(param) in owned or is_bias_per_token:
+            found[name] = param
+    layers = pst_layers(model)
+    for name in found:
+        if name.rpartition(".")[0] in layers:
+            raise ExportError(
+                f"vocabulary: {name} has a row per token and is pruned, so its rows must stay. Keep all tokens"
+            )
+    for name, param in found.items():
+        if param.shape[0] != rows:
+            raise ExportError(
+                f"vocabulary: {name} has {param.shape[0]} rows, and the embedding {rows}. Keep all tokens"
+            )
     return found
 
 
 def ids_of_model(model: nn.Module) -> set[int]:
     """Return the token ids in the configs of ``model``, which must be kept."""
+    ids = ids_in(_settings(model))
     generation = getattr(model, "generation_config", None)
-    return ids_in(_settings(model)) | (ids_in(generation.to_dict()) if generation is not None else set())
+    if generation is not None:
+        ids |= ids_in(generation.to_dict())
+    return ids
 
 
 def write_vocabulary(folder: Path, model: nn.Module, vocabulary: Vocabulary, whole: "PreTrainedTokenizerBase") -> None:
@@ -138,7 +152,8 @@ def _changed(table: Mapping[str, object], full: Mapping[str, object], new: Mappi
     """Return ``table`` with the values that differ between ``full`` and ``new``."""
     merged: _Table = dict(table)
     for name, value in new.items():
-        inner, before = merged.get(name), full[name]
+        inner = merged.get(name)
+        before = full[name]
         if isinstance(value, dict) and isinstance(inner, dict) and isinstance(before, dict):
             merged[name] = _changed(inner, before, value)
         elif value != before:

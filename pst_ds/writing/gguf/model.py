@@ -36,12 +36,18 @@ def write_gguf(
     Raises ExportError for an unsupported model family or tokenizer.
     """
     text = config.get_text_config()
-    family, library = family_of(text), _library()
+    family = family_of(text)
+    library = _library()
     jobs = [job for job in jobs if not job.outputs[0].name.endswith("rotary_emb.inv_freq")]  # computed by llama.cpp
-    plan = GgufPlan([output for job in jobs for output in job.outputs], text, family, library)
-    num_tokens = next((t.shape[0] for t in plan.tensors if t.name == "token_embd.weight"), text.vocab_size)
+    outputs = [output for job in jobs for output in job.outputs]
+    plan = GgufPlan(outputs, text, family, library)
+    num_tokens = text.vocab_size
+    for tensor in plan.tensors:
+        if tensor.name == "token_embd.weight":
+            num_tokens = tensor.shape[0]  # fewer than in the config if the vocabulary is trimmed
     words = gguf_tokenizer(tokenizer, num_tokens)
-    tensors, factors = plan.tensors, _llama3_factors(text)
+    tensors = plan.tensors
+    factors = _llama3_factors(text)
     if factors is not None:
         kind = library.GGMLQuantizationType.F32
         output = TensorSpec("rope_freqs.weight", factors.shape, torch.float32, "model")
@@ -57,7 +63,8 @@ def write_gguf(
                 write_at(file.fileno(), factors.data.cast("B"), offsets["rope_freqs.weight"])
             inexact = _write_pieces(file.fileno(), offsets, plan.pieces, jobs, source)
         seal(partial)
-    nbytes, numel = out.stat().st_size, sum(piece.output.numel for piece in plan.pieces)
+    nbytes = out.stat().st_size
+    numel = sum(piece.output.numel for piece in plan.pieces)
     return {
         "export_dir": str(out),
         "kind": "gguf",
@@ -98,10 +105,12 @@ def _write_head(writer: _Writer, tensors: Sequence[GgufTensor], path: Path) -> d
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    offsets, end = {}, path.stat().st_size
+    offsets: dict[str, int] = {}
+    end = path.stat().st_size
     for tensor in tensors:
-        offsets[tensor.name] = end = writer.ggml_pad(end, writer.data_alignment)
-        end += tensor.nbytes
+        start = writer.ggml_pad(end, writer.data_alignment)
+        offsets[tensor.name] = start
+        end = start + tensor.nbytes
     os.truncate(path, writer.ggml_pad(end, writer.data_alignment))
     return offsets
 
@@ -111,10 +120,14 @@ def _write_pieces(
 ) -> int:
     """Make and write the pieces one by one; return the number of scales that fp16 cannot hold exactly."""
     inexact = 0
-    with Progress("export", sum(piece.nbytes for piece in pieces), "bytes") as progress:
-        for piece, values in zip(pieces, (made for job in jobs for made in source.make(job)), strict=True):
+    total = sum(piece.nbytes for piece in pieces)
+    # made one by one, so that memory holds only one of them
+    made = (values for job in jobs for values in source.make(job))
+    with Progress("export", total, "bytes") as progress:
+        for piece, values in zip(pieces, made, strict=True):
             data, changed = piece.data(values)
-            write_at(handle, data.data.cast("B"), offsets[piece.name] + (piece.expert or 0) * piece.nbytes)
+            offset = offsets[piece.name] + (piece.expert or 0) * piece.nbytes
+            write_at(handle, data.data.cast("B"), offset)
             inexact += changed
             progress.add(piece.nbytes)
     return inexact
@@ -122,12 +135,15 @@ def _write_pieces(
 
 def _describe(writer: _Writer, config: Config, words: _Table, name: str, encoding: Encoding) -> None:
     """Write the model's dimensions, and its tokenizer as :func:`gguf_tokenizer` describes it."""
-    heads, width, rotation = config.num_attention_heads, config.hidden_size, _rotation(config)
+    heads = config.num_attention_heads
+    width = config.hidden_size
+    rotation = _rotation(config)
     head_width = getattr(config, "head_dim", None) or width // heads
     writer.add_string(SEAL_KEY, UNSEALED)  # first, so that it is found in the first bytes of the file
     writer.add_name(name)
-    writer.add_file_type(_FILE_TYPES[encoding.values.bits if encoding.values else None])
-    writer.add_quantization_version(2)
+    bits = encoding.values.bits if encoding.values else None
+    writer.add_file_type(_FILE_TYPES[bits])
+    writer.add_quantization_version(2)  # of ggml's block layouts
     writer.add_vocab_size(len(words["token_list"]))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(width)
@@ -184,6 +200,7 @@ def _llama3_factors(config: Config) -> NDArray[np.float32] | None:
     settings = _rotation(config)
     if settings.get("rope_type") != "llama3":
         return None
+    # llama.cpp divides the frequencies by a tensor of factors, and transformers computes the divided ones
     divided, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     width = 2 * divided.numel()
     plain = settings["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)

@@ -72,7 +72,7 @@ def family_of(config: Config) -> Family:
 
 _ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
 _OF_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
-_CORRECTION = ".e_score_correction_bias", ".e_score_correction.bias"
+_CORRECTION = (".e_score_correction_bias", ".e_score_correction.bias")
 """Bias added to router gates when experts are chosen: names in transformers and in gguf's name map."""
 _ROUTERS = (".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight")
 
@@ -100,15 +100,21 @@ class GgufTensor:
 
     def data(self, values: TensorValues) -> tuple[NDArray[np.generic], int]:
         """Return (the array to write, number of scales that fp16 does not hold exactly). Raises ExportError."""
-        tensor, grid = values.tensor.to(self.output.dtype), self.output.grid
+        tensor = values.tensor.to(self.output.dtype)
+        grid = self.output.grid
         if grid is None:
             tensor = _for_neighbours(tensor, self.heads).contiguous()
-            return (tensor.float() if self.numpy is np.float32 else tensor.view(torch.uint8)).numpy(), 0
-        keep = None if values.keep is None else as_bools(values.keep, tensor.shape[1])
+            if self.numpy is np.float32:
+                return tensor.float().numpy(), 0
+            return tensor.view(torch.uint8).numpy(), 0  # numpy has no bf16
+        keep: Tensor | None = None
+        if values.keep is not None:
+            keep = as_bools(values.keep, tensor.shape[1])
         try:
             blocks, changed = gguf_blocks(tensor, keep, grid, values.scales)
         except ValueError as error:
             raise ExportError(f"{self.output.name}: {error}") from None
+        # after quantisation, because scales and mask have the model's order of rows; a row's blocks stay together
         return _for_neighbours(blocks, self.heads).contiguous().numpy(), changed
 
 
@@ -116,7 +122,9 @@ class GgufPlan:
     """The tensors of a GGUF file. Raises ExportError if a tensor of the model has no place in it."""
 
     def __init__(self, outputs: Sequence[TensorSpec], config: Config, family: Family, library: ModuleType):
-        self._config, self._family, self._kinds = config, family, library.GGMLQuantizationType
+        self._config = config
+        self._family = family
+        self._kinds = library.GGMLQuantizationType
         architectures = {name: number for number, name in library.MODEL_ARCH_NAMES.items()}
         architecture = architectures.get(family.architecture)
         if architecture is None:
@@ -132,15 +140,23 @@ class GgufPlan:
         self.tensors = [self._tensor(name, pieces) for name, pieces in by_name.items()]
 
     def _piece(self, output: TensorSpec) -> GgufTensor:
+        """Return the tensor of the file for an output, or its part of a stack of experts. Raises ExportError."""
         of_expert = _OF_EXPERT.fullmatch(output.name)
-        merged = f"{of_expert[1]}.{of_expert[3]}" if of_expert else output.name.replace(*_CORRECTION)
+        expert: int | None = None
+        if of_expert:
+            experts, number, part = of_expert.groups()
+            expert = int(number)
+            merged = f"{experts}.{part}"  # the name of the stack, which all its experts share
+        else:
+            in_transformers, in_name_map = _CORRECTION
+            merged = output.name.replace(in_transformers, in_name_map)
         name = self._names.get_name(merged, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ExportError(
                 f"{output.name} has no name in GGUF files of {self._family.architecture}. Choose another format"
             )
-        expert = int(of_expert[2]) if of_expert else None
-        return GgufTensor(name, *self._stored(output, name), output, expert, self._heads(output))
+        shape, kind, numpy = self._stored(output, name)
+        return GgufTensor(name, shape, kind, numpy, output, expert, self._heads(output))
 
     def _stored(self, output: TensorSpec, name: str) -> tuple[tuple[int, ...], object, type[np.generic]]:
         """Return (shape of the written array, ggml type, numpy type)."""
@@ -151,8 +167,9 @@ class GgufPlan:
                     f"{output.name} has {columns} inputs, not a multiple of GGUF's block size {BLOCK}. Leave values "
                     "unset"
                 )
-            width = columns // BLOCK * (2 + BLOCK * output.grid.bits // 8)
-            return (*rows, width), self._kinds.Q8_0 if output.grid.bits == 8 else self._kinds.Q4_0, np.uint8
+            block_bytes = 2 + BLOCK * output.grid.bits // 8  # an fp16 scale, and the codes
+            kind = self._kinds.Q8_0 if output.grid.bits == 8 else self._kinds.Q4_0
+            return (*rows, columns // BLOCK * block_bytes), kind, np.uint8
         halves = {torch.bfloat16: self._kinds.BF16, torch.float16: self._kinds.F16}
         # llama.cpp needs vectors in fp32; with 16-bit routers it would also round the activations
         if not rows or name.endswith(_ROUTERS) or output.dtype not in halves:
@@ -160,12 +177,15 @@ class GgufPlan:
         return (*rows, 2 * columns), halves[output.dtype], np.uint8
 
     def _heads(self, output: TensorSpec) -> int:
+        """Return the heads of a query or key projection whose rows are reordered; 0 for other tensors."""
         owner = output.name.rpartition(".")[0]
         if not self._family.rotates_neighbours or not owner.endswith(_ROTATED):
             return 0
         heads: int = self._config.num_attention_heads
-        shared = getattr(self._config, "num_key_value_heads", None)
-        return shared or heads if owner.endswith(_ROTATED[1]) else heads
+        _, keys = _ROTATED
+        if owner.endswith(keys):
+            return getattr(self._config, "num_key_value_heads", None) or heads
+        return heads
 
     def _tensor(self, name: str, pieces: list[GgufTensor]) -> GgufTensor:
         """Return the tensor of the file that consists of these pieces. Raises ExportError."""
@@ -174,7 +194,8 @@ class GgufPlan:
             if len(pieces) > 1:
                 raise ExportError(f"{pieces[1].output.name} and {first.output.name} would both be {name} in the file")
             return first
-        count, places = num_experts(self._config), {piece.expert for piece in pieces}
+        count = num_experts(self._config)
+        places = {piece.expert for piece in pieces}
         kinds = {(piece.shape, piece.kind) for piece in pieces}
         if places != set(range(count)) or len(pieces) != count or len(kinds) > 1:
             raise ExportError(
@@ -192,4 +213,5 @@ def _for_neighbours(tensor: Tensor, heads: int) -> Tensor:
     """Reorder the rows of a query or key projection for :attr:`Family.rotates_neighbours`."""
     if not heads:
         return tensor
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    halves = tensor.unflatten(0, (heads, 2, -1))  # (heads, 2, d / 2, ...)
+    return halves.transpose(1, 2).flatten(0, 2)  # row i and row i + d / 2 of a head become neighbours

@@ -11,8 +11,13 @@ if TYPE_CHECKING:
 
 _Table = dict[str, Any]
 """Part of tokenizer.json, or arguments of ``GGUFWriter``."""
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""Token types in llama.cpp's numbering."""
+# token types in llama.cpp's numbering
+NORMAL = 1
+UNKNOWN = 2
+CONTROL = 3
+USER_DEFINED = 4
+UNUSED = 5
+BYTE = 6
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,12 +38,18 @@ def gguf_tokenizer(tokenizer: "Tokenizer", vocab_size: int) -> _Table:
             f"GGUF export supports BPE tokenizers, and this is {model.get('type') or type(tokenizer).__name__}. Export "
             'with format = "dense", and convert the folder with the script of llama.cpp'
         )
-    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
+    merges: list[str] = []
+    for merge in model["merges"]:
+        # a pair in new versions of tokenizers, "left right" in old ones
+        merges.append(merge if isinstance(merge, str) else " ".join(merge))
     falls_back = bool(model.get("byte_fallback"))
     pre = "default" if falls_back else _pre_tokenizer(table)
     tokens, kinds = _tokens(table, model, vocab_size, falls_back)
-    names = {key: getattr(tokenizer, f"{key}_token_id", None) for key in ("bos", "eos", "unk", "pad")}
-    special = {key: int(number) for key, number in names.items() if number is not None}
+    special: dict[str, int] = {}
+    for key in ("bos", "eos", "unk", "pad"):
+        number = getattr(tokenizer, f"{key}_token_id", None)
+        if number is not None:
+            special[key] = int(number)
     if "unk" in special and falls_back:
         kinds[special["unk"]] = UNKNOWN
     encoded = tokenizer("a")["input_ids"]
@@ -47,29 +58,41 @@ def gguf_tokenizer(tokenizer: "Tokenizer", vocab_size: int) -> _Table:
         "tokenizer_pre": pre,
         "token_list": tokens,
         "token_types": kinds,
-        **({"token_scores": _scores(tokens, merges)} if falls_back else {"token_merges": merges}),
-        **{f"{key}_token_id": number for key, number in special.items()},
-        "add_bos_token": bool(encoded) and encoded[0] == special.get("bos"),
-        "add_space_prefix": _adds_space(table),
-        "chat_template": _chat_templates(tokenizer),
     }
+    # llama.cpp merges by scores in "llama" vocabularies, and by a list of merges in "gpt2" ones
+    if falls_back:
+        described["token_scores"] = _scores(tokens, merges)
+    else:
+        described["token_merges"] = merges
+    for key, number in special.items():
+        described[f"{key}_token_id"] = number
+    described["add_bos_token"] = bool(encoded) and encoded[0] == special.get("bos")
+    described["add_space_prefix"] = _adds_space(table)
+    described["chat_template"] = _chat_templates(tokenizer)
     return {key: value for key, value in described.items() if value != []}
 
 
 def _tokens(table: _Table, model: _Table, vocab_size: int, falls_back: bool) -> tuple[list[str], list[int]]:
-    tokens, kinds = [f"[PAD{number}]" for number in range(vocab_size)], [UNUSED] * vocab_size
-    named = {number: (token, NORMAL) for token, number in model["vocab"].items()}
+    """Return the token and the type of each id; ids without a token get a name, and are marked as unused."""
+    tokens = [f"[PAD{number}]" for number in range(vocab_size)]
+    kinds = [UNUSED] * vocab_size
+    named: dict[int, tuple[str, int]] = {}
+    for token, number in model["vocab"].items():
+        named[number] = (token, NORMAL)
     if falls_back:
-        named |= {
-            n: (f"<0x{b:02X}>", BYTE) for b in range(256) if (n := model["vocab"].get(f"<0x{b:02X}>")) is not None
-        }
+        for byte in range(256):
+            token = f"<0x{byte:02X}>"
+            if token in model["vocab"]:
+                named[model["vocab"][token]] = (token, BYTE)
     for added in table.get("added_tokens") or ():
-        named[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
+        kind = CONTROL if added["special"] else USER_DEFINED
+        named[added["id"]] = (added["content"], kind)
     beyond = sorted(number for number in named if number >= vocab_size)
     if beyond:
         raise ExportError(f"the tokenizer has token {beyond[0]}, but the model embeds only {vocab_size} tokens")
     for number, (token, kind) in named.items():
-        tokens[number], kinds[number] = token, kind
+        tokens[number] = token
+        kinds[number] = kind
     return tokens, kinds
 
 
@@ -85,7 +108,9 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
 def _pre_tokenizer(table: _Table) -> str:
     """Return llama.cpp's name for the pre-tokeniser. Raises ExportError without one."""
     found = table.get("pre_tokenizer") or {}
-    parts = found.get("pretokenizers", [found] if found else [])
+    parts = found.get("pretokenizers")  # of a sequence
+    if parts is None:
+        parts = [found] if found else []
     kinds = [part.get("type") for part in parts]
     if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
         return "gpt-2"
@@ -115,8 +140,9 @@ def _chat_templates(tokenizer: "Tokenizer") -> list[dict[str, str]]:
     """
     found = tokenizer.chat_template or {}
     named = {"default": found} if isinstance(found, str) else found
-    plain = {name: re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", text) for name, text in named.items()}
-    return [
-        {"name": name, "template": re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", text)}
-        for name, text in plain.items()
-    ]
+    templates: list[dict[str, str]] = []
+    for name, text in named.items():
+        plain = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", text)
+        plain = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", plain)
+        templates.append({"name": name, "template": plain})
+    return templates
