@@ -55,7 +55,9 @@ class Matrix:
     @property
     def unit_weights(self) -> OwnKeys | None:
         """Return what the kernels of units read; None if they do not serve its units."""
-        count = prune_count(self.sparsity, self.layer.layout.in_features) if self.kind == "row" else 0
+        count = 0
+        if self.kind == "row":
+            count = prune_count(self.sparsity, self.layer.layout.in_features)
         return self.layer.unit_weights(self.stored, self.prune_per_group, count)
 
     @property
@@ -86,42 +88,74 @@ def select_kept(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Ke
     by a shard boundary, counts are exchanged. Collective, with a number of exchanges that does not depend on the number
     of matrices. Raises FloatingPointError on every rank, naming the layers, for scores that are not finite.
     """
-    ranks, device = rank_sums(any_weight), sharding.shard_of(any_weight).values.device
-    by_itself = [m for m in matrices if not m.competes]
-    whole = [m for m in matrices if m.competes and m.is_selected_there]
-    cut = [m for m in matrices if m.competes and not m.is_selected_there]
-    shared, owned = [m for m in cut if not m.is_of_owners], [m for m in cut if m.is_of_owners]
-    found: dict[int, Kept] = {**_select_whole(whole, any_weight, device), **_select_owned(owned, any_weight, device)}
+    ranks = rank_sums(any_weight)
+    device = sharding.shard_of(any_weight).values.device
+    separate: list[Matrix] = []
+    whole: list[Matrix] = []
+    owned: list[Matrix] = []
+    shared: list[Matrix] = []
+    for m in matrices:
+        if not m.competes:
+            separate.append(m)
+        elif m.is_selected_there:
+            whole.append(m)
+        elif m.is_of_owners:
+            owned.append(m)
+        else:
+            shared.append(m)
+    # Each call exchanges counts. The four lists are the same on every rank, so all ranks make the calls in this order.
+    kept: dict[int, Kept] = {}
+    kept.update(_select_whole(whole, any_weight, device))
+    kept.update(_select_owned(owned, any_weight, device))
     if shared:
         with _naming(shared):
-            found.update(zip(map(id, shared), _select(shared, ranks, device), strict=True))
-    if by_itself:
-        found.update(zip(map(id, by_itself), _each_unit_by_itself(by_itself, any_weight), strict=True))
-    groups = {id(m): own for m in matrices if m.kind == "n:m" and m.selects_units and (own := m.unit_weights)}
+            kept.update(zip(map(id, shared), _select(shared, ranks, device), strict=True))
+    if separate:
+        kept.update(zip(map(id, separate), _each_unit_by_itself(separate, any_weight), strict=True))
+    _prune_in_groups(matrices, kept)
+    return [kept[id(m)] for m in matrices]
+
+
+def _prune_in_groups(matrices: Sequence[Matrix], kept: dict[int, Kept]) -> None:
+    """Replace bits of N:M groups by bits of weights in ``kept``, by id, for the matrices that kernels serve."""
+    groups: dict[int, OwnKeys] = {}
+    unconstrained: list[Tensor] = []
+    for m in matrices:
+        if m.kind != "n:m" or not m.selects_units:
+            continue
+        weights = m.unit_weights
+        if not weights:
+            continue
+        groups[id(m)] = weights
+        bits = kept[id(m)]
+        if isinstance(bits, Tensor):
+            unconstrained.append(bits)
     if groups:
-        free = [bits for i in groups if isinstance(bits := found[i], Tensor)]
-        found.update(zip(groups, keep_n_of_m(list(groups.values()), free)[0], strict=True))
-    return [found[id(m)] for m in matrices]
+        # Scores were checked when the groups were ranked.
+        masks, _ = keep_n_of_m(list(groups.values()), unconstrained)
+        kept.update(zip(groups, masks, strict=True))
 
 
 def _select_whole(matrices: Sequence[Matrix], any_weight: nn.Parameter, device: torch.device) -> dict[int, Tensor]:
     """Return the kept bits, by id, of the matrices that lie in this rank's shard. Collective: one exchange."""
-    found, not_finite = {}, torch.zeros(len(matrices), dtype=torch.int64)
-    in_passes = []
+    kept: dict[int, Tensor] = {}
+    not_finite = torch.zeros(len(matrices), dtype=torch.int64)
+    in_passes: list[int] = []
     for i, m in enumerate(matrices):
         if m.layer.num_units(m.stored) == 0:
-            found[id(m)] = torch.empty(0, dtype=torch.uint8, device=device)
+            kept[id(m)] = torch.empty(0, dtype=torch.uint8, device=device)
         elif device.type == "cpu" and m.stored.rect.numel <= MOST_AT_ONCE:
-            found[id(m)], not_finite[i] = kept_bits(_all_keys(m), _prune_count(m))
+            kept[id(m)], not_finite[i] = kept_bits(_all_keys(m), _prune_count(m))
         else:
             in_passes.append(i)
+    # An error of this rank must not skip the exchange that the other ranks take part in.
     try:
-        passed = _select([matrices[i] for i in in_passes], RankSums(), device)
-        found.update({id(matrices[i]): bits for i, bits in zip(in_passes, passed, strict=True)})
+        selected = _select([matrices[i] for i in in_passes], RankSums(), device)
+        kept.update({id(matrices[i]): bits for i, bits in zip(in_passes, selected, strict=True)})
     except NonFiniteScoreError as error:
         not_finite[[in_passes[i] for i in error.matrices]] = 1
     _raise_on_all_ranks(matrices, not_finite, any_weight, device)
-    return found
+    return kept
 
 
 def _raise_on_all_ranks(
@@ -130,45 +164,62 @@ def _raise_on_all_ranks(
     """Raise FloatingPointError on every rank if one has marked matrices in ``not_finite``. Collective: one exchange."""
     if matrices:
         with _naming(matrices):
-            if bad := group_sum(not_finite.to(device), any_weight).cpu().nonzero().flatten().tolist():
-                raise NonFiniteScoreError(bad)
+            marks = group_sum(not_finite.to(device), any_weight).cpu()
+            marked = marks.nonzero().flatten().tolist()
+            if marked:
+                raise NonFiniteScoreError(marked)
 
 
 def _select_owned(matrices: Sequence[Matrix], any_weight: nn.Parameter, device: torch.device) -> dict[int, Tensor]:
     """Return the kept bits, by id, of matrices that the owners of their experts select together. Collective."""
-    found = {id(m): torch.empty(0, dtype=torch.uint8, device=device) for m in matrices}
-    own, not_finite = [i for i, m in enumerate(matrices) if not m.layer.is_elsewhere], torch.zeros(len(matrices))
+    kept = {id(m): torch.empty(0, dtype=torch.uint8, device=device) for m in matrices}
+    positions = [i for i, m in enumerate(matrices) if not m.layer.is_elsewhere]
+    not_finite = torch.zeros(len(matrices))
     try:
-        mine = [matrices[i] for i in own]
-        ranks = rank_sums(mine[0].layer.layer.pst_mask, owners=True) if mine else RankSums()
-        found.update(zip(map(id, mine), _select(mine, ranks, device), strict=True))
+        here = [matrices[i] for i in positions]
+        ranks = RankSums()
+        if here:
+            ranks = rank_sums(here[0].layer.layer.pst_mask, owners=True)
+        kept.update(zip(map(id, here), _select(here, ranks, device), strict=True))
     except NonFiniteScoreError as error:
-        not_finite[[own[i] for i in error.matrices]] = 1
+        not_finite[[positions[i] for i in error.matrices]] = 1
+    # All ranks take part, also those that own other experts, so that all stop.
     _raise_on_all_ranks(matrices, not_finite, any_weight, device)
-    return found
+    return kept
 
 
 def _select(matrices: Sequence[Matrix], ranks: RankSums, device: torch.device) -> list[Tensor]:
     """Return the kept bits of each matrix on this rank. Collective if ``ranks`` is. Raises NonFiniteScoreError."""
-    found: dict[int, Tensor] = {}
-    single = [i for i, m in enumerate(matrices) if not m.selects_units]
-    wide = [i for i, m in enumerate(matrices) if m.selects_units]
+    kept: dict[int, Tensor] = {}
+    single: list[int] = []
+    by_kernels: dict[int, OwnKeys] = {}
+    in_torch: list[int] = []
+    for i, m in enumerate(matrices):
+        if not m.selects_units:
+            single.append(i)
+            continue
+        weights = m.unit_weights
+        if weights:
+            by_kernels[i] = weights
+        else:
+            in_torch.append(i)
+    # The order of the three searches is the order of their exchanges.
     if single:
         keys, pools = _single_weights([matrices[i] for i in single])
         with _numbered(single):
-            found.update(zip(single, select_bits(keys, ranks, device, pools), strict=True))
-    own = {i: weights for i in wide if (weights := matrices[i].unit_weights)}
-    if own:
-        keys = [
-            _by_kernels(matrices[i], own[i], tile) for i, tile in zip(own, unit_keys(list(own.values())), strict=True)
-        ]
-        with _numbered(list(own)):
-            found.update(zip(own, select_bits(keys, ranks, device), strict=True))
-    if wide := [i for i in wide if i not in own]:
-        with _numbered(wide):
-            cuts = select([_units(matrices[i]) for i in wide], ranks, device)
-        found.update({i: _unit_bits(matrices[i], cut) for i, cut in zip(wide, cuts, strict=True)})
-    return [found[i] for i in range(len(matrices))]
+            kept.update(zip(single, select_bits(keys, ranks, device, pools), strict=True))
+    if by_kernels:
+        tables: list[MatrixKeys] = []
+        for (i, weights), tile in zip(by_kernels.items(), unit_keys(list(by_kernels.values())), strict=True):
+            tables.append(_by_kernels(matrices[i], weights, tile))
+        with _numbered(list(by_kernels)):
+            kept.update(zip(by_kernels, select_bits(tables, ranks, device), strict=True))
+    if in_torch:
+        with _numbered(in_torch):
+            cuts = select([_units(matrices[i]) for i in in_torch], ranks, device)
+        for i, cut in zip(in_torch, cuts, strict=True):
+            kept[i] = _unit_bits(matrices[i], cut)
+    return [kept[i] for i in range(len(matrices))]
 
 
 def weights_kept(matrix: Matrix, bits: Tensor) -> Iterator[tuple[Rect, Tensor]]:
@@ -179,12 +230,12 @@ def weights_kept(matrix: Matrix, bits: Tensor) -> Iterator[tuple[Rect, Tensor]]:
     at = 0
     for rect in layer.rects(matrix.stored):
         count = rect.numel // per_unit
-        own = flags[at : at + count]
+        flags_of_rect = flags[at : at + count]
         at += count
         if not matrix.selects_units:
-            yield rect, own.view(rect.shape)
+            yield rect, flags_of_rect.view(rect.shape)
             continue
-        kept = units.expand_units(own, rect, layer.unit)
+        kept = units.expand_units(flags_of_rect, rect, layer.unit)
         if matrix.kind == "n:m":  # a constrained group keeps its best
             kept = kept | units.keep_n_of_m(layer.keys(matrix.stored, rect), layer.unit, matrix.prune_per_group)
         yield rect, kept
@@ -194,7 +245,9 @@ def as_run(matrix: Matrix, bits: Kept) -> MatrixBits | None:
     """Return the bits of :func:`select_kept` for the kernel that puts them in place; None if it does not serve them."""
     if isinstance(bits, MatrixBits):
         return bits
-    layer, rect, length = matrix.layer, matrix.stored.rect, matrix.layer.row_length
+    layer = matrix.layer
+    rect = matrix.stored.rect
+    length = layer.row_length
     unit = layer.unit if matrix.kind == "block" else (1, 1)
     if (matrix.kind == "n:m" and matrix.selects_units) or layer.unit[0] > unit[0]:
         return None
@@ -204,17 +257,23 @@ def as_run(matrix: Matrix, bits: Kept) -> MatrixBits | None:
 
 def _single_weights(matrices: Sequence[Matrix]) -> tuple[list[MatrixKeys], list[int]]:
     """Return the keys of single weights, and the number to prune per pool: all "global", or a "stack" layer."""
-    keys, pools = [], dict[object, int]()
+    keys: list[MatrixKeys] = []
+    pools: dict[object, int] = {}
     for m in matrices:
-        numel, pool = m.stored.rect.numel, _pool(m)
-        wanted = _prune_count(m)
+        numel = m.stored.rect.numel
+        pool = _pool(m)
+        pool_index = None
+        count = _prune_count(m)
         if pool is not None:
-            pools[pool] = pools.get(pool, 0) + wanted
+            pools[pool] = pools.get(pool, 0) + count
+            pool_index = list(pools).index(pool)
+            # The pool decides how many weights the matrix loses, up to this limit.
+            count = numel - math.ceil(m.layer.rule.min_kept_share * numel)
         keys.append(
             MatrixKeys(
-                prune_count=wanted if pool is None else numel - math.ceil(m.layer.rule.min_kept_share * numel),
+                prune_count=count,
                 tiles=partial(m.layer.weight_keys, m.stored),
-                pool=None if pool is None else list(pools).index(pool),
+                pool=pool_index,
                 is_whole=m.lies_whole,
                 num_keys=m.layer.num_units(m.stored),
                 num_in_all=numel,
@@ -258,11 +317,14 @@ def _units(m: Matrix) -> MatrixKeys:
 def _by_kernels(m: Matrix, own: OwnKeys, keys: Tensor) -> MatrixKeys:
     """Return the ``keys`` of the units of ``own`` for selection by kernels."""
     assert own.units is not None
-    made, total, start = _units(m), m.stored.rect.numel // math.prod(m.layer.unit), own.units.first
-    assert made.own is not None
-    counted = start + made.own[0], start + made.own[1]
-    table = OwnKeys(keys, start, total, Rect(0, 1, 0, total), TileFactors(), counted=counted)
-    return replace(made, num_keys=keys.numel(), num_in_all=total, own_keys=table)
+    in_units = _units(m)
+    total = m.stored.rect.numel // math.prod(m.layer.unit)
+    start = own.units.first
+    assert in_units.own is not None
+    first, end = in_units.own
+    # To the kernels, the keys of all units are a matrix of one row.
+    table = OwnKeys(keys, start, total, Rect(0, 1, 0, total), TileFactors(), counted=(start + first, start + end))
+    return replace(in_units, num_keys=keys.numel(), num_in_all=total, own_keys=table)
 
 
 def _unit_bits(m: Matrix, cut: Cut) -> Tensor:
@@ -278,33 +340,34 @@ def _unit_bits(m: Matrix, cut: Cut) -> Tensor:
 
 def _each_unit_by_itself(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Kept]:
     """Return the kept bits of matrices whose rows, or N:M groups, are decided separately. Collective."""
-    found, bad = dict[int, Kept](), dict[int, Tensor]()
-    own = {i: weights for i, m in enumerate(matrices) if (weights := m.unit_weights)}
-    for kind, keep in (("row", keep_in_rows), ("n:m", keep_n_of_m)):
-        if some := [i for i in own if matrices[i].kind == kind]:
-            kept, not_finite = keep([own[i] for i in some])
-            found.update(zip(some, kept, strict=True))
-            bad.update(zip(some, not_finite, strict=True))
+    kept: dict[int, Kept] = {}
+    not_finite: dict[int, Tensor] = {}
+    by_kernels: dict[int, OwnKeys] = {}
     for i, m in enumerate(matrices):
-        if i not in own:
-            found[i], bad[i] = _each_unit_in_torch(m)
-    with _naming(matrices):
-        if (
-            wrong := group_sum(torch.stack([bad[i] for i in range(len(matrices))]), any_weight)
-            .cpu()
-            .nonzero()
-            .flatten()
-            .tolist()
-        ):
-            raise NonFiniteScoreError(wrong)
-    return [found[i] for i in range(len(matrices))]
+        weights = m.unit_weights
+        if weights:
+            by_kernels[i] = weights
+    for kind, keep in (("row", keep_in_rows), ("n:m", keep_n_of_m)):
+        of_kind = [i for i in by_kernels if matrices[i].kind == kind]
+        if of_kind:
+            masks, marks = keep([by_kernels[i] for i in of_kind])
+            kept.update(zip(of_kind, masks, strict=True))
+            not_finite.update(zip(of_kind, marks, strict=True))
+    for i, m in enumerate(matrices):
+        if i not in by_kernels:
+            kept[i], not_finite[i] = _each_unit_in_torch(m)
+    marks_in_order = torch.stack([not_finite[i] for i in range(len(matrices))])
+    _raise_on_all_ranks(matrices, marks_in_order, any_weight, marks_in_order.device)
+    return [kept[i] for i in range(len(matrices))]
 
 
 def _each_unit_in_torch(m: Matrix) -> tuple[Tensor, Tensor]:
     """Return the kept bits of one of these matrices, and how many tiles have scores that are not finite."""
     rects = list(m.layer.rects(m.stored))
     keep = torch.empty(sum(rect.numel for rect in rects), dtype=torch.uint8, device=m.layer.device)
-    at, not_finite = 0, torch.zeros((), dtype=torch.int64, device=m.layer.device)
+    at = 0
+    # Stays on the device, so that no tile waits for the host.
+    not_finite = torch.zeros((), dtype=torch.int64, device=m.layer.device)
     for rect in rects:
         keys = m.layer.keys(m.stored, rect)
         lowest, highest = keys.aminmax()
