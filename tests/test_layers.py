@@ -244,6 +244,7 @@ JOURNEYS = {
     "train/test_update_forms.py": "runs whose update form another package adds",
     "cli/test_hub.py": "every verb that names a model of the hub",
     "hf/test_start.py": "prune_pretrained in a script, followed by a Trainer",
+    "hf/test_unpatched.py": "what every class of hf changes in transformers",
     "test_docs.py": "generated pages and tracked paths",
     "test_gates.py": "the Makefile, CI and the release",
     "test_layers.py": "imports of the whole package, and where its tests are",

@@ -228,6 +228,11 @@ class Schedules:
     def masks_final_at(self, step: int) -> bool:
         return self.masks is not None and self.masks.is_final(step)
 
+    @property
+    def has_solves(self) -> bool:
+        """True if masks are solved for, in place of a ranking."""
+        return bool(self._solves)
+
     def last_solve(self, step: int) -> int:
         """Return the step of the latest solve up to ``step``; 0 before the first."""
         return max((at for at in self._solves if at <= step), default=0)

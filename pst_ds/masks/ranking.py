@@ -1,17 +1,19 @@
-"""A criterion at work on a model: what it needs is collected while the model trains, then it chooses masks."""
+"""Masks by the scores of a criterion, whose gradients are collected while the model trains."""
 
 from torch import Tensor, nn
 
 from pst_ds.config.criteria import as_criterion, criterion_called
 from pst_ds.core.criteria.criterion import GRADIENTS, INPUT_NORMS, LEARNED_SCORES, Criterion
+from pst_ds.core.schedule import Schedules
 from pst_ds.errors import InputError
+from pst_ds.masks.mask_source import MaskSource
 from pst_ds.masks.update import MaskStats, update_masks
 from pst_ds.nn.inject import injected_config, pst_layers
 from pst_ds.nn.weight_gradients import WeightGradients
 from pst_ds.parallel import sharding
 
 
-class Ranking:
+class Ranking(MaskSource):
     """Ranks the weights of ``model`` by a criterion.
 
     Args:
@@ -31,16 +33,7 @@ class Ranking:
         self._is_implied = criterion is None and not config.criterion
         self._model = model
         self._gradients: WeightGradients | None = None
-        if criterion is not None and config.initial_mask == "zeros":
-            raise InputError(
-                'criterion: initial_mask = "zeros" keeps the non-zeros of the base model, and ranks no weights. Remove '
-                "one of them"
-            )
-
-    @property
-    def learns_scores(self) -> bool:
-        """True if the criterion uses the factors A, B, R and C, so that training them has an effect."""
-        return LEARNED_SCORES in self.criterion.needs
+        self.learns_scores = LEARNED_SCORES in self.criterion.needs
 
     def require_norms(self) -> None:
         """Raise InputError if the criterion needs norms of inputs that a layer lacks."""
@@ -59,21 +52,20 @@ class Ranking:
                     f"pst_ds.train.calibration.set_norms, or {remedy}"
                 )
 
-    def before_batch(self, *, is_due: bool) -> None:
-        """Collect what the criterion needs of the next batch, if a mask update follows it (``is_due``)."""
+    def before_batch(self, schedules: Schedules, step: int) -> None:
+        """Collect gradients of the next batch, if the criterion needs them and a mask update follows it."""
         if GRADIENTS not in self.criterion.needs:
             return
-        self.stop_listening()
-        if is_due:
+        self.close()
+        if schedules.masks is not None and schedules.masks.updates_masks_at(step + 1):
             self._gradients = WeightGradients(self._model)
 
-    def stop_listening(self) -> None:
-        """Forget what was collected since the last update."""
+    def close(self) -> None:
         if self._gradients is not None:
             self._gradients.close()
         self._gradients = None
 
-    def update(self, sparsity: float, progress: float) -> MaskStats:
+    def update(self, target: float, progress: float) -> MaskStats:
         """Select masks, as :func:`pst_ds.masks.update.update_masks`. Collective.
 
         Raises InputError if the criterion needs gradients, weights are to be pruned, and no batch was collected.
@@ -84,12 +76,12 @@ class Ranking:
             device = sharding.shard_of(layers[0].pst_mask).values.device
             if self._gradients is not None:
                 gradients = self._gradients.of_all_ranks(device)
-            elif sparsity == 0.0:  # nothing is pruned, so the order of the weights has no effect
+            elif target == 0.0:  # nothing is pruned, so the order of the weights has no effect
                 gradients = WeightGradients(self._model).of_all_ranks(device)
             else:
                 raise InputError(
                     f"the criterion {type(self.criterion).__name__} needs gradients, and the schedule prunes to "
-                    f"{sparsity:.3g} before the first step. Set initial_sparsity = 0, on a schedule with a ramp"
+                    f"{target:.3g} before the first step. Set initial_sparsity = 0, on a schedule with a ramp"
                 )
-            self.stop_listening()
-        return update_masks(self._model, sparsity, progress=progress, criterion=self.criterion, gradients=gradients)
+            self.close()
+        return update_masks(self._model, target, progress=progress, criterion=self.criterion, gradients=gradients)

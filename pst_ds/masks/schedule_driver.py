@@ -12,13 +12,11 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.core.criteria.criterion import Criterion, WeightSlice
 from pst_ds.core.schedule import RoundingSchedule, Schedule, Schedules
 from pst_ds.errors import InputError, shortened
-from pst_ds.masks.experts import remove_experts
+from pst_ds.masks.choose_source import choose_source
+from pst_ds.masks.mask_source import MaskSource
 from pst_ds.masks.ranking import Ranking
 from pst_ds.masks.scales import RoundingStats, update_scales
-from pst_ds.masks.solve import solve_masks
-from pst_ds.masks.update import MaskStats, mask_stats, masks_of_zeros
-from pst_ds.nn.expert_scores import ExpertScores
-from pst_ds.nn.gradient_sums import GradientSums
+from pst_ds.masks.update import MaskStats, mask_stats
 from pst_ds.nn.inject import freeze_scores, injected_config, layers_never_called, pst_layers, round_weights
 from pst_ds.nn.model_structure import is_inside_block
 from pst_ds.nn.tables.rounded import round_tables
@@ -33,26 +31,20 @@ SPARSITY_TOLERANCE = 0.01
 
 
 def update_if_due(
-    model: nn.Module,
-    schedules: Schedules,
-    step: int,
-    sums: GradientSums | ExpertScores | None = None,
-    ranking: Ranking | None = None,
+    model: nn.Module, schedules: Schedules, step: int, source: MaskSource
 ) -> tuple[MaskStats | None, RoundingStats | None]:
     """Update masks and quantisation scales if they are due after applied step ``step`` (0: before the first). Once the
     masks are final, fix the scores; from the first search of scales on, quantise the weights. Return the statistics of
     both updates; None for one that was not due.
 
-    A model injected with ``initial_mask = "zeros"`` keeps the non-zeros of its weights instead of selecting masks. With
-    ``sums`` of the last batches, masks and kept weights are solved for instead, and the sums are closed; with scores of
-    experts whole experts are removed. Otherwise weights are ranked by ``ranking``; None is that of the model's config.
-    Collective: schedules and step are equal on every rank, so all ranks update or none does.
+    ``source`` chooses the masks, and is closed once they are final. Collective: schedules and step are equal on every
+    rank, so all ranks update or none does.
 
     Raises:
         InputError: after the first step, for layers that no forward pass has called (``PSTConfig.prune_uncalled``).
         FloatingPointError: scores, updates or weights are not finite; raised on every rank.
     """
-    masks = None if schedules.masks is None else _update_masks(model, schedules.masks, step, sums, ranking)
+    masks = None if schedules.masks is None else _update_masks(model, schedules.masks, step, source)
     scales = None
     if schedules.updates_scales_at(step) and any(layer.stored_grid for layer in pst_layers(model).values()):
         heartbeat("the search of scales")
@@ -63,9 +55,7 @@ def update_if_due(
     return masks, scales
 
 
-def _update_masks(
-    model: nn.Module, schedule: Schedule, step: int, sums: GradientSums | ExpertScores | None, ranking: Ranking | None
-) -> MaskStats | None:
+def _update_masks(model: nn.Module, schedule: Schedule, step: int, source: MaskSource) -> MaskStats | None:
     """Select masks if ``schedule`` does so after ``step``."""
     if step == 0:  # a forward pass before training may call layers whose weight training reads without a call
         for layer in pst_layers(model).values():
@@ -74,19 +64,10 @@ def _update_masks(
         _require_called(model)
     masks = None
     if schedule.updates_masks_at(step):
-        target, progress = schedule.sparsity_at(step), schedule.progress_at(step)
-        if _keeps_zeros(model):
-            masks = masks_of_zeros(model)
-        elif isinstance(sums, ExpertScores):
-            masks = remove_experts(model, sums, target)
-        elif sums is not None:
-            masks = solve_masks(model, sums, target, progress)
-            sums.close()
-        else:
-            ranking = Ranking(model) if ranking is None else ranking
-            masks = ranking.update(target, progress)
+        masks = source.update(schedule.sparsity_at(step), schedule.progress_at(step))
     if schedule.is_final(step):
         freeze_scores(model)
+        source.close()
     return masks
 
 
@@ -131,15 +112,16 @@ class MaskUpdater:
         self.schedule = schedule
         self._model = unwrapped(model)
         _require_pst(self._model)
-        self._ranking = Ranking(self._model, criterion)
-        self._ranking.require_norms()
+        self.schedules = Schedules(schedule, rounding)
+        self._source = choose_source(self._model, self.schedules, criterion=criterion)
+        if isinstance(self._source, Ranking):
+            self._source.require_norms()  # pst-ds train measures them
         if _keeps_zeros(self._model) and not schedule.is_final(0):
             raise InputError(
                 f'initial_mask = "zeros": {type(schedule).__name__} would prune other weights than the base model. '
                 "Give MaskUpdater OneShotSchedule(final_sparsity=…) with the sparsity of the base model"
             )
         _require_rounding_fits(self._model, schedule, rounding)
-        self.schedules = Schedules(schedule, rounding)
         self.step = 0
         """Applied optimizer steps."""
         self.masks: MaskStats
@@ -204,21 +186,21 @@ class MaskUpdater:
     @property
     def _scores_are_fixed(self) -> bool:
         """True if the learned scores have no effect on masks, now or later."""
-        return self.is_final or not self._ranking.learns_scores
+        return self.is_final or not self._source.learns_scores
 
     def _listen(self) -> None:
         """Collect what the criterion needs of the next step, if masks are updated after it."""
-        self._ranking.before_batch(is_due=self.schedule.updates_masks_at(self.step + 1))
+        self._source.before_batch(self.schedules, self.step)
 
     def _update(self, step: int) -> MaskStats | None:
-        masks, scales = update_if_due(self._model, self.schedules, step, ranking=self._ranking)
+        masks, scales = update_if_due(self._model, self.schedules, step, self._source)
         self.masks, self.rounding_stats = masks or self.masks, scales or self.rounding_stats
         return masks
 
     def _begin(self) -> None:
         """Select the masks before the first step, and check that they fit those that the model came with."""
         found = self.masks.sparsity
-        self._ranking.stop_listening()  # there was no batch yet
+        self._source.close()  # there was no batch yet
         new = self._update(0)
         self._listen()
         if new and _keeps_zeros(self._model) and abs(new.sparsity - self.schedule.final_sparsity) > SPARSITY_TOLERANCE:

@@ -4,6 +4,7 @@ The weights that training has reached, M . (W0 + beta U V), are pruned so that t
 The solution minus beta U V becomes W0 where it is kept; U, V and their optimizer state stay.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,9 +15,11 @@ from pst_ds.core.bits import pack_shard, unpack_range
 from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.one_shot.alps import alps
 from pst_ds.core.one_shot.gram import unit_gram
+from pst_ds.core.schedule import Schedules
 from pst_ds.core.scores import sliced_weight
 from pst_ds.errors import InputError
 from pst_ds.masks.layer_scores import whole_factors
+from pst_ds.masks.mask_source import MaskSource
 from pst_ds.masks.update import MaskStats, mask_stats
 from pst_ds.nn.gradient_sums import GradientSums
 from pst_ds.nn.inject import pst_layers
@@ -27,6 +30,51 @@ from pst_ds.parallel.watchdog import heartbeat
 
 _LEAST_ROW = 0.05
 """Smallest factor of an output's weights when they compete with those of other outputs; the mean square is 1."""
+
+
+class Solving(MaskSource):
+    """Solves for masks and kept weights on inputs and gradients of the last batches before each update.
+
+    Args:
+        device: Device of the computation, which offloaded parameters are not on.
+        by_token: See :class:`GradientSums`.
+    """
+
+    learns_scores = False
+
+    def __init__(self, model: nn.Module, device: torch.device, *, by_token: bool):
+        self._model = model
+        self._device = device
+        self._by_token = by_token
+        self._sums: GradientSums | None = None
+
+    @property
+    def is_collecting(self) -> bool:
+        return self._sums is not None
+
+    def before_batch(self, schedules: Schedules, step: int) -> None:
+        if self._sums is None and schedules.listens_at(step):
+            self._sums = GradientSums(self._model, self._device, by_token=self._by_token)
+
+    def expect(self, inputs: Mapping[str, Tensor]) -> None:
+        if self._sums is not None:
+            self._sums.expect(inputs)
+
+    def after_batch(self) -> None:
+        if self._sums is not None:
+            self._sums.settle()
+
+    def update(self, target: float, progress: float) -> MaskStats:
+        # No checkpoint is written while sums are collected, so a resumed run has them too when its update is due.
+        assert self._sums is not None
+        masks = solve_masks(self._model, self._sums, target, progress)
+        self.close()
+        return masks
+
+    def close(self) -> None:
+        if self._sums is not None:
+            self._sums.close()
+        self._sums = None
 
 
 @dataclass(slots=True)

@@ -86,20 +86,6 @@ def update_masks(
     return mask_stats(model, written)
 
 
-@torch.no_grad()
-def masks_of_zeros(model: nn.Module) -> MaskStats:
-    """Keep exactly the current non-zeros of the weights. Collective; each rank reads its shard.
-
-    A quantised base was masked before it was quantised, see :func:`pst_ds.nn.base_codes.encode_base`.
-    """
-    written = {}
-    for layer in settled_layers(model).values():
-        if layer.weight is not None:
-            num_bytes = layer.own_bits().numel()
-            written[layer] = pack_shard((sharding.shard_of(layer.weight).values != 0).byte(), num_bytes)
-    return mask_stats(model, written)
-
-
 def mask_stats(model: nn.Module, written: Mapping[PSTLayer, Tensor] | None = None) -> MaskStats:
     """Return counts and checksum of the masks, after writing ``written``, this rank's new mask bits by layer.
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from pst_ds.atomic_files import write_bytes_atomic
 from pst_ds.config.run import ConfigError
 from pst_ds.data.tasks import ExampleSet
-from pst_ds.nn.expert_scores import ExpertScores
+from pst_ds.masks.mask_source import MaskSource
 from pst_ds.nn.inject import bypassed, pst_layers
 from pst_ds.nn.input_sums import InputGatherer, InputSum, squares
 from pst_ds.parallel.engine import Engine
-from pst_ds.parallel.ranks import broadcast, is_main, raise_on_all_ranks, rank, sum_over_ranks, world_size
+from pst_ds.parallel.ranks import broadcast, is_main, raise_on_all_ranks, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.evaluate import evaluation_batches
 from pst_ds.train.run_context import RunContext
@@ -80,14 +80,14 @@ def summed_squares(
 
 
 @torch.no_grad()
-def measure_experts(context: RunContext, engine: Engine, examples: ExampleSet, scores: ExpertScores) -> None:
-    """Measure the ``scores`` of the dense model's experts on training examples, before the first step. Collective."""
+def observe_calibration(context: RunContext, engine: Engine, examples: ExampleSet, source: MaskSource) -> None:
+    """Let ``source`` observe the dense model on training examples, before the first step. Collective."""
     drawn, chosen = _sample(context, examples)
     for batch, turns in _batches(engine, context, drawn, chosen):
-        scores.expect(batch)
-        with scores.listening() if rank() < turns else nullcontext():
+        source.expect(batch)
+        with source.observing() if rank() < turns else nullcontext():
             engine(**batch)
-    scores.add_up(sum_over_ranks)
+    source.after_batch()
 
 
 def _sample(context: RunContext, examples: ExampleSet) -> tuple[ExampleSet, list[int]]:

@@ -86,8 +86,8 @@ class Checkpointer:
             self._last_evaluated = (step, values)
             is_best = self._is_best(step, values[run.metric])
         is_due = self._is_late or (run.checkpoint.interval and step % run.checkpoint.interval == 0)
-        self._is_late = bool(is_due) and self._loop.sums is not None  # checkpoints do not have the sums of a solve
-        if self._loop.sums is None and (is_due or is_best or is_last or state.stopped_by):
+        self._is_late = bool(is_due) and self._loop.source.is_collecting  # checkpoints do not have the sums of a solve
+        if not self._loop.source.is_collecting and (is_due or is_best or is_last or state.stopped_by):
             heartbeat("saving")
             settle = partial(self._settle, step, self.best_step, is_last)
             self._report(self._writer.wait())

@@ -17,20 +17,18 @@ from pst_ds.config.run import ConfigError
 from pst_ds.core.schedule import Schedules, learning_rate_factor
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import shortened
+from pst_ds.masks.choose_source import choose_source
 from pst_ds.masks.layer_stats import measure
-from pst_ds.masks.ranking import Ranking
 from pst_ds.masks.schedule_driver import SPARSITY_TOLERANCE, update_if_due
 from pst_ds.masks.update import MaskStats
-from pst_ds.nn.gradient_sums import GradientSums
 from pst_ds.nn.inject import freeze_scores, persistent_buffers, pst_layers
-from pst_ds.nn.router import scores_of_routers
 from pst_ds.parallel import stop_signals, traffic
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.links import NOTHING, Received
-from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, sum_over_ranks, world_size
+from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.batches import Prefetched, own_batches
-from pst_ds.train.calibration import measure_experts
+from pst_ds.train.calibration import observe_calibration
 from pst_ds.train.divergence import DivergedError, MicroBatch, fault_of_batch, require_finite
 from pst_ds.train.expert_tokens import token_figures
 from pst_ds.train.monitor.json_lines import STRAGGLER
@@ -113,14 +111,13 @@ class Loop:
         self.pace = Pace(all_gather_objects(socket.gethostname()))
         self.received: list[Received] = []
         """Bytes that each batch brought to this rank, since the last line of metrics.jsonl."""
-        self.sums: GradientSums | None = None
-        """Sums for the next solve, while the run listens."""
-        self.ranking: Ranking | None = None
-        """What ranks the weights, in runs that prune."""
-        if schedules.masks is not None:
-            self.ranking = Ranking(engine.module)
-        self.scores = scores_of_routers(engine.module)
-        """Scores of the experts on calibration examples and all batches, while some experts are still to be removed."""
+        self.source = choose_source(
+            engine.module,
+            schedules,
+            device=torch.device(context.device),
+            by_token=not context.run.task_facts.predicts_tokens,
+        )
+        """What chooses the masks."""
         self._saved_tensors: AbstractContextManager[object] = nullcontext()
         """Decides where a forward pass keeps tensors for the backward pass."""
         if self.run.model.activation_offload:
@@ -137,16 +134,15 @@ class Loop:
     def _counted_steps(self, state: LoopState) -> Iterator[LoopState]:
         engine = self.engine
         engine.train()
-        if self.scores is not None:
-            self.scores.sums |= {name: torch.tensor(sums) for name, sums in state.expert_sums.items()}
+        self.source.restore(state.expert_sums)
         if not state.batch:
-            if self.scores is not None:
-                measure_experts(self.context, engine, self.examples, self.scores)
+            if self.source.needs_calibration:
+                observe_calibration(self.context, engine, self.examples, self.source)
             _update_if_due(self, state)
             _measure_layers_if_due(self, state)
         elif self.schedules.masks_final_at(state.step):
             freeze_scores(engine.module)
-            self.scores = None
+            self.source.close()
         if state.step >= self.num_steps:
             return
         buffers = {name: buffer.clone() for name, buffer in persistent_buffers(engine.module).items()}
@@ -180,11 +176,7 @@ class Loop:
         """Take one optimizer step, which the engine may skip; raise DivergedError if a loss is not finite."""
         set_rates(self, state.step)
         seed_random_numbers(self.run.seed, state.batch)
-        if self.sums is None and self.schedules.listens_at(state.step):
-            by_token = not self.run.task_facts.predicts_tokens
-            self.sums = GradientSums(self.engine.module, torch.device(self.device), by_token=by_token)
-        if self.ranking is not None and self.schedules.masks is not None:
-            self.ranking.before_batch(is_due=self.schedules.masks.updates_masks_at(state.step + 1))
+        self.source.before_batch(self.schedules, state.step)
         losses: list[Tensor] = []
         for number, batch in enumerate(micro_batches, 1):
             heartbeat(f"the forward and backward pass of batch {state.batch + 1}")
@@ -195,23 +187,16 @@ class Loop:
             losses.append(loss.detach())
             if number == len(micro_batches):
                 # before the engine's last step() of the batch, which applies the optimizer
-                if self.sums is not None:
-                    self.sums.settle()
-                if self.scores is not None:
-                    self.scores.add_up(sum_over_ranks)
-                    state.expert_sums = {name: sums.tolist() for name, sums in self.scores.sums.items()}
+                self.source.after_batch()
+                state.expert_sums = self.source.collected()
                 self._agree_on_batch(state, losses, micro_batches)
             with self.clock.timing("optimizer"):
                 self.engine.step()
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         inputs = {name: values.to(self.device, non_blocking=True) for name, values in batch.inputs.items()}
-        if self.sums is not None:
-            self.sums.expect(inputs)
-        if self.scores is None:
-            return self.objective(self.engine, inputs)
-        self.scores.expect(inputs)
-        with self.scores.listening():
+        self.source.expect(inputs)
+        with self.source.observing():
             return self.objective(self.engine, inputs)
 
     def _agree_on_batch(self, state: LoopState, losses: list[Tensor], micro_batches: Sequence[MicroBatch]) -> None:
@@ -284,15 +269,11 @@ def _update_if_due(loop: Loop, state: LoopState) -> None:
     Raises ConfigError, on every rank, if masks that keep the base model's zeros have another sparsity than requested.
     """
     traffic.take()
-    masks, scales = update_if_due(
-        loop.engine.module, loop.schedules, state.step, sums=loop.sums or loop.scores, ranking=loop.ranking
-    )
+    masks, scales = update_if_due(loop.engine.module, loop.schedules, state.step, loop.source)
     received = _received_bytes([traffic.take()], "update/")
     if masks is not None:
-        loop.sums = None
         state.masks = masks
         if loop.schedules.masks_final_at(state.step):
-            loop.scores = None
             state.expert_sums = {}
         requested = loop.run.schedule.final_sparsity
         target = loop.schedules.sparsity_at(state.step)

@@ -301,7 +301,7 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState) 
             for _ in loop.steps(state):  # changes the state in place
                 checkpointer.after_step(state)
                 # a checkpoint does not have the sums of a solve, so a stop waits for the solve
-                if state.stopped_by and loop.sums is None:
+                if state.stopped_by and not loop.source.is_collecting:
                     break
             metrics = checkpointer.finish(state)
             experts = counts_of_experts(loop.engine.module)

@@ -14,7 +14,8 @@ from pst_ds.config.methods import METHODS
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
 from pst_ds.core.bits import unpack_range
-from pst_ds.masks.update import masks_of_zeros, update_masks
+from pst_ds.masks.base_zeros import masks_of_zeros
+from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine

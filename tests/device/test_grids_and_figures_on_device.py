@@ -9,9 +9,10 @@ import torch
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.quantization import Grid
+from pst_ds.masks.base_zeros import masks_of_zeros
 from pst_ds.masks.layer_stats import measure
 from pst_ds.masks.scales import update_scales
-from pst_ds.masks.update import masks_of_zeros, update_masks
+from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 
 from .pretended import module_to_device, pretended, to_device, to_host

@@ -8,9 +8,10 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.quantization import Grid, round_to_grid
+from pst_ds.masks.base_zeros import masks_of_zeros
 from pst_ds.masks.layer_stats import measure
 from pst_ds.masks.scales import update_scales
-from pst_ds.masks.update import masks_of_zeros, update_masks
+from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers, round_weights
 from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import build_engine, release

@@ -13,7 +13,8 @@ from pst_ds import PSTConfig, inject_pst, load_pretrained, merge_and_unload, pri
 from pst_ds.checkpoint.adapter import PretrainedError
 from pst_ds.core.bits import unpack_range
 from pst_ds.core.quantization import Grid, round_to_grid
-from pst_ds.masks.update import mask_stats, masks_of_zeros, update_masks
+from pst_ds.masks.base_zeros import masks_of_zeros
+from pst_ds.masks.update import mask_stats, update_masks
 from pst_ds.nn.inject import bypassed, pst_layers
 from pst_ds.nn.targets import InjectionError
 
