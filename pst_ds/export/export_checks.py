@@ -39,9 +39,12 @@ def require_pruned(run: RunConfig, format_name: str, *, plain: bool) -> None:
             f'format = "{format_name}" omits pruned weights, and method = "{run.method}" of the run prunes none. {fix}'
         )
     pattern = parse_pattern(run.pst.pattern)
-    is_known = not (pattern.pools_matrices or run.pst.overrides or pattern.kind == "experts")
-    sparsity = run.schedule.final_sparsity if pattern.fixed_sparsity is None else pattern.fixed_sparsity
-    if is_known and run.pst.initial_mask != "zeros" and 1 - sparsity > packing.most_kept:
+    # with these, sparsity differs between layers, so the run's sparsity does not bound that of each
+    varies_by_layer = pattern.pools_matrices or run.pst.overrides or pattern.kind == "experts"
+    sparsity = pattern.fixed_sparsity
+    if sparsity is None:
+        sparsity = run.schedule.final_sparsity
+    if not varies_by_layer and run.pst.initial_mask != "zeros" and 1 - sparsity > packing.most_kept:
         raise InputError(
             f'format = "{packing.name}" holds at most {packing.most_kept_text}, and the run, with pattern {pattern} '
             f"and sparsity {sparsity}, keeps more. {packing.fix_for_most_kept}"

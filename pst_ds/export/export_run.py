@@ -17,9 +17,9 @@ from pst_ds.config.run import RunConfig
 from pst_ds.config.settings import Positive, Section, settings
 from pst_ds.config.toml import dump_run, load_run_or_folder
 from pst_ds.core.packings import DENSE, VALUE_BITS
-from pst_ds.core.quantization import grid_of
+from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.data.tokens.tokenize import open_tokenizer
-from pst_ds.data.vocabulary import trim
+from pst_ds.data.vocabulary import Vocabulary, trim
 from pst_ds.errors import InputError
 from pst_ds.export.export_checks import require_place, require_pruned, require_representable, require_vocabulary
 from pst_ds.file_names import RUN_FILE
@@ -119,16 +119,24 @@ class ExportSettings(Section):
     def options(self) -> ExportOptions:
         """Return the storage of the export. Raises InputError for an unknown quantisation."""
         group = self.group or self.storage.default_group
+        values: Grid | None = None
+        embeddings: Grid | None = None
         try:
-            return ExportOptions(
-                packing=self.storage.variant_for(self.activation_bits),
-                values=grid_of(self.values, group) if self.values in VALUE_BITS else None,
-                embeddings=grid_of(self.embeddings, group) if self.embeddings in VALUE_BITS else None,
-                dtype="bf16" if self.values == "bf16" else self.dtype,
-                shard_bytes=self.shard_bytes,
-            )
+            if self.values in VALUE_BITS:
+                values = grid_of(self.values, group)
+            if self.embeddings in VALUE_BITS:
+                embeddings = grid_of(self.embeddings, group)
+            packing = self.storage.variant_for(self.activation_bits)
         except ValueError as error:
             raise InputError(str(error)) from None
+        return ExportOptions(
+            packing=packing,
+            values=values,
+            embeddings=embeddings,
+            # "bf16" is a cast of every tensor, which users write where they would write "int8"
+            dtype="bf16" if self.values == "bf16" else self.dtype,
+            shard_bytes=self.shard_bytes,
+        )
 
 
 def export_run(
@@ -149,7 +157,9 @@ def export_run(
     Returns counts, sizes and sparsity. Raises InputError.
     """
     settings = settings or ExportSettings()
-    given = load_run_or_folder(run) if isinstance(run, str | Path) else run
+    given = run
+    if isinstance(given, str | Path):
+        given = load_run_or_folder(given)
     config = given.run if isinstance(given, ResolvedRun) else given
     require_place(Path(out), settings.format)
     require_vocabulary(settings.vocabulary, SEEN)
@@ -165,7 +175,7 @@ def export_run(
 
 def _export_resolved(resolved: ResolvedRun, checkpoint: Checkpoint, out: Path, settings: ExportSettings) -> Facts:
     """Export ``checkpoint`` in a format that is not converted from another; see :func:`export_run`."""
-    run, tokenizer = resolved.run, resolved.require_tokenizer()
+    tokenizer = resolved.require_tokenizer()
     model = resolved.shapes.model_to_export()
     options = options_as_trained(settings.options(), model, checkpoint)
     whole: PreTrainedModel | None = None
@@ -174,22 +184,17 @@ def _export_resolved(resolved: ResolvedRun, checkpoint: Checkpoint, out: Path, s
         # the export has fewer experts than the trained model, whose shapes tell which rows to read
         whole = model
         model = resolved.with_experts(len(kept)).shapes.model_to_export()
-    vocabulary = None
+    vocabulary: Vocabulary | None = None
     if settings.vocabulary:
         if settings.vocabulary == SEEN:
             tokens = _tokens_of_splits(resolved)
         else:
             tokens = _tokens_of_file(settings.vocabulary, tokenizer)
         vocabulary = trim(tokenizer, tokens | ids_of_model(model))
+    # through TOML and JSON, so that the manifest has plain values only, and those that a run file would have
+    run_table = json.loads(json.dumps(tomllib.loads(dump_run(resolved.run))))
     report = export_checkpoint(
-        model,
-        checkpoint,
-        tokenizer,
-        out,
-        options,
-        vocabulary=vocabulary,
-        run=json.loads(json.dumps(tomllib.loads(dump_run(run)))),
-        whole=whole,
+        model, checkpoint, tokenizer, out, options, vocabulary=vocabulary, run=run_table, whole=whole
     )
     report["checkpoint"] = str(checkpoint.folder)
     return _with_token_count(report)
@@ -197,7 +202,8 @@ def _export_resolved(resolved: ResolvedRun, checkpoint: Checkpoint, out: Path, s
 
 def export_model_folder(source: str | Path, out: str | Path, settings: ExportSettings | None = None) -> Facts:
     """Export a model folder with pruned weights, or one of our packed folders, atomically; see :func:`export_run`."""
-    settings, source = settings or ExportSettings(), Path(source)
+    settings = settings or ExportSettings()
+    source = Path(source)
     require_place(Path(out), settings.format, source)
     if settings.vocabulary == SEEN:
         raise InputError(
@@ -208,14 +214,14 @@ def export_model_folder(source: str | Path, out: str | Path, settings: ExportSet
     settings.storage.require_additions_fit(read_additions(source, with_tensors=False), source)
     if _is_converted(settings):
         return _convert(lambda at, how: export_model_folder(source, at, how), Path(out), settings)
-    tokenizer, vocabulary = None, None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    vocabulary: Vocabulary | None = None
     if settings.vocabulary:
         tokenizer = open_tokenizer(source, str(source), "Name a folder with a tokenizer")
         tokens = _tokens_of_file(settings.vocabulary, tokenizer)
         vocabulary = trim(tokenizer, tokens | ids_of_model(model_of(source)))
-    return _with_token_count(
-        export_folder(source, Path(out), settings.options(), tokenizer=tokenizer, vocabulary=vocabulary)
-    )
+    report = export_folder(source, Path(out), settings.options(), tokenizer=tokenizer, vocabulary=vocabulary)
+    return _with_token_count(report)
 
 
 def is_model_folder(source: Path) -> bool:
@@ -240,6 +246,7 @@ def _convert(export: Callable[[Path, ExportSettings], Facts], out: Path, setting
     with tempfile.TemporaryDirectory(prefix="pst-ds-") as scratch:
         packed = Path(scratch) / out.name
         source_format = settings.storage.made_from(plain=settings.plain)
+        # plain and activation_bits are for the conversion; other formats would refuse them
         how = replace(settings, format=source_format, plain=False, activation_bits=16)
         facts = export(packed, how)
         return settings.storage.convert(packed, out, dict(facts), settings)
@@ -254,25 +261,30 @@ def _with_token_count(report: Facts) -> Facts:
 
 def _tokens_of_splits(resolved: ResolvedRun) -> set[int]:
     """Return the tokens of the training and validation data, truncated as in training."""
-    task, tokenizer = resolved.task, resolved.require_tokenizer()
+    task = resolved.task
+    tokenizer = resolved.require_tokenizer()
+    splits = ["train"]
+    if resolved.run.data.validation:
+        splits.append("validation")
     tokens = set[int]()
-    for split in ("train", "validation") if resolved.run.data.validation else ("train",):
+    for split in splits:
         examples = resolved.load(split)
         for indices in evaluation_batches(examples.lengths, _BATCH, mixed=task.pads):
-            tokens.update(task.collate(examples, indices, tokenizer)["input_ids"].unique().tolist())
+            batch = task.collate(examples, indices, tokenizer)
+            tokens.update(batch["input_ids"].unique().tolist())
     return tokens
 
 
 def _tokens_of_file(path: str, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     """Return the tokens of the lines of a text file. Raises InputError."""
-    found = set[int]()
+    tokens = set[int]()
     try:
         with Path(path).open(encoding="utf-8") as file:
             while lines := [line.rstrip("\n") for line in islice(file, _BATCH)]:
-                found.update(*tokenizer(lines)["input_ids"])
+                tokens.update(*tokenizer(lines)["input_ids"])
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"vocabulary = {path!r} cannot be read: {error}. Name a UTF-8 file with one text per line, or "
             'vocabulary = "seen"'
         ) from None
-    return found
+    return tokens

@@ -17,7 +17,9 @@ from pst_ds.train.run_context import RunContext
 
 def load_folder(folder: str | Path, context: RunContext, load_as: LoadAs = "dense", fix: str = "") -> nn.Module:
     """Load a folder, dense or packed, in the precision of a run and for its task; see :func:`load_frozen`."""
-    packed = None if open_model_folder(folder).is_plain else PackedWeightsConfig(load_as=load_as)
+    packed: PackedWeightsConfig | None = None
+    if not open_model_folder(folder).is_plain:
+        packed = PackedWeightsConfig(load_as=load_as)
     return load_frozen(Pretrained(str(folder)), context, packed, fix)
 
 
@@ -28,9 +30,10 @@ def kl_from_folder(
 
     Raises InputError.
     """
-    run, place = context.run, Pretrained(str(folder), "reference")
+    run = context.run
+    place = Pretrained(str(folder), "reference")
     if why := run.task_facts.no_teacher:
         raise InputError(f"{place}: task {run.task!r} {why}, not a distribution. Compare metrics, without a reference")
-    open_model_folder(folder)
+    open_model_folder(folder)  # refuses a folder that is not a model, before its config is read
     require_comparable(run, Pretrained(run.model.path).config(), place, place.config())
     return kl_divergence(load_folder(folder, context), model, context, examples)

@@ -37,8 +37,9 @@ class VerifyReport:
     @property
     def problem(self) -> str:
         """Why the export is not the trained model; "" if it is, or without a run."""
-        found = "" if self.comparison is None else self.comparison.problem
-        return f"{self.export_dir} is not the model in {self.run}: {found}" if found else ""
+        if self.comparison is None or not self.comparison.problem:
+            return ""
+        return f"{self.export_dir} is not the model in {self.run}: {self.comparison.problem}"
 
     def require_equal(self) -> None:
         """Raise VerificationError if the export is not the trained model."""
@@ -86,7 +87,9 @@ def verify(
     if storage is not None and against is not None:
         # before the run is loaded, because some formats cannot be compared with one
         compare = storage.comparison(folder, _name_of_run(against))
-    run = load_run_or_folder(against) if isinstance(against, str | Path) else against
+    run = against
+    if isinstance(run, str | Path):
+        run = load_run_or_folder(run)
     file: Mapping[str, object]
     if storage is not None:
         file = storage.check(folder)
@@ -105,4 +108,6 @@ def _name_of_run(run: RunConfig | str | Path | ResolvedRun) -> str:
     """Return the place of a run, for messages."""
     if isinstance(run, ResolvedRun):
         return run.run.output_dir
-    return run.output_dir if isinstance(run, RunConfig) else str(run)
+    if isinstance(run, RunConfig):
+        return run.output_dir
+    return str(run)

@@ -93,31 +93,44 @@ def compare_with_run(
     """
     run = MaskedRun.of(folder, resolved, checkpoint, split, limit, None)
     _align(run.model)
-    encoding, fewer, rounding, kl = run.encoding, run.trim(), None, None
+    encoding = run.encoding
+    fewer = run.trim()
     plain = _loaded(run, "dense")
     kl_from_reference = run.kl_from(reference, plain)
     dtypes = run.narrower_dtypes()
+    rounding: Rounding | None = None
+    kl: dict[str, float] | None = None
     if dtypes or encoding.is_quantized:
+        # before the masked model is changed below
         changed = run.compare(plain, run.model)
-        rounding, kl = Rounding(changed.predictions, changed.logit, changed.metrics), run.kl_of(plain)
+        rounding = Rounding(changed.predictions, changed.logit, changed.metrics)
+        kl = run.kl_of(plain)
     run.cast(dtypes)
-    pairs = _weights_of_both(run, plain, run.quantise() if encoding.is_quantized else {})
-    found = run.compare(run.model, plain)
-    dtype, inputs = next(plain.parameters()).dtype, max(w.shape[-1] for w, _ in pairs if w.dim())
+    quantised: dict[str, Tensor] = {}
+    if encoding.is_quantized:
+        quantised = run.quantise()
+    pairs = _weights_of_both(run, plain, quantised)
+    differences = run.compare(run.model, plain)
+    dtype = next(plain.parameters()).dtype
+    inputs = max(weight.shape[-1] for weight, _ in pairs if weight.dim())
+    allowed = allowed_difference(dtype, len(pairs), inputs)
+    kept_sparse: KeptSparse | None = None
+    if not encoding.is_plain:
+        kept_sparse = _compare_sparse(run, plain)
     return Comparison(
         examples=len(run.examples),
         unit=run.context.task.unit,
         compared_weights=len(pairs),
         differing_weights=sum(not torch.equal(ours, theirs) for ours, theirs in pairs),
-        differing_predictions=found.predictions,
-        max_logit_difference=found.logit,
-        allowed_logit_difference=allowed_difference(dtype, len(pairs), inputs) * found.largest_logit,
-        metrics=found.metrics,
+        differing_predictions=differences.predictions,
+        max_logit_difference=differences.logit,
+        allowed_logit_difference=allowed * differences.largest_logit,
+        metrics=differences.metrics,
         kl=kl,
         kl_from_reference=kl_from_reference,
         rounding=rounding,
         vocabulary=fewer,
-        kept_sparse=None if encoding.is_plain else _compare_sparse(run, plain),
+        kept_sparse=kept_sparse,
     )
 
 
@@ -135,7 +148,8 @@ def quantisation_loss(out: Path, resolved: ResolvedRun, checkpoint: Checkpoint, 
     elif kind.engine:
         foreign = Encoding(storage.packing, storage.values, storage.embeddings)
     run = MaskedRun.of(out, resolved, checkpoint, "validation", None, foreign)
-    run.limit = max(1, int(np.searchsorted(np.cumsum(run.examples.lengths), MEASURED_TOKENS, "right")))
+    tokens_up_to = np.cumsum(run.examples.lengths)
+    run.limit = max(1, int(np.searchsorted(tokens_up_to, MEASURED_TOKENS, "right")))
     run.examples = run.examples.first(run.limit)
     trained = run.metrics_of(run.model)
     run.trim()
@@ -173,35 +187,50 @@ def _weights_of_both(run: MaskedRun, plain: nn.Module, quantised: dict[str, Tens
     loaded = {**dict(plain.named_parameters()), **persistent_buffers(plain)}
     for router in pst_routers(run.model).values():  # the export has no removed experts
         block = f"{router.experts.rpartition('.')[0]}."
-        for name in [n for n, weight in merged.items() if n.startswith(block) and n in loaded]:
-            if merged[name].shape[0] == router.num_embeddings != loaded[name].shape[0]:
-                merged[name] = merged[name][router.kept]
-    foreign = [n for n, weight in merged.items() if n not in loaded or loaded[n].shape != weight.shape]
+        for name, weight in merged.items():
+            if not name.startswith(block) or name not in loaded:
+                continue
+            if weight.shape[0] == router.num_embeddings != loaded[name].shape[0]:
+                merged[name] = weight[router.kept]
+    foreign = [name for name, weight in merged.items() if name not in loaded or loaded[name].shape != weight.shape]
     if foreign:
         raise InputError(
             f"{run.folder} has no {foreign[0]} as in the model of against = {run.context.run.output_dir!r} "
             f"({len(foreign)} weights differ in name or shape). Name the run it came from"
         )
-    return [(weight, loaded[n]) for n, weight in merged.items()]
+    return [(weight, loaded[name]) for name, weight in merged.items()]
 
 
 def _compare_sparse(run: MaskedRun, plain: nn.Module) -> KeptSparse:
     """Compare the export with its weights kept packed: weights exactly, logits up to rounding."""
     sparse = _loaded(run, "sparse")
-    layers, differing = sparse_layers(sparse), 0
+    layers = sparse_layers(sparse)
+    differing = 0
+    weight: Tensor
     for name, layer in layers.items():
         if isinstance(layer, SparseExperts):
-            stack = plain.get_parameter(name)
+            stack: Tensor = plain.get_parameter(name)
             experts = plain.get_submodule(name.rpartition(".")[0])
-            weight = (stack.transpose(1, 2) if experts.is_transposed else stack).flatten(0, 1)
+            if experts.is_transposed:
+                stack = stack.transpose(1, 2)
+            weight = stack.flatten(0, 1)  # (experts * outputs, inputs)
         else:
             module = plain.get_submodule(name)
-            weight = module.get_parameter("weight").t() if is_conv1d(module) else module.get_parameter("weight")
+            weight = module.get_parameter("weight")
+            if is_conv1d(module):
+                weight = weight.t()
         differing += not torch.equal(layer.dense_weight().to(weight.device), weight)
-    found = run.compare(run.model, sparse)
+    differences = run.compare(run.model, sparse)
     dtype = next(plain.parameters()).dtype
-    allowed = allowed_difference(dtype, len(layers), max((n.in_features for n in layers.values()), default=1))
-    return KeptSparse(len(layers), differing, found.predictions, found.logit, allowed * found.largest_logit)
+    inputs = max((layer.in_features for layer in layers.values()), default=1)
+    allowed = allowed_difference(dtype, len(layers), inputs)
+    return KeptSparse(
+        layers=len(layers),
+        differing_weights=differing,
+        differing_predictions=differences.predictions,
+        max_logit_difference=differences.logit,
+        allowed_logit_difference=allowed * differences.largest_logit,
+    )
 
 
 def allowed_difference(dtype: torch.dtype, num_layers: int, inputs: int) -> float:
@@ -214,7 +243,9 @@ def allowed_difference(dtype: torch.dtype, num_layers: int, inputs: int) -> floa
     """
     unit = torch.finfo(dtype).eps / 2
     share = ROUNDINGS * unit * math.sqrt(max(num_layers, 1))
-    return share * math.sqrt(inputs) if dtype in (torch.float32, torch.float64) else share
+    if dtype in (torch.float32, torch.float64):
+        share *= math.sqrt(inputs)
+    return share
 
 
 def _loaded(run: MaskedRun, load_as: LoadAs) -> nn.Module:

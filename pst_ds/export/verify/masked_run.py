@@ -132,7 +132,8 @@ class MaskedRun:
         kept = self.facts.get("tokens_kept")
         if not kept:
             return None
-        before, whole = self.context, self.examples
+        before = self.context
+        whole = self.examples
         metrics = self.metrics_of(self.model)
         tokenizer = type(before.tokenizer).from_pretrained(self.folder)
         if max(tokenizer.get_vocab().values()) >= len(kept):
@@ -141,25 +142,30 @@ class MaskedRun:
         self.context = before.with_tokenizer(tokenizer)
         self.examples = _examples(self.context, self.split, self.limit)
         if before.run.task_facts.packs_text or len(whole) != len(self.examples):
+            # one longer or shorter text shifts all later sequences, so they cannot be paired
             return FewerTokens(len(kept), metrics)
-        same = [
-            [kept[new] for new in _ids(self.context, self.examples, i)] == _ids(before, whole, i)
-            for i in range(len(whole))
-        ]
-        return FewerTokens(len(kept), metrics, sum(same))
+        same = 0
+        for i in range(len(whole)):
+            renumbered_back = [kept[new] for new in _ids(self.context, self.examples, i)]
+            same += renumbered_back == _ids(before, whole, i)
+        return FewerTokens(len(kept), metrics, same)
 
     def narrower_dtypes(self) -> dict[str, torch.dtype]:
         """Return the dtypes of the export's tensors that are narrower than the model's, by plain name.
 
         ``pst-ds export --dtype bf16`` of a run in fp32 has such tensors.
         """
-        tensors, model_names = plain_tensors(self.model), self._model_names()
-        stored = {model_names[t.name]: t.spec.dtype for t in self.tensors if t.name in model_names}
-        return {
-            name: dtype
-            for name, dtype in stored.items()
-            if tensors[name].is_floating_point() and dtype.itemsize < tensors[name].dtype.itemsize
-        }
+        tensors = plain_tensors(self.model)
+        model_names = self._model_names()
+        narrower = dict[str, torch.dtype]()
+        for exported in self.tensors:
+            name = model_names.get(exported.name)
+            if name is None:
+                continue
+            dtype = exported.spec.dtype
+            if tensors[name].is_floating_point() and dtype.itemsize < tensors[name].dtype.itemsize:
+                narrower[name] = dtype
+        return narrower
 
     def _model_names(self) -> dict[str, str]:
         """Return the name in the model of each tensor, by its names in the model and in files."""
@@ -182,22 +188,22 @@ class MaskedRun:
                 settle(layer, layer.masked_weight())
         nn.Module.float(self.model)
         base = BaseWeights(self.context.run.model.path, getattr(self.model, "base_model_prefix", ""))
-        params, model_names, kept = (
-            dict(self.model.named_parameters()),
-            self._model_names(),
-            self.facts.get("tokens_kept"),
-        )
+        params = dict(self.model.named_parameters())
+        model_names = self._model_names()
+        kept = self.facts.get("tokens_kept")
         for tensor in self.tensors:
             name = model_names.get(tensor.name, "")
             source = base.find(name) or base.find(tensor.name)
             if tensor.origin != "base" or name not in params or source is None:
                 continue
-            param, exported = params[name], base.read(source)
-            if kept and exported.dim() == param.dim() and len(exported) > len(param) == len(kept):
-                exported = exported[list(kept)]
-            rounded = exported.to(compute_dtype).float()
-            if rounded.shape == param.shape and torch.equal(rounded, param.cpu()):  # otherwise quantised in training
-                param.copy_(exported.to(tensor.spec.dtype))
+            param = params[name]
+            stored = base.read(source)
+            if kept and stored.dim() == param.dim() and len(stored) > len(param) == len(kept):
+                stored = stored[list(kept)]  # the rows of the export's tokens
+            rounded = stored.to(compute_dtype).float()
+            # a parameter that is not the rounded base was quantised in training, and has its final values already
+            if rounded.shape == param.shape and torch.equal(rounded, param.cpu()):
+                param.copy_(stored.to(tensor.spec.dtype))
 
     @torch.no_grad()
     def cast(self, dtypes: dict[str, torch.dtype]) -> None:
@@ -226,27 +232,34 @@ class MaskedRun:
         rounded to the model's dtype, which loading the export does too. Returns the quantised parameters of modules
         that are not pruned layers, by name.
         """
-        by_name, values = {tensor.name: tensor for tensor in self.tensors}, self.encoding.values
-        layers, quantised = pst_layers(self.model), dict[str, Tensor]()
+        by_name = {tensor.name: tensor for tensor in self.tensors}
+        values = self.encoding.values
+        layers = pst_layers(self.model)
         for name, layer in layers.items():
             if values is not None and not layer.rounds:
                 _quantise_layer(layer, values, by_name.get(plain_name(name, layer)), in_fp32)
         if any(layer.rounds for layer in layers.values()):
             values = None  # the export leaves other linear layers unchanged
         base = BaseWeights(self.context.run.model.path, getattr(self.model, "base_model_prefix", ""))
-        params, embeddings = dict(self.model.named_parameters()), updated_tables(self.model)
+        params = dict(self.model.named_parameters())
+        embeddings = updated_tables(self.model)
+        # tables that were trained with quantisation have their quantised values already
         tables = None if rounded_grid(self.model) else self.encoding.embeddings
+        quantised = dict[str, Tensor]()
         for name, grid in grids(self.model, values, tables).items():
             owner = name.removesuffix(".weight")
             if owner in embeddings:
                 weight = _quantised(embeddings[owner].updated_weight(), grid, by_name.get(name), in_fp32)
                 settle(embeddings[owner], weight)
             elif name in params:
-                weight, is_transposed = _stored(params[name], name, base), is_conv1d(self.model.get_submodule(owner))
-                weight = weight.t().contiguous() if is_transposed else weight
+                module = self.model.get_submodule(owner)
+                is_transposed = is_conv1d(module)
+                weight = _stored(params[name], name, base)
+                if is_transposed:
+                    weight = weight.t().contiguous()  # (I, O) to (O, I), since scales belong to outputs
                 weight = _quantised(weight, grid, by_name.get(name), in_fp32)
                 if in_fp32:
-                    nn.Module.float(self.model.get_submodule(owner))
+                    nn.Module.float(module)
                 self.model.get_parameter(name).copy_(weight.t() if is_transposed else weight)
             else:
                 continue  # the name in the files of a parameter that has another name in the model
@@ -273,20 +286,29 @@ def settle(module: PSTLayer | UpdatedTable, weight: Tensor) -> None:
 
 
 def _examples(context: RunContext, split: str, limit: int | None) -> ExampleSet:
-    found = context.load(split)
-    return found.first(limit) if limit else found
+    examples = context.load(split)
+    return examples.first(limit) if limit else examples
 
 
 def _ids(context: RunContext, examples: ExampleSet, index: int) -> list[int]:
-    found: list[int] = context.task.collate(examples, [index], context.tokenizer)["input_ids"].flatten().tolist()
-    return found
+    """Return the tokens of one example."""
+    batch = context.task.collate(examples, [index], context.tokenizer)
+    ids: list[int] = batch["input_ids"].flatten().tolist()
+    return ids
 
 
 def _quantise_layer(layer: PSTLayer, grid: Grid, exported: ExportedTensor | None, in_fp32: bool) -> None:
-    weight, is_transposed = layer.masked_weight().view(layer.weight_shape), layer.layout.transposed
-    oriented = (weight.transpose(-1, -2) if is_transposed else weight).contiguous()
-    oriented = _quantised(oriented.flatten(0, -2), grid, exported, in_fp32).view(oriented.shape)
-    settle(layer, (oriented.transpose(-1, -2) if is_transposed else oriented).contiguous())
+    """Quantise a layer's masked weight, or each expert of a stack, along its inputs."""
+    is_transposed = layer.layout.transposed
+    weight = layer.masked_weight().view(layer.weight_shape)
+    if is_transposed:
+        weight = weight.transpose(-1, -2)  # (..., outputs, inputs)
+    weight = weight.contiguous()
+    matrix = weight.flatten(0, -2)  # a stack of E experts: (E * outputs, inputs)
+    weight = _quantised(matrix, grid, exported, in_fp32).view(weight.shape)
+    if is_transposed:
+        weight = weight.transpose(-1, -2)
+    settle(layer, weight.contiguous())
 
 
 def _stored(param: nn.Parameter, name: str, base: BaseWeights) -> Tensor:
@@ -302,6 +324,9 @@ def _stored(param: nn.Parameter, name: str, base: BaseWeights) -> Tensor:
 
 def _quantised(weight: Tensor, grid: Grid, exported: ExportedTensor | None, in_fp32: bool) -> Tensor:
     """Return the quantised values of ``weight`` (O, I), in fp32 or its own dtype."""
-    before = weight if exported is None else weight.to(exported.spec.dtype)
-    found = round_to_grid(before.detach().float().cpu(), None, grid)
-    return found.to(weight.device, torch.float32 if in_fp32 else weight.dtype)
+    # an export casts before it quantises
+    unquantised = weight if exported is None else weight.to(exported.spec.dtype)
+    # on the CPU, as exports quantise
+    quantised = round_to_grid(unquantised.detach().float().cpu(), None, grid)
+    dtype = torch.float32 if in_fp32 else weight.dtype
+    return quantised.to(weight.device, dtype)
