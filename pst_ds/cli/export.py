@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> Mapping[str, object]:
     from pst_ds.export.export_run import ExportSettings, export_model_folder, export_run, is_model_folder
     from pst_ds.train.run_folder import open_trained
 
-    source, measured = Path(args.run), list[str]()
+    source = Path(args.run)
+    measured: list[str] = []
     if args.target is None:
         args.format = args.format or DENSE
     else:
@@ -96,15 +97,14 @@ def _measured(
     from pst_ds.export.verify.against_run import quantisation_loss
 
     try:
-        found = quantisation_loss(Path(args.out), resolved, checkpoint, settings.options())
+        loss = quantisation_loss(Path(args.out), resolved, checkpoint, settings.options())
     except (InputError, ImportError, OSError) as error:
         return None, [f"accuracy lost to quantisation is unknown: {error}"]
-    changes = [
-        f"{name} {old:.4f} trained, {new:.4f} exported ({new - old:+.4f})"
-        for (name, old), new in zip(found["trained"].items(), found["exported"].values(), strict=True)
-    ]
-    place = f"the first {found['examples']} {found['unit']} of validation, by {found['by']}"
-    return found, [f"accuracy lost to quantisation on {place}: {'; '.join(changes)}"]
+    changes = []
+    for (name, trained), exported in zip(loss["trained"].items(), loss["exported"].values(), strict=True):
+        changes.append(f"{name} {trained:.4f} trained, {exported:.4f} exported ({exported - trained:+.4f})")
+    place = f"the first {loss['examples']} {loss['unit']} of validation, by {loss['by']}"
+    return loss, [f"accuracy lost to quantisation on {place}: {'; '.join(changes)}"]
 
 
 def _choose(args: argparse.Namespace, *, is_folder: bool) -> None:
@@ -115,7 +115,8 @@ def _choose(args: argparse.Namespace, *, is_folder: bool) -> None:
         from pst_ds.hf.model_folder import open_model_folder
 
         folder = open_model_folder(args.run)
-        is_causal, is_sparse = folder.is_causal, folder.sparsity >= FEWEST_ZEROS
+        is_causal = folder.is_causal
+        is_sparse = folder.sparsity >= FEWEST_ZEROS
     else:
         run = load_run_or_folder(args)
         is_causal = run.task_facts.predicts_tokens
@@ -167,11 +168,14 @@ def target_note(target: str | None, report: Facts, settings: ExportSettings) -> 
             f"{TARGETS[target].title} computes with dense weights: a sparsity of {sparsity:.2f} saves neither time nor "
             "memory there"
         )
-    nbytes, dense = int(report.get("file_bytes") or 0), int(report.get("dense_bf16_bytes") or 0)
+    nbytes = int(report.get("file_bytes") or 0)
+    dense = int(report.get("dense_bf16_bytes") or 0)
     if nbytes > LARGE * dense > 0:
+        note = f"the files have {nbytes:,} bytes, more than the {dense:,} of dense bf16"
         is_cast = settings.dtype == "bf16" or settings.values == "bf16" or settings.plain
-        advice = "" if is_cast else ". Add --dtype bf16, which casts what is not quantised"
-        notes.append(f"the files have {nbytes:,} bytes, more than the {dense:,} of dense bf16{advice}")
+        if not is_cast:
+            note += ". Add --dtype bf16, which casts what is not quantised"
+        notes.append(note)
     return "; ".join(notes)
 
 
@@ -196,18 +200,20 @@ def lines_of_report(args: argparse.Namespace, report: Facts) -> list[str]:
         f"{report['sparsity_measured']:.6f} measured, {requested} requested; "
         f"{report['packed_tensors']} packed, {report['file_bytes']:,} bytes, {share:.3f} of dense bf16"
     )
-    return lines + ([quantisation_text(report)] if "rounded_tensors" in report else [])
+    if "rounded_tensors" in report:
+        lines.append(quantisation_text(report))
+    return lines
 
 
 def quantisation_text(report: Facts) -> str:
     """Describe the quantisation of an export in one sentence."""
-    grids = []
+    schemes = []
     for values, group in (("values", "group"), ("embeddings", "embedding_group")):
         if report.get(values):
             share = "row" if report.get(group) == WHOLE_ROW else f"{report.get(group)} weights"
-            grids.append(f"{values} {report.get(values)}, one scale per {share}")
-    packed = f", {report['packed_bits_per_weight']:.2f} in packed layers" if "packed_bits_per_weight" in report else ""
-    return (
-        f"quantised {report['rounded_tensors']} tensors ({'; '.join(grids)}): {report['bits_per_weight']:.2f} bits per "
-        f"weight{packed}; largest relative error {report['largest_rounding_error']:.2%}"
-    )
+            schemes.append(f"{values} {report.get(values)}, one scale per {share}")
+    text = f"quantised {report['rounded_tensors']} tensors ({'; '.join(schemes)})"
+    text += f": {report['bits_per_weight']:.2f} bits per weight"
+    if "packed_bits_per_weight" in report:
+        text += f", {report['packed_bits_per_weight']:.2f} in packed layers"
+    return f"{text}; largest relative error {report['largest_rounding_error']:.2%}"

@@ -56,11 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
-    start, run = time.perf_counter(), load_run_or_folder(args)
+    start = time.perf_counter()
+    run = load_run_or_folder(args)
     speedup = _with_share(run, args)
-    given = {field.name: getattr(args, field.name) for field in fields(PruneConfig)}
-    group = args.group if args.group in (None, WHOLE_ROW) else int(args.group)
-    config = PruneConfig(**{**given, "group": group})
+    settings = {field.name: getattr(args, field.name) for field in fields(PruneConfig)}
+    if args.group not in (None, WHOLE_ROW):
+        settings["group"] = int(args.group)
+    config = PruneConfig(**settings)
     from pst_ds.parallel.launch import init_distributed, launch_environment
     from pst_ds.parallel.ranks import is_main
     from pst_ds.train.one_shot.pruning import prune_model
@@ -75,10 +77,18 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     result |= speedup | {"seconds": time.perf_counter() - start}
     if not is_main():
         return result
-    lines = {CHANNELS: _line_of_channels, REAP: _line_of_experts}
-    print(lines[config.method](report, result) if config.method in lines else _line_of_weights(config, report, result))
-    tokens = {layer.name.rpartition(".")[0]: layer.expert_tokens for layer in report.layers if layer.expert_tokens}
-    if unused := unused_experts(tokens):  # both stacks of a module saw the same tokens
+    if config.method == CHANNELS:
+        print(_line_of_channels(report, result))
+    elif config.method == REAP:
+        print(_line_of_experts(report, result))
+    else:
+        print(_line_of_weights(config, report, result))
+    tokens = {}
+    for layer in report.layers:
+        if layer.expert_tokens:
+            # by module: both of its stacks saw the same tokens
+            tokens[layer.name.rpartition(".")[0]] = layer.expert_tokens
+    if unused := unused_experts(tokens):
         print(f"{unused}, and were pruned by magnitude. Add --samples", file=sys.stderr)
     return result
 
@@ -98,13 +108,14 @@ def _with_share(run: RunConfig, args: argparse.Namespace) -> dict[str, object]:
 
 
 def _line_of_weights(config: PruneConfig, report: PruneReport, result: dict[str, object]) -> str:
-    text = f", on {result['samples']} examples of {result['tokens']:,} tokens" if "tokens" in result else ""
-    requested = "unchanged" if config.keep_zeros else f"{result['sparsity_requested']} requested"
-    quantised = f" quantised to {result['values']}, group {result['group']}" if "values" in result else ""
-    return (
-        f"wrote {report.out}: {config.method}, pattern {result['pattern']}, {len(report.layers)} layers{quantised}, "
-        f"sparsity {result['sparsity_measured']:.6f} measured, {requested}{text}; {result['seconds']:.1f} s in total"
-    )
+    line = f"wrote {report.out}: {config.method}, pattern {result['pattern']}, {len(report.layers)} layers"
+    if "values" in result:
+        line += f" quantised to {result['values']}, group {result['group']}"
+    line += f", sparsity {result['sparsity_measured']:.6f} measured"
+    line += ", unchanged" if config.keep_zeros else f", {result['sparsity_requested']} requested"
+    if "tokens" in result:
+        line += f", on {result['samples']} examples of {result['tokens']:,} tokens"
+    return f"{line}; {result['seconds']:.1f} s in total"
 
 
 def _line_of_experts(report: PruneReport, result: dict[str, object]) -> str:
