@@ -53,16 +53,16 @@ class RunProgress:
 
     def as_json(self) -> dict[str, object]:
         """Return the progress as JSON values, for ``CheckpointState.progress``."""
-        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "loop"}
-        return {**self.loop.as_json(), **own}
+        others = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "loop"}
+        return {**self.loop.as_json(), **others}
 
     @classmethod
     def read(cls, checkpoint: Checkpoint) -> Self:
         """Read the progress in ``checkpoint``. Raises CheckpointError for missing or unknown fields."""
-        values, step = dict(checkpoint.state.progress), checkpoint.state.step
-        saved = {name: values.pop(name) for name in LoopState().as_json() if name in values}
+        values = dict(checkpoint.state.progress)
+        of_loop = {name: values.pop(name) for name in LoopState().as_json() if name in values}
         try:
-            return cls(loop=LoopState.from_json(step, saved), **values)
+            return cls(loop=LoopState.from_json(checkpoint.state.step, of_loop), **values)
         except TypeError as error:
             raise CheckpointError(f"{checkpoint.folder} was not written to continue a run: {error}") from None
 
@@ -100,7 +100,8 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
     unset = flatten({"quantization": asdict(QuantizationConfig()), "start": asdict(OneShotConfig())})
     unset |= flatten({"finetune": asdict(FinetuneConfig())})
     unset["schedule.solves"] = 0
-    before, now = unset | flatten(progress.run), flat_table(run)
+    before = unset | flatten(progress.run)
+    now = flat_table(run)
     changed = [key for key in now | before if before.get(key) != now.get(key)]  # pst.seed after the seed it may follow
     rules = resume_rules(RunConfig) | resume_rules_of(run.additions)
     for key in changed:
@@ -123,8 +124,11 @@ def locate_base(run: RunConfig, checkpoint: Checkpoint) -> str:
 
     Raises CheckpointError if that folder is missing.
     """
-    saved, path, before = checkpoint.state.base_path, run.model.path, checkpoint.state.progress.get("run")
+    saved = checkpoint.state.base_path
+    path = run.model.path
+    before = checkpoint.state.progress.get("run")
     if run.schedule.solves and isinstance(before, dict) and saved != before["model"]["path"]:
+        # only the name of the saved folder counts, since the run folder may have been moved
         path = str(Path(run.output_dir) / SOLVED / Path(saved).name)
         if not Path(path).is_dir():
             raise CheckpointError(f"{path} is missing, and {checkpoint.folder} needs it. Copy the whole run folder")
@@ -153,10 +157,14 @@ def restore(engine: Engine, checkpoint: Checkpoint, run: RunConfig) -> LoopState
 
     The model must have the checkpoint's values already. Raises CheckpointError if its masks differ from those saved.
     """
-    progress, step = RunProgress.read(checkpoint), checkpoint.state.step
+    progress = RunProgress.read(checkpoint)
     load_optimizer(engine, checkpoint)
-    accumulation = run.train.gradient_accumulation_steps
-    set_counters(engine, applied=step, skipped=progress.skipped_steps, accumulation=accumulation)
+    set_counters(
+        engine,
+        applied=checkpoint.state.step,
+        skipped=progress.skipped_steps,
+        accumulation=run.train.gradient_accumulation_steps,
+    )
     masks = progress.loop.masks
     if masks is not None and (checksum := mask_stats(engine.module).checksum) != masks.checksum:
         raise CheckpointError(

@@ -119,13 +119,22 @@ def set_aside_checkpoints(folder: Path) -> None:
             for link in there:
                 link.unlink()
         else:
-            endings = (".previous" + (f"-{i}" if i > 1 else "") for i in itertools.count(1))
-            ending = next(one for one in endings if not os.path.lexists(folder / f"{CHECKPOINTS}{one}"))
+            ending = _free_ending(folder)
             previous = made.rename(folder / f"{CHECKPOINTS}{ending}")
             if (folder / SOLVED).is_dir():
                 (folder / SOLVED).rename(folder / f"{SOLVED}{ending}")
             print(f"{made} of an earlier run is now {previous}")
     barrier()
+
+
+def _free_ending(folder: Path) -> str:
+    """Return ".previous", ".previous-2", ...: the first with which ``folder`` has no checkpoints."""
+    ending = ".previous"
+    for number in itertools.count(2):
+        if not os.path.lexists(folder / f"{CHECKPOINTS}{ending}"):
+            break
+        ending = f".previous-{number}"
+    return ending
 
 
 def write_files(run: RunConfig, ds_config: Mapping[str, object] | None, *, is_finished: bool) -> None:
@@ -167,10 +176,11 @@ def open_trained(run: RunConfig | ResolvedRun, checkpoint: str | Checkpoint) -> 
 
     What is resolved or open already is returned unchanged. Raises InputError.
     """
-    config = run.run if isinstance(run, ResolvedRun) else run
-    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(config, checkpoint)
-    resolved = run if isinstance(run, ResolvedRun) else resolve(run, labels=opened.state.labels)
-    return resolved, opened
+    if isinstance(checkpoint, str):
+        checkpoint = open_checkpoint(run.run if isinstance(run, ResolvedRun) else run, checkpoint)
+    if isinstance(run, RunConfig):
+        run = resolve(run, labels=checkpoint.state.labels)
+    return run, checkpoint
 
 
 def same_on_all_ranks(run: RunConfig, checkpoint: Checkpoint) -> Checkpoint:
