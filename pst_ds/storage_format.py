@@ -7,13 +7,14 @@ and the loaders ask the class, and compare no names.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pst_ds.atomic_files import require_writable
-from pst_ds.errors import ExportError
+from pst_ds.errors import ExportError, InputError
 from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.plugins import Registry
 
@@ -363,8 +364,17 @@ def storage_format(name: str) -> StorageFormat:
 
 
 def storage_formats() -> list[StorageFormat]:
-    """Return all storage formats, those of other packages last."""
-    return [storage_format(name) for name in STORAGE_FORMATS.names]
+    """Return all storage formats, those of other packages last.
+
+    One that cannot be imported is omitted with a warning: it must not prevent work with the others.
+    """
+    formats = []
+    for name in STORAGE_FORMATS.names:
+        try:
+            formats.append(storage_format(name))
+        except InputError as error:
+            warnings.warn(str(error), stacklevel=2)
+    return formats
 
 
 def listed_formats() -> dict[str, StorageFormat]:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from pst_ds.cli.main import main
 from pst_ds.errors import InputError
 from pst_ds.export.export_run import ExportSettings
 from pst_ds.export.verify import verify
@@ -18,7 +19,7 @@ from pst_ds.formats import FormatError
 from pst_ds.formats.safetensors_file import TensorFile
 from pst_ds.hf import PackedWeightsConfig
 from pst_ds.runtime import sparse_layers
-from pst_ds.storage_format import STORAGE_FORMATS, listed_formats
+from pst_ds.storage_format import STORAGE_FORMATS, listed_formats, storage_format
 from tests.plugins import install
 from tests.writing.conftest import tiny_llama
 
@@ -51,6 +52,19 @@ def pruned(tmp_path):
                 weight[weight.abs() <= cut] = 0.0
     model.save_pretrained(tmp_path / "pruned")
     return tmp_path / "pruned", model
+
+
+@pytest.mark.filterwarnings("ignore:the storage format 'broken'")
+def test_a_format_that_cannot_be_imported_prevents_only_work_with_it(coo, pruned, tmp_path, verb):
+    source, _ = pruned
+    (entry_points,) = (tmp_path / "site").glob("*/entry_points.txt")
+    entry_points.write_text(entry_points.read_text(encoding="utf-8") + "broken = no_such_module:Broken\n", "utf-8")
+    out = tmp_path / "packed"
+    verb("export", str(source), "--format", "coo", "--out", str(out))
+    assert verb("verify", str(out))["kind"] == "coo"
+    assert main(["inspect", str(out)]) == 0
+    with pytest.raises(InputError, match=r"'broken' \(no_such_module:Broken\) cannot be imported"):
+        storage_format("broken")
 
 
 def test_a_format_of_another_package_is_written_verified_inspected_and_loaded(coo, pruned, tmp_path, verb):
