@@ -24,6 +24,8 @@ HEAD_NAMES = ("classifier", "score", "pre_classifier", "classification_head", "q
 """Names of task heads, for models that do not name their base model."""
 SAME_AS_LINEAR = ("FalconLinear",)
 """Classes with another forward than nn.Linear that computes the same."""
+_MOST_NAMES_SHOWN = 12
+"""Names of layers in a message. Blocks of most models have fewer."""
 _HOOKS = {
     "_forward_hooks": "forward",
     "_forward_pre_hooks": "forward pre-",
@@ -43,7 +45,8 @@ class CannotBePrunedError(InjectionError):
 
     def __init__(self, problem: str, names: Iterable[str]):
         """``problem``: what is wrong, and the start of a sentence that ends with the names to exclude."""
-        self.problem, self.names = problem, tuple(dict.fromkeys(names))
+        self.problem = problem
+        self.names = tuple(dict.fromkeys(names))
         super().__init__(f"{problem} exclude_modules = {listed(self.names)}")
 
 
@@ -98,27 +101,31 @@ class _Resolver:
     """One pass over the modules of a model."""
 
     def __init__(self, model: nn.Module, config: PSTConfig):
-        self.model, self.config = model, config
-        self.saved, self.places = modules_to_save(model, config), places_by_module(model)
+        self.model = model
+        self.config = config
+        self.saved = modules_to_save(model, config)
+        self.places = places_by_module(model)
         self.takes_all = config.target_modules == ALL_LINEAR
+        # Routers are omitted by "all-linear" only: a config that names one prunes it.
         self.routers = model_structure.router_names(model) if self.takes_all else set()
         self.refusals: list[CannotBePrunedError] = []
 
     def targets(self) -> list[Target]:
-        found: list[Target] = []
+        targets: list[Target] = []
         for name, module in self.model.named_modules():
             with self.collected_refusals():
-                found += self.of_module(name, module)
+                targets += self.of_module(name, module)
         if self.takes_all:
             with self.collected_refusals():
-                self.refuse_loose_matrices(found)
+                self.refuse_loose_matrices(targets)
         with self.collected_refusals():
-            _refuse_fused_in_files(self.model, found)
+            _refuse_fused_in_files(self.model, targets)
+        # A model whose only matches were refused gets the refusals, not the message that nothing matched.
         self.raise_refusals()
-        if not found:
+        if not targets:
             raise InjectionError(_nothing_matched(self.model, self.config))
-        _refuse_tied(self.model, found)
-        return found
+        _refuse_tied(self.model, targets)
+        return targets
 
     @contextmanager
     def collected_refusals(self) -> Iterator[None]:
@@ -128,25 +135,36 @@ class _Resolver:
         except CannotBePrunedError as refusal:
             self.refusals.append(refusal)
 
+    def refused_names(self) -> list[str]:
+        """Return the names that the refusals exclude, each once, in the order of the refusals."""
+        names: list[str] = []
+        for refusal in self.refusals:
+            names += refusal.names
+        return list(dict.fromkeys(names))
+
     def raise_refusals(self) -> None:
         """Raise the first refusal, with the names that all of them exclude."""
         if not self.refusals:
             return
         first = self.refusals[0]
-        names = list(dict.fromkeys(name for refusal in self.refusals for name in refusal.names))
+        names = self.refused_names()
         more = [name for name in names if name not in first.names]
         if not more:
             raise first
-        kinds = len(self.refusals) - 1
+        number = len(self.refusals) - 1
+        reasons = "reason" if number == 1 else "reasons"
+        # The last sentence of a problem introduces its own names, so another replaces it.
+        problem = first.problem.rpartition(". ")[0]
         raise CannotBePrunedError(
-            f"{first.problem.rpartition('. ')[0]}. {', '.join(more)} cannot be pruned either, for "
-            f"{kinds} other {'reason' if kinds == 1 else 'reasons'}. Leave all of these dense with",
+            f"{problem}. {', '.join(more)} cannot be pruned either, for {number} other {reasons}. Leave all of these "
+            "dense with",
             names,
         )
 
     def of_module(self, name: str, module: nn.Module) -> list[Target]:
         if _is_in(name, self.saved):
             return []
+        # Before the exclusions: these may name one stack of the two.
         if model_structure.is_experts(module):
             return self.stacks(name, module)
         if not name or name in self.routers or is_inside(name, self.config.exclude_modules):
@@ -155,7 +173,9 @@ class _Resolver:
             is_wanted = is_linear(module) and model_structure.is_inside_block(name, self.model)
         else:
             is_wanted = name_matches(name, self.config.target_modules)
-        return [self.linear(name, module)] if is_wanted else []
+        if not is_wanted:
+            return []
+        return [self.linear(name, module)]
 
     def linear(self, name: str, module: Any) -> Target:
         if not is_linear(module):
@@ -164,17 +184,24 @@ class _Resolver:
                 "linear layers inside it"
             )
         outputs, inputs = model_structure.linear_shape(module)
+        # Fused projections are assumed to be square, so that their number follows from the shape: 3 for q, k and v.
         is_fused = name_matches(name, self.config.fused_modules) and outputs % inputs == 0
-        layout = WeightLayout(outputs, inputs, is_conv1d(module), outputs // inputs if is_fused else 1)
-        places, shape = self.places[module], tuple(sharding.full_shape(module.weight))
+        layout = WeightLayout(
+            out_features=outputs,
+            in_features=inputs,
+            transposed=is_conv1d(module),
+            num_matrices=outputs // inputs if is_fused else 1,
+        )
+        places = self.places[module]
+        shape = tuple(sharding.full_shape(module.weight))
         _refuse_quantised(f"{name}.weight", module.weight)
         if shape != layout.shape:
             raise InjectionError(
                 f"{name}.weight has shape {shape}, not the {layout.shape} of its {type(module).__name__}. Exclude it "
                 "with exclude_modules"
             )
-        _require_replaceable(name, module, places, self.model)
-        return Target(name, module, places, layout, self.config.rule_for(name))
+        _require_replaceable(name=name, module=module, places=places, model=self.model)
+        return Target(name=name, module=module, places=places, layout=layout, rule=self.config.rule_for(name))
 
     def stacks(self, name: str, module: nn.Module) -> list[Target]:
         """Return the stacks of an experts module that are pruned; the config may name the module, or a stack."""
@@ -194,69 +221,97 @@ class _Resolver:
                 f"{name} has its experts on several ranks (expert parallelism), where no rank could rank a whole "
                 "stack. Load the model without a distributed_config"
             )
-        found = []
+        targets = []
         for stack in wanted:
             full_name = f"{name}.{stack}"
             _refuse_quantised(full_name, getattr(module, stack))
-            rule = self.config.rule_for(full_name)
-            found.append(Target(full_name, module, ((module, stack),), layouts[stack], rule, stack))
-        return found
+            target = Target(
+                name=full_name,
+                module=module,
+                places=((module, stack),),
+                layout=layouts[stack],
+                rule=self.config.rule_for(full_name),
+                parameter=stack,
+            )
+            targets.append(target)
+        return targets
 
     def is_stack_wanted(self, name: str, stack: str) -> bool:
         if self.is_excluded(name, stack):
             return False
         if self.takes_all:
             return model_structure.is_inside_block(name, self.model)
-        return any(name_matches(known, self.config.target_modules) for known in (name, f"{name}.{stack}"))
+        wanted = self.config.target_modules
+        return name_matches(name, wanted) or name_matches(f"{name}.{stack}", wanted)
 
     def is_excluded(self, owner: str, attribute: str) -> bool:
         """Return whether ``exclude_modules`` names a Parameter that is a matrix, or its module."""
-        refused = [name for refusal in self.refusals for name in refusal.names]
         # The setting may be one regular expression, so that it cannot be joined with the refused names.
-        patterns = (self.config.exclude_modules, refused)
+        patterns = (self.config.exclude_modules, self.refused_names())
         names = (owner, f"{owner}.{attribute}")
         return any(is_inside(name, pattern) for name in names for pattern in patterns)
 
     def refuse_loose_matrices(self, targets: list[Target]) -> None:
         """Raise InjectionError for a stack of matrices, or a matrix as large as a pruned one, that would stay dense."""
-        least = min((t.layout.expert.numel for t in targets), default=0)
-        pruned = {id(t.weight) for t in targets}
-        loose = [
-            matrix
-            for matrix in model_structure.loose_matrices(self.model)
-            if (matrix.is_stack or 0 < least <= matrix.numel)
-            and matrix.owner not in self.routers
-            and not _is_in(matrix.owner, self.saved)
-            and not self.is_excluded(matrix.owner, matrix.attribute)
-            and id(getattr(matrix.module, matrix.attribute)) not in pruned
-        ]
+        loose = self.matrices_left_dense(targets)
         if not loose:
             return
-        first, dense = loose[0], sum(matrix.numel for matrix in loose)
-        owners = _names_to_exclude(loose, targets)
+        first = loose[0]
+        description = "a stack of matrices" if first.is_stack else "a matrix or a state"
+        num_dense = sum(matrix.numel for matrix in loose)
+        num_pruned = sum(target.layout.numel for target in targets)
+        names = _names_to_exclude(loose, targets)
         if any(isinstance(matrix.module, nn.MultiheadAttention) for matrix in loose):
-            owners += _attention_names(self.model)
+            # Attention reads the weight of its output layer without calling it, so that layer has to stay dense too.
+            names += _attention_names(self.model)
         raise CannotBePrunedError(
             f"{first.owner} ({type(first.module).__name__}) has {first.attribute} of shape {first.shape}, "
-            f"{'a stack of matrices' if first.is_stack else 'a matrix or a state'} outside any linear layer, which "
-            f"PST cannot prune. With all like it ({len(loose)} Parameters) {dense:,} weights would stay dense, next to "
-            f"{sum(t.layout.numel for t in targets):,} that would be pruned. If that is intended, set",
-            owners,
+            f"{description} outside any linear layer, which PST cannot prune. With all like it ({len(loose)} "
+            f"Parameters) {num_dense:,} weights would stay dense, next to {num_pruned:,} that would be pruned. If that "
+            "is intended, set",
+            names,
         )
+
+    def matrices_left_dense(self, targets: list[Target]) -> list[LooseMatrix]:
+        """Return the matrices that :meth:`refuse_loose_matrices` refuses, in model order."""
+        least = min((target.layout.expert.numel for target in targets), default=0)
+        pruned = {id(target.weight) for target in targets}
+        dense = []
+        for matrix in model_structure.loose_matrices(self.model):
+            # A matrix smaller than any pruned one, such as a table of relative positions, stays dense without a word.
+            is_large = matrix.is_stack or 0 < least <= matrix.numel
+            if not is_large or matrix.owner in self.routers or _is_in(matrix.owner, self.saved):
+                continue
+            if self.is_excluded(matrix.owner, matrix.attribute):
+                continue
+            # A pruned stack of experts is itself a Parameter outside any linear layer.
+            if id(getattr(matrix.module, matrix.attribute)) not in pruned:
+                dense.append(matrix)
+        return dense
 
 
 def modules_to_save(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]:
     """Return the modules trained in full, by name. Raises InjectionError for a name that matches none."""
-    found = modules_named_to_save(model, config)
-    _require_all_found("modules_to_save", config.modules_to_save or (), found, [n for n, _ in model.named_modules()])
-    return found
+    saved = modules_named_to_save(model, config)
+    _require_all_found(
+        setting="modules_to_save",
+        wanted=config.modules_to_save or (),
+        found=saved,
+        usable=[name for name, _ in model.named_modules()],
+    )
+    return saved
 
 
 def modules_named_to_save(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]:
     """Return the modules trained in full, by name; names that match none are skipped, as the model may have changed."""
     if config.modules_to_save is None:
         return _task_head(model)
-    return {n: m for n, m in model.named_modules() if n and name_matches(n, config.modules_to_save)}
+    return _modules_named(model, config.modules_to_save)
+
+
+def _modules_named(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, nn.Module]:
+    """Return the modules that a setting names, by name, in model order; never ``model`` itself, whose name is ""."""
+    return {name: module for name, module in model.named_modules() if name and name_matches(name, wanted)}
 
 
 def _task_head(model: nn.Module) -> dict[str, nn.Module]:
@@ -265,22 +320,26 @@ def _task_head(model: nn.Module) -> dict[str, nn.Module]:
     They are the modules on top of its base model, and the pooler inside BERT, ALBERT and others. A model with output
     embeddings is a language model.
     """
-    base = getattr(model, prefix := getattr(model, "base_model_prefix", "") or "", None)
+    prefix = getattr(model, "base_model_prefix", "") or ""
+    base = getattr(model, prefix, None)
     if not isinstance(base, nn.Module):
-        return {n: m for n, m in model.named_children() if n in HEAD_NAMES}
+        return {name: child for name, child in model.named_children() if name in HEAD_NAMES}
     if model.get_output_embeddings() is not None:  # type: ignore[operator]
         return {}
-    poolers = {f"{prefix}.{n}": m for n, m in base.named_children() if n == "pooler"}
-    on_top = {n: m for n, m in model.named_children() if m is not base}
-    return {n: m for n, m in (poolers | on_top).items() if any(True for _ in m.parameters())}
+    head = {f"{prefix}.{name}": child for name, child in base.named_children() if name == "pooler"}
+    for name, child in model.named_children():
+        if child is not base:
+            head[name] = child
+    # Dropout and activations between them have nothing to train.
+    return {name: module for name, module in head.items() if any(True for _ in module.parameters())}
 
 
 def _require_all_found(setting: str, wanted: tuple[str, ...], found: Iterable[str], usable: Iterable[str]) -> None:
     for name in wanted:
-        if not any(name_matches(n, (name,)) for n in found):
+        if not any(name_matches(known, (name,)) for known in found):
+            endings = {known.rpartition(".")[2] for known in usable}
             raise InjectionError(
-                f"{setting} names {name!r}, which the model does not have."
-                + suggestion((name,), {n.rpartition(".")[2] for n in usable})
+                f"{setting} names {name!r}, which the model does not have.{suggestion((name,), endings)}"
             )
 
 
@@ -290,11 +349,17 @@ def find_embeddings(model: nn.Module, config: PSTConfig) -> dict[str, nn.Embeddi
     Raises InjectionError for a name that matches none, and for a module that is tied, trained in full or not a plain
     ``nn.Embedding``.
     """
-    wanted, saved = config.update_embeddings, modules_to_save(model, config)
-    found = {n: m for n, m in model.named_modules() if n and name_matches(n, wanted)}
-    embeddings = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
-    _require_all_found("update_embeddings", wanted, found, embeddings)
-    for name, module in found.items():
+    wanted = config.update_embeddings
+    saved = modules_to_save(model, config)
+    matches = _modules_named(model, wanted)
+    _require_all_found(
+        setting="update_embeddings",
+        wanted=wanted,
+        found=matches,
+        usable=[name for name, module in model.named_modules() if isinstance(module, nn.Embedding)],
+    )
+    embeddings: dict[str, nn.Embedding] = {}
+    for name, module in matches.items():
         _refuse_hooks(name, module)
         if type(module) is not nn.Embedding or module.max_norm is not None or module.scale_grad_by_freq:
             raise InjectionError(
@@ -303,20 +368,28 @@ def find_embeddings(model: nn.Module, config: PSTConfig) -> dict[str, nn.Embeddi
             )
         if _is_in(name, saved):
             raise InjectionError(f"{name} is in update_embeddings and in modules_to_save; name it in one of them")
-        for other, holder in model.named_modules():
-            if holder is not module and any(p is module.weight for p in holder.parameters(recurse=False)):
-                raise InjectionError(
-                    f"{name}.weight is tied to {other}.weight: an update of one would be missing in the other. Take "
-                    f"{name} out of update_embeddings"
-                )
-    return {name: module for name, module in found.items() if isinstance(module, nn.Embedding)}
+        _refuse_tied_embedding(name, module, model)
+        embeddings[name] = module
+    return embeddings
+
+
+def _refuse_tied_embedding(name: str, embedding: nn.Embedding, model: nn.Module) -> None:
+    for other, holder in model.named_modules():
+        if holder is not embedding and any(param is embedding.weight for param in holder.parameters(recurse=False)):
+            raise InjectionError(
+                f"{name}.weight is tied to {other}.weight: an update of one would be missing in the other. Take "
+                f"{name} out of update_embeddings"
+            )
 
 
 def _names_to_exclude(loose: list[LooseMatrix], targets: list[Target]) -> list[str]:
     """Return names for ``exclude_modules`` that leave ``loose`` dense, and as few as possible of ``targets``."""
-    holders = {part for target in targets for part in accumulate(target.name.split("."), "{}.{}".format)}
+    holders: set[str] = set()
+    for target in targets:
+        holders.update(accumulate(target.name.split("."), "{}.{}".format))  # "layers", "layers.0", "layers.0.mlp", ...
     names = []
     for matrix in loose:
+        # Excluding a module that holds targets would leave these dense too.
         names.append(matrix.attribute if matrix.owner in holders else _short_name(matrix.owner))
         if matrix.attribute == "A_log" and hasattr(matrix.module, "dt_proj"):
             names.append("dt_proj")  # Mamba's mixers multiply with its weight without calling it: a mask has no effect
@@ -334,7 +407,7 @@ def places_by_module(model: nn.Module) -> dict[nn.Module, Places]:
         for attribute, child in parent._modules.items():  # named_children() names a child held twice only once
             if child is not None:
                 places.setdefault(child, []).append((parent, attribute))
-    return {module: tuple(found) for module, found in places.items()}
+    return {module: tuple(holders) for module, holders in places.items()}
 
 
 def put(module: nn.Module | nn.Parameter, places: Places) -> None:
@@ -344,17 +417,17 @@ def put(module: nn.Module | nn.Parameter, places: Places) -> None:
 
 
 def _refuse_quantised(name: str, weight: nn.Parameter) -> None:
-    if not weight.dtype.is_floating_point or weight.element_size() < 2:
+    if not weight.dtype.is_floating_point or weight.element_size() < 2:  # less than 2 bytes: fp8
         raise InjectionError(
             f"{name} is {weight.dtype}: quantised base weights cannot be pruned. Load the model in bfloat16 or float32"
         )
 
 
 def _refuse_tied(model: nn.Module, targets: list[Target]) -> None:
-    wanted = {id(t.weight): t for t in targets}
+    by_weight = {id(target.weight): target for target in targets}
     for name, module in model.named_modules():
         for attribute, param in module.named_parameters(recurse=False):
-            target = wanted.get(id(param))
+            target = by_weight.get(id(param))
             if target is not None and (module, attribute) != (target.module, target.parameter):
                 raise InjectionError(
                     f"{target.weight_name} is tied to {name}.{attribute}: pruning one would prune the other. Leave it "
@@ -371,21 +444,23 @@ def _refuse_fused_in_files(model: nn.Module, targets: list[Target]) -> None:
     layers = [target for target in targets if not target.is_stack]
     if not layers or not model_structure.is_of_transformers(model):
         return
-    # Only names and shapes matter, and the values may be partitioned.
-    tensors = {
-        f"{name}.weight": torch.empty(sharding.full_shape(module.weight), device="meta")
-        for name, module in model.named_modules()
-        if is_linear(module) and module._parameters.get("weight") is not None
-    }
+    # All linear layers, since targets may be fused in files with layers that are not pruned.
+    tensors: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if is_linear(module) and module._parameters.get("weight") is not None:
+            # Only names and shapes matter, and the values may be partitioned.
+            tensors[f"{name}.weight"] = torch.empty(sharding.full_shape(module.weight), device="meta")
     written = set(names_in_files(model, tensors).values())
     fused = [target for target in layers if target.weight_name not in written]
-    if fused:
-        others = [target.name for target in layers if target not in fused]
-        raise CannotBePrunedError(
-            f"{shortened([target.weight_name for target in fused])}: transformers saves each fused with others, in "
-            "parts or transposed, and exports cannot do this with pruned weights. Leave all of these dense with",
-            list(dict.fromkeys(_ending_for(target.name, others) for target in fused)),
-        )
+    if not fused:
+        return
+    others = [target.name for target in layers if target not in fused]
+    fused_names = shortened([target.weight_name for target in fused])
+    raise CannotBePrunedError(
+        f"{fused_names}: transformers saves each fused with others, in parts or transposed, and exports cannot do this "
+        "with pruned weights. Leave all of these dense with",
+        [_ending_for(target.name, others) for target in fused],
+    )
 
 
 def _require_replaceable(name: str, module: nn.Module, places: Places, model: nn.Module) -> None:
@@ -411,8 +486,9 @@ def _require_replaceable(name: str, module: nn.Module, places: Places, model: nn
         raise CannotBePrunedError(
             f"{name} is a {kind.__name__} with an overridden forward, and a pruned layer would compute what nn.Linear "
             "does. Leave it dense with",
-            [_short_name(other) for other, m in model.named_modules() if type(m) is kind],
+            [_short_name(other) for other, module in model.named_modules() if type(module) is kind],
         )
+    # Masks and tiles address weights by their flat positions.
     if not weight.is_contiguous():
         raise InjectionError(
             f"{name}.weight is not contiguous in memory; make it so (module.weight = "
@@ -432,19 +508,26 @@ def _refuse_hooks(name: str, module: nn.Module) -> None:
 
 def _attention_names(model: nn.Module) -> list[str]:
     """Return the names of every nn.MultiheadAttention and its linear layers, for ``exclude_modules``."""
-    found: list[str] = []
+    names: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            own = _short_name(name)
-            children = [child for child, m in module.named_children() if is_linear(m)]
-            found += [*([own] if own else []), *(f"{own}.{child}".lstrip(".") for child in children)]
-    return list(dict.fromkeys(found))
+        if not isinstance(module, nn.MultiheadAttention):
+            continue
+        attention = _short_name(name)
+        if attention:  # "" if the model is itself an attention
+            names.append(attention)
+        for child, layer in module.named_children():
+            if is_linear(layer):
+                names.append(f"{attention}.{child}".lstrip("."))
+    return list(dict.fromkeys(names))
 
 
 def _short_name(name: str) -> str:
     """Return the dotted ending of ``name`` from its last part that is not a number."""
     parts = name.split(".")
-    first = max((i for i, part in enumerate(parts) if not part.isdigit()), default=0)
+    first = len(parts) - 1
+    # A number, which names an item of a list, would match the items of other lists too.
+    while first > 0 and parts[first].isdigit():
+        first -= 1
     return ".".join(parts[first:])
 
 
@@ -463,11 +546,16 @@ def listed(names: Iterable[str]) -> str:
 
 
 def _nothing_matched(model: nn.Module, config: PSTConfig) -> str:
-    layers = [n for n, m in model.named_modules() if is_linear(m) or model_structure.is_experts(m)]
-    seen = list(dict.fromkeys(n.rpartition(".")[2] for n in layers))
+    endings: dict[str, None] = {}  # in model order
+    for name, module in model.named_modules():
+        if is_linear(module) or model_structure.is_experts(module):
+            endings[name.rpartition(".")[2]] = None
+    seen = list(endings)
+    names = ", ".join(seen[:_MOST_NAMES_SHOWN])
+    if len(seen) > _MOST_NAMES_SHOWN:
+        names += ", …"
     patterns = config.target_modules
     shown = patterns if isinstance(patterns, str) else list(patterns)
-    names = ", ".join(seen[:12]) + (", …" if len(seen) > 12 else "")
     return f"target_modules {shown!r} matched no linear layer.{suggestion(patterns, set(seen))} Names seen: {names}"
 
 
