@@ -18,9 +18,12 @@ from pst_ds.parallel.ranks import sum_over_ranks, world_size
 
 LEAST_WEIGHT = 0.1
 """Weight of a token without gradient; the mean weight of the others is that much above 1."""
-_MOST, _TOKENS, _RANGE = 255, 256, 24.0
-"""Largest integer of an input, tokens per product, and root mean squares that the largest integer stands for at least:
-_TOKENS * _MOST**2 < 2**24, so fp32 products are exact."""
+_LARGEST_INPUT = 255
+"""Largest integer of an input."""
+_TOKENS = 256
+"""Tokens per product: _TOKENS * _LARGEST_INPUT**2 < 2**24, so fp32 products are exact."""
+_RANGE = 24.0
+"""Root mean squares that the largest integer of an input represents at least."""
 _BITS_OF_GRADIENTS = 10
 """Bits of a gradient of average size; squares of larger ones are exact too, in fp64."""
 _PANEL = 512
@@ -43,7 +46,7 @@ class LayerSums:
     """Sums of one layer over this rank's tokens: in the first batch to find the scales, later of integers."""
 
     def __init__(self, layout: WeightLayout, device: torch.device, *, by_token: bool):
-        self._by_token, self._device = by_token, device
+        self._by_token = by_token
         self._scales: _Scales | None = None
         self.first = torch.zeros(2 + 2 * layout.in_features, dtype=torch.float64, device=device)
         """Sums over tokens of 1, g, x_j^2 and g x_j^2, where g is the token's squared gradient."""
@@ -55,37 +58,53 @@ class LayerSums:
     @torch.no_grad()
     def add(self, x: Tensor, gradient: Tensor, real: Tensor | None) -> None:
         """Add tokens with inputs ``x`` (N, I) and the ``gradient`` of their outputs, (N, O). ``real``: (N,) bool."""
-        x, gradient = x.float(), gradient.float().nan_to_num(0.0, 0.0, 0.0) / world_size()
+        x = x.float()
+        # A value that is not finite in one token must not make the sums NaN.
+        gradient = gradient.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) / world_size()
         if real is not None and len(real) == len(x):  # ranks that share sequences have parts of them
-            x, gradient = x[real], gradient[real]
-        size, scales = gradient.square().sum(1), self._scales
+            x = x[real]
+            gradient = gradient[real]
+        token_squares = gradient.square().sum(1)  # (N,)
+        scales = self._scales
         if scales is None:
-            x, wide = x.double().square_(), size.double()
-            self.first += torch.cat([wide.new_tensor([len(x)]), wide.sum()[None], x.sum(0), wide @ x])
+            self._add_first(x.double().square_(), token_squares.double())
             return
         if self._by_token:
-            x = x * (size / scales.mean_square + LEAST_WEIGHT).sqrt().unsqueeze(1)
-        codes = (x / scales.inputs).nan_to_num(0.0).round_().clamp_(-_MOST, _MOST)
-        for part in codes.split(_TOKENS):
-            for at in range(0, part.shape[1], _PANEL):
-                self.gram[at:, at : at + _PANEL] += part[:, at:].t() @ part[:, at : at + _PANEL]
+            # The square root of a token's weight goes into both factors of x x'.
+            x = x * (token_squares / scales.mean_square + LEAST_WEIGHT).sqrt().unsqueeze(1)
+        integers = (x / scales.inputs).nan_to_num(0.0).round_().clamp_(-_LARGEST_INPUT, _LARGEST_INPUT)
+        for part in integers.split(_TOKENS):  # (<= _TOKENS, I): longer products would not be exact in fp32
+            for start in range(0, part.shape[1], _PANEL):
+                self.gram[start:, start : start + _PANEL] += part[:, start:].t() @ part[:, start : start + _PANEL]
         self.rows += (gradient.double() / scales.gradients).round_().square_().sum(0)
+
+    def _add_first(self, squares: Tensor, token_squares: Tensor) -> None:
+        """Add to :attr:`first`. ``squares``: (N, I), of the inputs; ``token_squares``: (N,), g of each token."""
+        tokens = token_squares.new_tensor([len(squares)])
+        self.first += torch.cat([tokens, token_squares.sum()[None], squares.sum(0), token_squares @ squares])
 
     def settle(self, first: Tensor) -> None:
         """Set the scales by ``first`` of all ranks."""
-        tokens, mean_square = max(float(first[0]), 1.0), _few_bits(float(first[1] / first[0].clamp(min=1.0))) or 1.0
-        squares, weighted = first[2:].view(2, -1)
+        tokens = max(float(first[0]), 1.0)
+        mean_square = _few_bits(float(first[1] / first[0].clamp(min=1.0))) or 1.0
+        squares, weighted = first[2:].view(2, -1)  # (I,) each
         if self._by_token:
             squares = weighted / mean_square + LEAST_WEIGHT * squares
-        units = _power_of_two((squares / tokens).sqrt() * (_RANGE / _MOST))
-        size = torch.tensor(mean_square / len(self.rows), dtype=torch.float64).sqrt()
-        self._scales = _Scales(units.float(), float(_power_of_two(size)) * 2.0**-_BITS_OF_GRADIENTS, mean_square)
+        # Powers of two absorb that the last bits of these fp64 sums depend on the order of the tokens.
+        units = _power_of_two((squares / tokens).sqrt() * (_RANGE / _LARGEST_INPUT))
+        mean_size = torch.tensor(mean_square / len(self.rows), dtype=torch.float64).sqrt()
+        self._scales = _Scales(
+            inputs=units.float(),
+            gradients=float(_power_of_two(mean_size)) * 2.0**-_BITS_OF_GRADIENTS,
+            mean_square=mean_square,
+        )
 
     def products(self, gram: Tensor) -> Tensor:
         """Return sum of w x x', (I, I) fp64, from ``gram`` of all ranks."""
         assert self._scales is not None
         units = self._scales.inputs.double()
-        return (gram.tril() + gram.tril(-1).t()) * units * units.unsqueeze(1)
+        symmetric = gram.tril() + gram.tril(-1).t()  # panels have entries above the diagonal too, which tril drops
+        return symmetric * units * units.unsqueeze(1)
 
 
 def _power_of_two(values: Tensor) -> Tensor:
@@ -111,7 +130,8 @@ class GradientSums:
     """
 
     def __init__(self, model: nn.Module, device: torch.device, *, by_token: bool):
-        self.device, self._layers = device, pst_layers(model)
+        self.device = device
+        self._layers = pst_layers(model)
         self._real: Tensor | None = None
         self._is_settled = False
         self._sums = {}
@@ -133,14 +153,16 @@ class GradientSums:
             return
         self._is_settled = True
         sums = list(self._sums.values())
-        parts = sum_over_ranks(torch.cat([one.first for one in sums])).split([len(one.first) for one in sums])
-        for one, first in zip(sums, parts, strict=True):
-            one.settle(first)
+        lengths = [len(layer_sums.first) for layer_sums in sums]
+        # one collective for all layers
+        totals = sum_over_ranks(torch.cat([layer_sums.first for layer_sums in sums]))
+        for layer_sums, first in zip(sums, totals.split(lengths), strict=True):
+            layer_sums.settle(first)
 
     def statistics(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (sum of w x x' (I, I), squared gradients (O,)) of each layer, fp64. Collective."""
-        for one in self._sums.values():
-            yield one.products(sum_over_ranks(one.gram)), sum_over_ranks(one.rows)
+        for layer_sums in self._sums.values():
+            yield layer_sums.products(sum_over_ranks(layer_sums.gram)), sum_over_ranks(layer_sums.rows)
 
     def close(self) -> None:
         """Stop listening."""

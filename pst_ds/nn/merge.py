@@ -52,13 +52,13 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         )
     idle = inject.layers_never_called(model)
     if 0 < len(idle) < len(pst_layers(model)):
+        were, them = ("was", "it") if len(idle) == 1 else ("were", "them")
         warnings.warn(
-            f"{shortened(idle)} {'was' if len(idle) == 1 else 'were'} merged, but no forward pass has called "
-            f"{'it' if len(idle) == 1 else 'them'}. If other code reads the weight instead, the merged model differs "
-            "from the trained one. Compare the two",
+            f"{shortened(idle)} {were} merged, but no forward pass has called {them}. If other code reads the weight "
+            "instead, the merged model differs from the trained one. Compare the two",
             stacklevel=2,
         )
-    whole_checkpoints(model)
+    whole_checkpoints(model)  # a plain model saves all its weights
     plain_tables(model)
     for module, places in places_by_module(model).items():
         if isinstance(module, PSTLayer | PSTEmbedding):
@@ -74,11 +74,15 @@ def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and persistent buffers of the merged model, on the meta device, by name."""
     layers = pst_layers(model)
     tensors = {name: param.to("meta") for name, param in model.named_parameters() if ".pst_" not in name}
-    coded = {f"{name}.weight": layer for name, layer in layers.items() if layer.weight is None}
-    tensors |= {n: torch.empty(c.weight_shape, dtype=c.dtype, device="meta") for n, c in coded.items()}
-    names = {f"{name}.weight": inject.plain_name(name, layer) for name, layer in layers.items()}
-    tensors = {names.get(name, name): tensor for name, tensor in tensors.items()}
-    return tensors | {name: buffer.to("meta") for name, buffer in inject.persistent_buffers(model).items()}
+    plain_names: dict[str, str] = {}
+    for name, layer in layers.items():
+        plain_names[f"{name}.weight"] = inject.plain_name(name, layer)
+        if layer.weight is None:  # quantised: the layer has codes and scales instead of a weight
+            tensors[f"{name}.weight"] = torch.empty(layer.weight_shape, dtype=layer.dtype, device="meta")
+    tensors = {plain_names.get(name, name): tensor for name, tensor in tensors.items()}
+    for name, buffer in inject.persistent_buffers(model).items():
+        tensors[name] = buffer.to("meta")
+    return tensors
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -90,30 +94,43 @@ def print_trainable_parameters(model: nn.Module) -> None:
     model = unwrapped(model)
     layers = pst_layers(model).values()
     tables = coded_tables(model).values()
-    constants = {getattr(layer, part, None) for layer in (*layers, *tables) for part in CONSTANT_PARTS}
-    params = [param for param in model.parameters() if param not in constants]
-    total = sum(sharding.full_numel(param) for param in params)
-    total += sum(layer.layout.numel for layer in layers if layer.weight is None)
-    total += sum({t.codes: math.prod(t.shape) for t in tables}.values())  # tied ones once
-    trained = sum(sharding.full_numel(param) for param in params if param.requires_grad)
+    constants: set[nn.Parameter | None] = set()
+    for module in (*layers, *tables):
+        constants.update(getattr(module, part, None) for part in CONSTANT_PARTS)
+    total = 0
+    trained = 0
+    for param in model.parameters():
+        if param in constants:
+            continue
+        total += sharding.full_numel(param)
+        if param.requires_grad:
+            trained += sharding.full_numel(param)
+    for layer in layers:
+        if layer.weight is None:  # its codes are constants, and were not counted
+            total += layer.layout.numel
+    # Tied tables share their codes, and count once.
+    numel_by_codes = {table.codes: math.prod(table.shape) for table in tables}
+    total += sum(numel_by_codes.values())
     print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
 
 def _plain(module: PSTLayer | PSTEmbedding) -> nn.Module | nn.Parameter:
+    """Return what replaces a PST module: a module with the merged weight, or for a stack of experts the weight."""
     plain: nn.Module
     if isinstance(module, PSTEmbedding):
         weight = nn.Parameter(module.updated_weight(), requires_grad=False)
         rows, width = weight.shape
         plain = nn.Embedding(rows, width, padding_idx=module.padding_idx, _weight=weight, _freeze=True)
         return plain.train(module.training)
-    weight = nn.Parameter(module.masked_weight().add_(0.0).view(module.weight_shape), requires_grad=False)
+    masked = module.masked_weight().add_(0.0)  # -0.0 becomes +0.0
+    weight = nn.Parameter(masked.view(module.weight_shape), requires_grad=False)
     if isinstance(module, PSTExpertStack):
         return weight
     outputs, inputs = module.layout.out_features, module.layout.in_features
     if module.layout.transposed:
         from transformers.pytorch_utils import Conv1D
 
-        with torch.device("meta"):
+        with torch.device("meta"):  # Conv1D would initialise a weight, which is replaced below
             plain = Conv1D(outputs, inputs)
     else:
         plain = nn.Linear(inputs, outputs, bias=False, device="meta")
