@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -37,11 +37,21 @@ from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import is_main, raise_on_all_ranks
 from pst_ds.parallel.steps import unwrapped
 
-CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "pst_config.json", "pst_model.safetensors", "model.safetensors.index.json"
+CONFIG_FILE = "pst_config.json"
+WEIGHTS_FILE = "pst_model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 FORMAT = 1
 _NOTE = "not a model, but what training changed of one: load it with pst_ds.load_pretrained"
-_StoredGrid = Annotated[Grid | None, BeforeValidator(lambda pair: pair and Grid(pair[0], pair[1] or None))]
-"""Saved as one of :func:`model_grids`."""
+
+
+def _as_grid(pair: Any) -> Any:
+    """Return the quantisation that :func:`model_grids` describes as (bits, inputs per scale or 0); None without."""
+    if not pair:
+        return pair  # an empty value other than None is rejected by the type of the field
+    return Grid(pair[0], pair[1] or None)
+
+
+_StoredGrid = Annotated[Grid | None, BeforeValidator(_as_grid)]
 
 
 class PretrainedError(InputError):
@@ -86,16 +96,20 @@ def save_pretrained(
     """
     model = unwrapped(model)
     inject.injected_config(model)
-    writes = is_main() if writes is None else writes
+    if writes is None:
+        writes = is_main()
+    # Every rank takes part, also one that does not write: the values are gathered from all ranks.
     tensors = adapter_state(model, keep=writes)
 
     def write() -> None:
+        if not writes:
+            return
         try:
             write_adapter_state(model, folder, tensors, step=step)
         except OSError as error:
             raise OSError(f"{folder} could not be written: {error}") from error
 
-    raise_on_all_ranks(write if writes else lambda: None, (Exception,))
+    raise_on_all_ranks(write, (Exception,))
 
 
 def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
@@ -127,20 +141,26 @@ def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
     _require_fit(model, tensors, saved, folder)
     if is_other_revision:
         _require_weights(model, saved, folder)
-    with torch.no_grad():
-        for name, param in inject.adapter_parameters(model):
-            sharding.write_whole(param, tensors[name])
-        for name, buffer in inject.persistent_buffers(model).items():
-            buffer.copy_(tensors.get(name, buffer))
-        for name, layer in inject.pst_layers(model).items():
-            write_mask(layer, tensors[f"{name}.{MASK_BITS}"])
-            layer.set_magnitude_scales(tuple(saved.weight_scales[name]))
-            if layer.pst_scales is not None:
-                sharding.write_whole(layer.pst_scales, bytes_of_scales(tensors[f"{name}.{SCALES}"]))
+    _load_tensors(model, tensors, saved)
     if saved.masks_frozen:
         inject.freeze_scores(model)
     inject.round_weights(model, rounds=saved.rounds)
     return model
+
+
+@torch.no_grad()
+def _load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], saved: _Saved) -> None:
+    """Write the values, buffers, masks and scales of a folder into an injected ``model`` that they fit."""
+    for name, param in inject.adapter_parameters(model):
+        sharding.write_whole(param, tensors[name])
+    for name, buffer in inject.persistent_buffers(model).items():
+        if name in tensors:  # older folders lack buffers
+            buffer.copy_(tensors[name])
+    for name, layer in inject.pst_layers(model).items():
+        write_mask(layer, tensors[f"{name}.{MASK_BITS}"])
+        layer.set_magnitude_scales(tuple(saved.weight_scales[name]))
+        if layer.pst_scales is not None:
+            sharding.write_whole(layer.pst_scales, bytes_of_scales(tensors[f"{name}.{SCALES}"]))
 
 
 @torch.no_grad()
@@ -153,7 +173,8 @@ def adapter_state(
     model. The dict is empty where ``keep`` is false, by default on all ranks but 0. Collective under DeepSpeed, except
     with ``gathered``.
     """
-    keep = is_main() if keep is None else keep
+    if keep is None:
+        keep = is_main()
     if any(layer.group is not None for layer in inject.pst_layers(model).values()):
         raise InputError(
             "expert_parallel: an adapter state has whole stacks of experts, and ranks have parts of them. Inject with "
@@ -161,26 +182,36 @@ def adapter_state(
         )
     tensors: dict[str, Tensor] = {}
     for name, param in inject.adapter_parameters(model):
+        # Gathered one by one, so that a rank never holds more than one whole parameter on its device.
         value = sharding.fp32_masters([param])[0] if gathered is None else gathered[name].float()
         if keep:
-            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
-    for name, buffer in inject.persistent_buffers(model).items() if keep else ():
-        tensors[name] = (buffer if gathered is None else gathered[name]).detach().to("cpu", copy=True).contiguous()
+            tensors[name] = _copy_on_cpu(value)
+    if keep:
+        for name, buffer in inject.persistent_buffers(model).items():
+            whole_buffer = buffer if gathered is None else gathered[name]
+            tensors[name] = _copy_on_cpu(whole_buffer)
     for name, layer in inject.pst_layers(model).items():
-        key = f"{name}.{MASK_BITS}"
-        if gathered is not None and key in gathered:  # a state dict with adapter_checkpoints
-            bits = gathered[key].cpu()
-        else:
-            whole = sharding.whole(layer.pst_mask) if gathered is None else gathered[f"{name}.pst_mask"]
-            bits = relayout(whole.cpu(), layer.layout.numel, layer.num_shards, 1) if keep else whole
-        if keep:
-            tensors[key] = bits
-        if layer.stored_grid is not None and layer.pst_scales is not None:
-            whole = sharding.whole(layer.pst_scales) if gathered is None else gathered[f"{name}.{SCALES}"]
+        mask_key = f"{name}.{MASK_BITS}"
+        if gathered is not None and mask_key in gathered:  # a state dict with adapter_checkpoints
             if keep:
-                scales = scales_of_bytes(whole.detach(), layer.stored_grid.shape)
-                tensors[f"{name}.{SCALES}"] = scales.to("cpu", copy=True)
+                tensors[mask_key] = gathered[mask_key].cpu()
+        else:
+            # The gathering is collective, so it comes before the question whether this rank keeps the result.
+            whole_mask = sharding.whole(layer.pst_mask) if gathered is None else gathered[f"{name}.pst_mask"]
+            if keep:
+                tensors[mask_key] = relayout(whole_mask.cpu(), layer.layout.numel, layer.num_shards, 1)
+        if layer.stored_grid is not None and layer.pst_scales is not None:
+            scales_key = f"{name}.{SCALES}"
+            scale_bytes = sharding.whole(layer.pst_scales) if gathered is None else gathered[scales_key]
+            if keep:
+                scales = scales_of_bytes(scale_bytes.detach(), layer.stored_grid.shape)
+                tensors[scales_key] = scales.to("cpu", copy=True)
     return tensors
+
+
+def _copy_on_cpu(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy in host memory, which further training does not change."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def write_adapter_state(
@@ -189,12 +220,17 @@ def write_adapter_state(
     """Write the three files for ``tensors``, from :func:`adapter_state`, on one rank. Raises OSError."""
     from safetensors.torch import save
 
-    folder, config = Path(folder), inject.injected_config(model)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = save(tensors, metadata={"format": "pt"})
-    layers, base = inject.pst_layers(model), getattr(model, "name_or_path", "")
+    config = inject.injected_config(model)
     configured = inject.configured_parameters(model, config)
-    kept = sum(int(count_bits(bits, bits)[1]) for name, bits in tensors.items() if name.endswith(MASK_BITS))
+    layers = inject.pst_layers(model)
+    base = getattr(model, "name_or_path", "")
+    kept_weights = 0
+    for name, bits in tensors.items():
+        if name.endswith(MASK_BITS):
+            kept_weights += int(count_bits(bits, bits)[1])
     table = {
         "format": FORMAT,
         "pst_ds_version": __version__,
@@ -204,7 +240,7 @@ def write_adapter_state(
         "base_fingerprint": _fingerprint(base),
         "dtype": _dtype(model),
         "step": step,
-        "sparsity": 1.0 - kept / sum(layer.layout.numel for layer in layers.values()),
+        "sparsity": 1.0 - kept_weights / sum(layer.layout.numel for layer in layers.values()),
         "masks_frozen": not any(layer.scores_train for layer in layers.values()),
         "weight_scales": magnitude_scales(model),
         **model_grids(model),
@@ -212,6 +248,8 @@ def write_adapter_state(
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     index = {"metadata": _NOTE, "weight_map": dict.fromkeys(tensors, WEIGHTS_FILE)}
+    # The config has the digest of the weights and comes last: after an interruption the folder either loads or is
+    # rejected, and never mixes two saves.
     write_bytes_atomic(folder / WEIGHTS_FILE, data)
     write_text_atomic(folder / INDEX_FILE, json.dumps(index, indent=1) + "\n")
     write_text_atomic(folder / CONFIG_FILE, json.dumps(table, indent=1) + "\n")
@@ -227,10 +265,11 @@ def _read_config(folder: Path) -> _Saved:
     path = folder / CONFIG_FILE
     try:
         table = json.loads(path.read_bytes())
-        number = table.get("format") if isinstance(table, dict) else None
+        format_number = table.get("format") if isinstance(table, dict) else None
         saved = None
-        if number == FORMAT:
+        if format_number == FORMAT:
             config = without_removed({"pst": table["pst_config"]}).get("pst", {})
+            # As JSON, because a strict model takes lists for sets and tuples only there.
             saved = _Saved.model_validate_json(json.dumps({**table, "pst_config": config}))
     except FileNotFoundError:
         raise PretrainedError(
@@ -242,20 +281,23 @@ def _read_config(folder: Path) -> _Saved:
         problem = first_problem(error) if isinstance(error, ValidationError) else error
         raise PretrainedError(f"{path} is damaged: {problem}") from None
     if saved is None:
-        raise PretrainedError(f"{path} has format {number!r}; this version reads {FORMAT}")
+        raise PretrainedError(f"{path} has format {format_number!r}; this version reads {FORMAT}")
     return saved
 
 
 def _require_same_computation(model: nn.Module, saved: _Saved, folder: Path) -> None:
     """Raise PretrainedError unless an injected model has the saved formula and quantisation."""
-    config, grids = inject.injected_config(model), model_grids(model)
-    pairs = {name: (getattr(config, name), getattr(saved.pst_config, name)) for name in PSTConfig.formula()}
-    pairs |= {key: (pair and Grid(pair[0], pair[1] or None), getattr(saved, key)) for key, pair in grids.items()}
-    for name, (own, found) in pairs.items():
-        if own != found:
+    config = inject.injected_config(model)
+    settings: dict[str, tuple[object, object]] = {}  # (the model's value, the saved value) by name
+    for name in PSTConfig.formula():
+        settings[name] = (getattr(config, name), getattr(saved.pst_config, name))
+    for name, pair in model_grids(model).items():
+        settings[name] = (_as_grid(pair), getattr(saved, name))
+    for name, (of_model, of_folder) in settings.items():
+        if of_model != of_folder:
             raise PretrainedError(
-                f"{folder / CONFIG_FILE} has {name} = {found}, and the model was injected with {name} = {own}: it "
-                "would compute something else. Load onto the base model, or inject the saved config"
+                f"{folder / CONFIG_FILE} has {name} = {of_folder}, and the model was injected with {name} = "
+                f"{of_model}: it would compute something else. Load onto the base model, or inject the saved config"
             )
 
 
@@ -264,10 +306,11 @@ def _require_base(model: nn.Module, saved: _Saved, folder: Path) -> bool:
 
     In that case :func:`_require_weights` decides, because the hub's cache knows only the newest revision.
     """
-    base, known = _fingerprint(getattr(model, "name_or_path", "")), saved.base_fingerprint
-    if not base or not known or same_base(base, known):
+    fingerprint = _fingerprint(getattr(model, "name_or_path", ""))
+    # A model that was built in memory has no fingerprint: then only its shapes can be checked.
+    if not fingerprint or not saved.base_fingerprint or same_base(fingerprint, saved.base_fingerprint):
         return False
-    if not is_of_hub(base):
+    if not is_of_hub(fingerprint):
         raise PretrainedError(_other_weights(model, saved, folder))
     return True
 
@@ -278,7 +321,8 @@ def _require_weights(model: nn.Module, saved: _Saved, folder: Path) -> None:
     Warns if no means were saved, or only means of another dtype.
     """
     scales = magnitude_scales(model)
-    if _dtype(model) == saved.dtype and any(scale != 1.0 for of in scales.values() for scale in of):
+    are_measured = any(scale != 1.0 for of_layer in scales.values() for scale in of_layer)
+    if are_measured and _dtype(model) == saved.dtype:
         if scales != saved.weight_scales:
             raise PretrainedError(f"{_other_weights(model, saved, folder)}, by from_pretrained(..., revision=)")
     else:
@@ -315,18 +359,21 @@ def _read_tensors(folder: Path, digest: str) -> dict[str, Tensor]:
 
 
 def _require_fit(model: nn.Module, tensors: dict[str, Tensor], saved: _Saved, folder: Path) -> None:
-    wanted = {name: tuple(sharding.full_shape(param)) for name, param in inject.adapter_parameters(model)}
+    """Raise PretrainedError unless the folder has exactly the tensors that the model needs, in the model's shapes."""
+    saved_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    own_shapes = {name: tuple(sharding.full_shape(param)) for name, param in inject.adapter_parameters(model)}
     for name, layer in inject.pst_layers(model).items():
-        wanted[f"{name}.{MASK_BITS}"] = (-(-layer.layout.numel // 8),)
+        own_shapes[f"{name}.{MASK_BITS}"] = (-(-layer.layout.numel // 8),)  # bytes of one bit per weight
         if layer.stored_grid is not None:
-            wanted[f"{name}.{SCALES}"] = layer.stored_grid.shape
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wanted |= {name: tuple(buffer.shape) for name, buffer in inject.persistent_buffers(model).items() if name in shapes}
-    for name in sorted(wanted.keys() | shapes.keys()):
-        if wanted.get(name) != shapes.get(name):
+            own_shapes[f"{name}.{SCALES}"] = layer.stored_grid.shape
+    for name, buffer in inject.persistent_buffers(model).items():
+        if name in saved_shapes:  # older folders lack buffers
+            own_shapes[name] = tuple(buffer.shape)
+    for name in sorted(own_shapes.keys() | saved_shapes.keys()):
+        if own_shapes.get(name) != saved_shapes.get(name):
             raise PretrainedError(
-                f"{folder / WEIGHTS_FILE} does not fit the model: {name} has shape {shapes.get(name)} there, and "
-                f"{wanted.get(name)} in the model (None: it is not there)"
+                f"{folder / WEIGHTS_FILE} does not fit the model: {name} has shape {saved_shapes.get(name)} there, and "
+                f"{own_shapes.get(name)} in the model (None: it is not there)"
             )
     if set(saved.weight_scales) != set(inject.pst_layers(model)):
         raise PretrainedError(f"{folder / CONFIG_FILE} does not fit the model: weight_scales belong to other layers")
