@@ -35,9 +35,13 @@ from pst_ds.errors import InputError, first_problem
 from pst_ds.formats.safetensors_file import CODE_OF_DTYPE, TensorFile, TensorFileError
 from pst_ds.parallel.optimizer_state import KINDS, MASTER
 
-FORMAT, READ_FORMATS = 4, (2, 3, 4)
+FORMAT = 4
+READ_FORMATS = (2, 3, 4)
 """2 has no quantisation, 3 no experts on ranks."""
-MANIFEST, SUMS, MASK, SCALES = "manifest.json", "SHA256SUMS", "mask", "scales"
+MANIFEST = "manifest.json"
+SUMS = "SHA256SUMS"
+MASK = "mask"
+SCALES = "scales"
 SCALE_BYTES = SCALE_DTYPE.itemsize
 _STRICT = ConfigDict(strict=True, extra="forbid")
 _Count = Annotated[int, Field(ge=0, lt=1 << 48)]
@@ -104,35 +108,54 @@ class Contents:
             raise ValueError("steps do not belong to the trained parameters")
         if set(self.scales) != (set(self.masks) if self.value_grid else set()):
             raise ValueError("scales do not belong to the pruned layers")
-        if any(self.num_shards % n or self.masks.get(name, 1) % n for name, n in self.parts.items()):
-            raise ValueError("parts do not divide the files and the pruned layers")
+        for name, num_parts in self.parts.items():
+            if self.num_shards % num_parts or self.masks.get(name, 1) % num_parts:
+                raise ValueError("parts do not divide the files and the pruned layers")
 
     @property
     def value_grid(self) -> Grid | None:
         """Quantisation of the pruned layers. Raises ValueError for one that does not exist."""
-        return None if self.grid is None else Grid(self.grid[0], self.grid[1] or None)
+        if self.grid is None:
+            return None
+        bits, inputs_per_scale = self.grid
+        return Grid(bits, inputs_per_scale or None)
 
 
 _MOST_HELD_FILES = 512
 """Half of the files that a process may usually have open."""
-_STATE, _CONTENTS = TypeAdapter(CheckpointState), TypeAdapter(Contents)
+_STATE = TypeAdapter(CheckpointState)
+_CONTENTS = TypeAdapter(Contents)
 
 
 class Checkpoint:
     """A checkpoint opened for reading; its values are read from disk on request."""
 
     def __init__(self, folder: Path, state: CheckpointState, contents: Contents):
-        self.folder, self.state, self.contents = folder, state, contents
-        sizes, parts = {name: torch.Size(shape).numel() for name, shape in contents.trained.items()}, contents.parts
-        of_trained = {name: parts[layer] for name in sizes if (layer := name.rpartition(".")[0]) in parts}
-        self._tensors = ChunkedTensors(sizes, contents.num_shards, contents.cuts, of_trained)
+        self.folder = folder
+        self.state = state
+        self.contents = contents
+        self._tensors = self._place_trained()
         scale_bytes = {name: SCALE_BYTES * math.prod(shape) for name, shape in contents.scales.items()}
-        self._scales = ChunkedTensors(scale_bytes, contents.num_shards, parts=parts)
-        self._mask_offsets, self._mask_bytes = {}, 0
+        self._scales = ChunkedTensors(scale_bytes, contents.num_shards, parts=contents.parts)
+        # A mask has the same offset in every file: each shard is padded to whole bytes, so all have one size.
+        self._mask_offsets: dict[str, int] = {}
+        self._mask_bytes = 0
         for name, numel in contents.masks.items():
+            num_parts = contents.parts.get(name, 1)
             self._mask_offsets[name] = self._mask_bytes
-            self._mask_bytes += shard_bytes(numel // parts.get(name, 1), contents.num_shards // parts.get(name, 1))
+            self._mask_bytes += shard_bytes(numel // num_parts, contents.num_shards // num_parts)
         self._open: dict[int, TensorFile] = {}
+
+    def _place_trained(self) -> ChunkedTensors:
+        """Return where the files hold the values of the trained parameters."""
+        sizes: dict[str, int] = {}
+        parts: dict[str, int] = {}
+        for name, shape in self.contents.trained.items():
+            sizes[name] = torch.Size(shape).numel()
+            layer = name.rpartition(".")[0]
+            if layer in self.contents.parts:
+                parts[name] = self.contents.parts[layer]
+        return ChunkedTensors(sizes, self.contents.num_shards, self.contents.cuts, parts)
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
@@ -151,17 +174,25 @@ class Checkpoint:
 
     def values(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Return values [start, stop) of a trainable parameter, (stop - start,) fp32; ``kind`` is one of KINDS."""
-        parts = self._parts(self._tensors, name, kind, start, stop)
-        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
+        pieces = self._read_pieces(self._tensors, name, key=kind, start=start, stop=stop)
+        if not pieces:
+            return torch.empty(0)
+        if len(pieces) == 1:  # usual on as many ranks as wrote the checkpoint: torch.cat would copy the values
+            return pieces[0]
+        return torch.cat(pieces)
 
     def scale_bytes(self, name: str, start: int, stop: int) -> Tensor:
         """Return bytes [start, stop) of a layer's scales, uint8."""
-        return torch.cat([torch.empty(0, dtype=torch.uint8), *self._parts(self._scales, name, SCALES, start, stop)])
+        pieces = self._read_pieces(self._scales, name, key=SCALES, start=start, stop=stop)
+        return torch.cat([torch.empty(0, dtype=torch.uint8), *pieces])  # torch.cat needs at least one tensor
 
-    def _parts(self, tensors: ChunkedTensors, name: str, key: str, start: int, stop: int) -> list[Tensor]:
+    def _read_pieces(self, tensors: ChunkedTensors, name: str, *, key: str, start: int, stop: int) -> list[Tensor]:
         """Read values [start, stop) of one of ``tensors`` from the files' tensors ``key``."""
-        fragments = tensors.fragments(name, start, stop)
-        return [self._read(f.file, key, f.offset, f.offset + f.stop - f.start) for f in fragments]
+        pieces = []
+        for fragment in tensors.fragments(name, start, stop):
+            size = fragment.stop - fragment.start
+            pieces.append(self._read(fragment.file, key, fragment.offset, fragment.offset + size))
+        return pieces
 
     def _whole_scales(self, name: str) -> Tensor:
         shape = self.contents.scales[name]
@@ -172,10 +203,12 @@ class Checkpoint:
         :func:`pst_ds.core.bits.part_range`: uint8; padding bits are zero."""
         numel = self.contents.masks[name]
         num_bytes = shard_bytes(numel // parts, num_shards // parts)
-        if (num_shards, parts) == (self.contents.num_shards, self.contents.parts.get(name, 1)):
-            at = self._mask_offsets[name]
-            return self._read(index, MASK, at, at + num_bytes)
-        return pack_shard(self._keep(name, *part_range(numel, num_shards, index, parts)), num_bytes)
+        if num_shards == self.contents.num_shards and parts == self.contents.parts.get(name, 1):
+            # The file has this very shard: nothing needs to be unpacked.
+            offset = self._mask_offsets[name]
+            return self._read(index, MASK, offset, offset + num_bytes)
+        start, stop = part_range(numel, num_shards, index, parts)
+        return pack_shard(self._keep(name, start, stop), num_bytes)
 
     def mask_bits(self, name: str, start: int, stop: int) -> Tensor:
         """Read the bits of flat weights [start, stop) of a mask; the first is bit 0."""
@@ -183,14 +216,21 @@ class Checkpoint:
 
     def _keep(self, name: str, start: int, stop: int) -> Tensor:
         """Return the mask of flat weights [start, stop), uint8 with values 0 and 1."""
-        numel, files, parts = self.contents.masks[name], self.contents.num_shards, self.contents.parts.get(name, 1)
-        found, at = [torch.empty(0, dtype=torch.uint8)], self._mask_offsets[name]
-        for file, first, last in files_of(numel, files, parts, start, stop):
-            begin, _ = part_range(numel, files, file, parts)
-            first, last = first - begin, last - begin
-            data = self._read(file, MASK, at + first // 8, at + -(-last // 8))
-            found.append(unpack_shard(data, last - first // 8 * 8)[first % 8 :])
-        return torch.cat(found)
+        numel = self.contents.masks[name]
+        num_files = self.contents.num_shards
+        num_parts = self.contents.parts.get(name, 1)
+        offset = self._mask_offsets[name]
+        pieces = [torch.empty(0, dtype=torch.uint8)]  # torch.cat needs at least one tensor
+        for file, first, last in files_of(numel, num_files, num_parts, start, stop):
+            # Weight i of a file's shard is bit i % 8 of its byte i // 8. The bytes that contain the weights may start
+            # with bits of earlier ones, which are dropped.
+            start_of_shard, _ = part_range(numel, num_files, file, num_parts)
+            first_bit = first - start_of_shard
+            last_bit = last - start_of_shard
+            first_byte = first_bit // 8
+            data = self._read(file, MASK, offset + first_byte, offset + -(-last_bit // 8))
+            pieces.append(unpack_shard(data, last_bit - 8 * first_byte)[first_bit % 8 :])
+        return torch.cat(pieces)
 
     def check_file(self, file: int) -> None:
         """Raise CheckpointError unless the tensors of a file have the dtypes and sizes in the manifest."""
@@ -198,9 +238,9 @@ class Checkpoint:
         wanted = dict.fromkeys(KINDS, ("F32", [self._tensors.length(file)])) | {MASK: ("U8", [self._mask_bytes])}
         if self.contents.scales:
             wanted[SCALES] = ("U8", [self._scales.length(file)])
-        held = {key: (CODE_OF_DTYPE[slot.dtype], list(slot.shape)) for key, slot in _opened(path).slots.items()}
-        if held != wanted:
-            raise CheckpointError(f"{path} is damaged: it holds {held}, and {MANIFEST} says {wanted}")
+        stored = {key: (CODE_OF_DTYPE[slot.dtype], list(slot.shape)) for key, slot in _opened(path).slots.items()}
+        if stored != wanted:
+            raise CheckpointError(f"{path} is damaged: it holds {stored}, and {MANIFEST} says {wanted}")
 
     def hold(self) -> None:
         """Open all files, so that their values can be read after another process has removed them.
@@ -258,8 +298,12 @@ def sums_text(sums: Mapping[str, str]) -> str:
 
 def manifest_bytes(state: CheckpointState, contents: Contents) -> bytes:
     """Return the content of manifest.json."""
-    of_state = {"weight_scales" if name == "magnitude_scales" else name: v for name, v in asdict(state).items()}
-    table = {"format": FORMAT, "state": of_state, "contents": asdict(contents)}
+    state_table: dict[str, object] = {}
+    for name, value in asdict(state).items():
+        # The files keep the older name of the field.
+        key = "weight_scales" if name == "magnitude_scales" else name
+        state_table[key] = value
+    table = {"format": FORMAT, "state": state_table, "contents": asdict(contents)}
     return (json.dumps(table, indent=1) + "\n").encode()
 
 
@@ -278,9 +322,13 @@ def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
     text = (folder / SUMS).read_bytes()
     if text == sums_text(sums).encode():
         return
-    lines = dict(line.split("  ", 1)[::-1] for line in text.decode(errors="replace").splitlines() if "  " in line)
+    listed: dict[str, str] = {}
+    for line in text.decode(errors="replace").splitlines():
+        digest, separator, name = line.partition("  ")
+        if separator:
+            listed[name] = digest
     for name, digest in sums.items():
-        if name in lines and lines[name] != digest:
+        if name in listed and listed[name] != digest:
             raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the one in {SUMS}")
     raise CheckpointError(f"{folder / SUMS} is damaged: it does not list the files of the checkpoint")
 
@@ -312,25 +360,19 @@ def open_checkpoint(folder: Path, names: Sequence[str] | None = None) -> Checkpo
     names = listed_files(folder) if names is None else names
     path = folder / MANIFEST
     data = path.read_bytes()
+    # Checked here and not only by read_checkpoint, because everything below relies on the manifest.
     if f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n".encode() not in (folder / SUMS).read_bytes():
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {SUMS}")
     try:
         table = json.loads(data)
-        number = table.get("format") if isinstance(table, dict) else None
+        format_number = table.get("format") if isinstance(table, dict) else None
     except (ValueError, RecursionError) as error:  # not JSON or UTF-8, or a number of thousands of digits
         raise CheckpointError(f"{path} is damaged: {error}") from None
-    if number not in READ_FORMATS:
-        raise CheckpointError(
-            f"{path} has format {number!r}; this version reads {' and '.join(map(str, READ_FORMATS))}"
-        )
+    if format_number not in READ_FORMATS:
+        known_formats = " and ".join(map(str, READ_FORMATS))
+        raise CheckpointError(f"{path} has format {format_number!r}; this version reads {known_formats}")
     try:
-        contents = table["contents"] | ({"grid": None, "scales": {}} if number == 2 else {})
-        contents |= {"parts": {}} if number < 4 else {}
-        wrong = (set(table) ^ {"format", "state", "contents"}) | (set(contents) ^ {f.name for f in fields(Contents)})
-        if wrong:
-            raise ValueError(f"its keys differ from a manifest's in {', '.join(sorted(wrong))}")
-        state = _STATE.validate_json(json.dumps(table["state"]))
-        checkpoint = Checkpoint(folder, state, _CONTENTS.validate_json(json.dumps(contents)))
+        checkpoint = _checkpoint_of_manifest(folder, table)
     except ValidationError as error:
         raise CheckpointError(f"{path} is damaged: {first_problem(error)}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -339,5 +381,26 @@ def open_checkpoint(folder: Path, names: Sequence[str] | None = None) -> Checkpo
     files = range(min(num_files, len(names) + 1))  # enough to name one that is missing
     wanted = {MANIFEST, *(shard_name(file, num_files) for file in files)}
     for name in sorted(wanted ^ set(names)):
-        raise CheckpointError(f"{folder / name} is {'missing' if name in wanted else 'not in the manifest'}")
+        problem = "missing" if name in wanted else "not in the manifest"
+        raise CheckpointError(f"{folder / name} is {problem}")
     return checkpoint
+
+
+def _checkpoint_of_manifest(folder: Path, table: dict[str, Any]) -> Checkpoint:
+    """Return the checkpoint that a manifest of a known format describes.
+
+    Raises the errors of damaged content: ValidationError, ValueError, KeyError, TypeError, AttributeError, IndexError.
+    """
+    missing_in_old: dict[str, Any] = {}
+    if table["format"] == 2:
+        missing_in_old |= {"grid": None, "scales": {}}
+    if table["format"] < 4:
+        missing_in_old |= {"parts": {}}
+    contents = table["contents"] | missing_in_old
+    contents_keys = {field_of_contents.name for field_of_contents in fields(Contents)}
+    wrong = (set(table) ^ {"format", "state", "contents"}) | (set(contents) ^ contents_keys)
+    if wrong:
+        raise ValueError(f"its keys differ from a manifest's in {', '.join(sorted(wrong))}")
+    # As JSON, because strict types take lists for tuples only there.
+    state = _STATE.validate_json(json.dumps(table["state"]))
+    return Checkpoint(folder, state, _CONTENTS.validate_json(json.dumps(contents)))
