@@ -36,7 +36,8 @@ from pst_ds.checkpoint.restore import same_base
 from pst_ds.errors import InputError, first_problem, shortened
 from pst_ds.formats.safetensors_file import Slot, TensorFile, TensorFileError
 
-INDEX, STATES = "index.json", "states"
+INDEX = "index.json"
+STATES = "states"
 FORMAT = 1
 KEPT_IN_MEMORY = 64
 """Most recently used states that a store keeps in memory."""
@@ -109,7 +110,9 @@ class UserStore:
         self.folder = folder
         self._stamp = _stamp(folder / INDEX)  # before reading, so that a concurrent write is noticed
         self.common, self._entries = _read_index(folder)
+        # The entry is part of the key, so a state that was replaced is read again.
         self._cached = lru_cache(kept)(lambda name, entry: self._read(name, entry))
+        # Without it, two threads that ask for one user at the same time would both read its file.
         self._one_at_a_time = threading.RLock()
 
     @classmethod
@@ -139,8 +142,10 @@ class UserStore:
             common, entries = _read_index(self.folder)
             self.require_common(common)
             if self._entries.keys() - entries.keys():
+                # An lru_cache cannot forget one key, and the values of a removed user must not stay in memory.
                 self._cached.cache_clear()
-            self._entries, self._stamp = entries, stamp
+            self._entries = entries
+            self._stamp = stamp
 
     @property
     def names(self) -> list[str]:
@@ -155,12 +160,12 @@ class UserStore:
 
     def entry(self, name: str) -> UserEntry:
         """Return the entry of a user. Raises UserNameError if the store does not have it."""
-        found = self._entries.get(name)
-        if found is None:
+        entry = self._entries.get(name)
+        if entry is None:
             require_name(name)
-            known = shortened([repr(known) for known in self.names], 6) or "nobody"
+            known = shortened([repr(user) for user in self.names], 6) or "nobody"
             raise UserNameError(f"{self.folder} has no user {name!r}; there is {known}")
-        return found
+        return entry
 
     def state(self, name: str) -> State:
         """Return the state of a user, which is cached: do not change it. Raises UserNameError for an unknown user, and
@@ -191,7 +196,10 @@ class UserStore:
         self._require_shapes(state, f"the state of {name!r}")
         data = save({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()})
         digest = hashlib.sha256(data).hexdigest()
-        file = f"{hashlib.sha256(name.encode()).hexdigest()[:32]}-{digest[:16]}.safetensors"
+        # A digest of the name, because names may have characters that file systems reject or fold. The digest of the
+        # content gives a new state a new file: until the index names it, readers find the old one.
+        digest_of_name = hashlib.sha256(name.encode()).hexdigest()
+        file = f"{digest_of_name[:32]}-{digest[:16]}.safetensors"
         entry = UserEntry(file=file, sha256=digest, bytes=len(data), rows=rows, steps=steps, loss=loss)
         with self._writing() as entries:
             (self.folder / STATES).mkdir(exist_ok=True)
@@ -212,6 +220,7 @@ class UserStore:
         checks = {
             "base model": same_base(own.base_fingerprint, common.base_fingerprint),
             "masks": own.masks_sha256 == common.masks_sha256,
+            # Which values are shared depends on which are personal, so their shapes are the problem to report.
             "shared training": has_other_shapes or own.shared_sha256 == common.shared_sha256,
         }
         for what, is_same in checks.items():
@@ -226,10 +235,12 @@ class UserStore:
                 "that they were trained with, or another folder"
             )
         for name in ("form", "task", "labels", "beta", "dtype"):
-            if getattr(own, name) != getattr(common, name):
+            own_value = getattr(own, name)
+            wanted_value = getattr(common, name)
+            if own_value != wanted_value:
                 raise UserStoreError(
-                    f"{self.folder} has states with {name} = {getattr(own, name)!r}, but {getattr(common, name)!r} is "
-                    "asked for. Use the same, or another folder"
+                    f"{self.folder} has states with {name} = {own_value!r}, but {wanted_value!r} is asked for. Use the "
+                    "same, or another folder"
                 )
 
     def _read(self, name: str, entry: UserEntry) -> State:
@@ -247,11 +258,14 @@ class UserStore:
                 f"{path} of user {name!r} cannot be read: {error}. Remove the user, or train it again"
             ) from None
         # views of the file's bytes: allocating hundreds of small tensors would waste a fifth of their size
-        state = {key: _viewed(data[slot.offset : slot.offset + slot.nbytes], slot) for key, slot in slots.items()}
+        state: State = {}
+        for key, slot in slots.items():
+            state[key] = _viewed(data[slot.offset : slot.offset + slot.nbytes], slot)
         self._require_shapes(state, f"{path} of user {name!r}")
         return state
 
     def _require_shapes(self, state: Mapping[str, Tensor], what: str) -> None:
+        """Raise UserStoreError, about ``what``, unless a state has the names, shapes and dtype of the store."""
         shapes = {name: list(tensor.shape) for name, tensor in state.items()}
         if shapes != self.common.shapes:
             raise UserStoreError(f"{what} does not fit {self.folder}: it has {_difference(shapes, self.common.shapes)}")
@@ -270,8 +284,10 @@ class UserStore:
             try:
                 yield entries
                 _write_index(self.folder, self.common, entries)
-                self._entries, self._stamp = entries, _stamp(self.folder / INDEX)
+                self._entries = entries
+                self._stamp = _stamp(self.folder / INDEX)
             except BaseException:
+                # The caller may have changed the entries: what stays is decided by the index on disk.
                 _, entries = _read_index(self.folder)
                 raise
             finally:
@@ -301,10 +317,11 @@ def _writing_alone(folder: Path) -> Iterator[None]:
 def _stamp(path: Path) -> tuple[int, ...]:
     """Return a value that changes with every write of a file; empty for a missing file."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return ()
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    # An atomic write changes the inode; the time alone may be that of a write within the same tick of the clock.
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def require_name(name: str) -> None:
@@ -340,8 +357,9 @@ def _read_index(folder: Path) -> tuple[Common, dict[str, UserEntry]]:
     try:
         data = path.read_bytes()
         table = json.loads(data)
-        if (number := table.get("format")) != FORMAT:
-            raise UserStoreError(f"{path} has format {number!r}; this version reads {FORMAT}")
+        format_number = table.get("format")
+        if format_number != FORMAT:
+            raise UserStoreError(f"{path} has format {format_number!r}; this version reads {FORMAT}")
         index = TypeAdapter(_Index).validate_json(data)
         for name in index.users:
             require_name(name)
@@ -363,6 +381,7 @@ def _viewed(data: Tensor, slot: Slot) -> Tensor:
     return aligned.view(slot.dtype).view(slot.shape)
 
 
-def _difference(found: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> str:
-    name = next(name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name))
-    return f"{name} of shape {found.get(name)}, and {wanted.get(name)} is wanted (None: it is missing)"
+def _difference(shapes: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> str:
+    """Describe the first name, in alphabetical order, whose shape differs."""
+    name = next(name for name in sorted({*shapes, *wanted}) if shapes.get(name) != wanted.get(name))
+    return f"{name} of shape {shapes.get(name)}, and {wanted.get(name)} is wanted (None: it is missing)"
