@@ -21,7 +21,7 @@ from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.router import replace_routers, require_removable
 from pst_ds.nn.sharded_weights import read_now
-from pst_ds.nn.tables.coded import encode_tables, find_tables
+from pst_ds.nn.tables.coded import TableTarget, encode_tables, find_tables
 from pst_ds.nn.tables.embedding import UpdatedTable, replace_embeddings, updated_tables
 from pst_ds.nn.targets import (
     InjectionError,
@@ -44,6 +44,7 @@ _OFF: tuple[tuple[type[nn.Module], str, object], ...] = (
 )
 """Switches of torch's fused encoder layer, which reads the weights of its layers instead of calling them."""
 _BEFORE = "pst_fast_path"
+"""Attribute in which a module keeps the value of its switch until :func:`restore_fused_layers`."""
 _SPLIT_IS_SUPPORTED = "pst_split_is_supported"
 """Attribute of a model that FSDP2 has split, once :func:`settled_layers` has checked how."""
 
@@ -82,17 +83,27 @@ def inject_pst(
         raise InjectionError("the model already has PST modules; inject into the base model, once")
     sharding.require_weights_everywhere()
     sharding.refuse_dtensors(model.named_parameters(), "Call inject_pst first, on whole weights, and then fully_shard")
-    targets, embeddings = resolve_targets(model, config), find_embeddings(model, config)
+    # Names and settings are checked first, so that an error leaves the model unchanged.
+    targets = resolve_targets(model, config)
+    embeddings = find_embeddings(model, config)
     removes_experts = parse_pattern(config.pattern).kind == "experts"
     if removes_experts:
         require_removable(model)
     _require_settings_fit(targets, config, grid, base_grid)
-    tables = find_tables(model, config, embedding_grid, {t.module for t in targets}) if embedding_grid else []
+    tables: list[TableTarget] = []
+    if embedding_grid:
+        pruned = {target.module for target in targets}
+        tables = find_tables(model=model, config=config, grid=embedding_grid, pruned=pruned)
     if expert_parallel > 1:
         targets = _divided(targets, expert_parallel)
     shards = {target.name: _shards_of(target, num_shards) for target in targets}
-    from_zeros = config.initial_mask == "zeros"
-    bases = {t.name: encode_base(t, base_grid, shards[t.name], from_zeros=from_zeros) for t in targets if base_grid}
+    bases: dict[str, BaseCodes] = {}
+    if base_grid:
+        # Each weight is freed once it is encoded, so that the model is never held twice.
+        from_zeros = config.initial_mask == "zeros"
+        for target in targets:
+            bases[target.name] = encode_base(target, base_grid, shards[target.name], from_zeros=from_zeros)
+    # Encoding has read its weights from the files; the others are read now, since scales need their values.
     read_now(model.parameters())
     scales = _magnitude_scales(targets, bases, config)
     encode_tables(tables)
@@ -100,10 +111,19 @@ def inject_pst(
     if removes_experts:
         replace_routers(model, targets, config)
     for target in targets:
-        _replace(target, config, shards[target.name], scales[target.name], grid, bases.get(target.name))
+        _replace(
+            target=target,
+            config=config,
+            num_shards=shards[target.name],
+            scales=scales[target.name],
+            grid=grid,
+            base=bases.get(target.name),
+        )
+    # An experts module holds two stacks, and is switched once.
     experts.switch_on(dict.fromkeys(target.module for target in targets if target.is_stack))
     _switch_fused_layers_off(model)
     replace_embeddings(model, embeddings, config)
+    # After the replacement, since the factors belong to the new layers.
     for param in configured_parameters(model, config):
         param.requires_grad_(True)
     model.pst_config = config  # type: ignore[assignment]
@@ -119,20 +139,26 @@ def _divided(targets: Sequence[Target], degree: int) -> list[Target]:
     if not pruned:
         raise InjectionError(f"{lead}: no stack of experts is pruned. Set it to 1, or prune the experts")
     for target in targets:
-        if (number := pruned[target.module]) == 1:
+        num_stacks = pruned[target.module]  # 0 for a linear layer
+        # An expert is computed on the rank that owns it, which needs its part of both stacks.
+        if num_stacks == 1:
             raise InjectionError(
                 f"{lead}: {target.name} is pruned, and the other stack is not. Prune both, or set it to 1"
             )
-        if number and target.layout.num_experts % degree:
-            count = target.layout.num_experts
-            raise InjectionError(f"{lead} does not divide the {count} experts of {target.name}. Set it to a divisor")
+        num_experts = target.layout.num_experts
+        if num_stacks and num_experts % degree:
+            raise InjectionError(
+                f"{lead} does not divide the {num_experts} experts of {target.name}. Set it to a divisor"
+            )
+    # On the meta device, as for a plan, layers keep the shapes of the whole model.
     if targets[0].weight.is_meta:
         return list(targets)
     if not sharding.divides_experts(targets[0].weight):
         raise InjectionError(
             f"{lead}: the model was not loaded under deepspeed.zero.Init. Load it there, or set it to 1"
         )
-    group, divided = ExpertGroup.of_neighbours(degree), []
+    group = ExpertGroup.of_neighbours(degree)
+    divided = []
     for target in targets:
         if target.is_stack:
             setattr(target.module, target.parameter, group.own_experts(target.weight))
@@ -150,15 +176,31 @@ def _replace(
     base: BaseCodes | None,
 ) -> None:
     """Replace a target by a PST layer. ``scales``: magnitude scales, one for each matrix."""
-    weight, like = (None, base.codes) if base else (target.weight, target.weight)
-    rest = num_shards, scales, grid, base, target.group
-    layer: PSTLayer
+    weight = None if base else target.weight  # the codes replace it
+    stored = base.codes if base else target.weight
+    bias = None
+    kind: type[PSTLayer] = PSTExpertStack
     if target.is_stack:
-        del target.module._parameters[target.parameter]  # a module takes its place
-        layer = PSTExpertStack(target.name, weight, None, target.layout, target.rule, config.of_experts, *rest)
+        del target.module._parameters[target.parameter]  # the layer takes its place; biases of experts stay
+        config = config.of_experts
     else:
-        layer = PSTLinear(target.name, weight, target.module.bias, target.layout, target.rule, config, *rest)
-    sharding.split_as(like, layer.parameters(recurse=False))
+        bias = target.module.bias
+        kind = PSTLinear
+    layer = kind(
+        name=target.name,
+        weight=weight,
+        bias=bias,
+        layout=target.layout,
+        rule=target.rule,
+        config=config,
+        num_shards=num_shards,
+        magnitude_scales=scales,
+        grid=grid,
+        base=base,
+        group=target.group,
+    )
+    # Under ZeRO-3 the mask and the factors become partitioned as the weight is.
+    sharding.split_as(stored, layer.parameters(recurse=False))
     layer.train(target.module.training)
     put(layer, target.places)
 
@@ -178,14 +220,19 @@ def configured_parameters(model: nn.Module, config: PSTConfig) -> set[nn.Paramet
 
     They are the factors, modules trained in full, those of additions, and trained pruned weights.
     """
-    own = {p: name.rpartition(".")[2] for name, p in model.named_parameters()}
-    params = {p for p, part in own.items() if part.startswith("pst_") and part not in CONSTANT_PARTS}
+    params: set[nn.Parameter] = set()
+    for name, param in model.named_parameters():
+        part = name.rpartition(".")[2]
+        if part.startswith("pst_") and part not in CONSTANT_PARTS:
+            params.add(param)
     for module in modules_named_to_save(model, config).values():
         params.update(module.parameters())
     for added in added_modules(model).values():
         params.update(added.parameters())
     if config.train_weights:
-        params.update(layer.weight for layer in pst_layers(model).values() if layer.weight is not None)
+        for layer in pst_layers(model).values():
+            if layer.weight is not None:
+                params.add(layer.weight)
     return params
 
 
@@ -210,18 +257,21 @@ def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     inner = unwrapped(model)
     settled_layers(inner)
     config = vars(inner).get("pst_config")
-    configured = configured_parameters(inner, config) if isinstance(config, PSTConfig) else set()
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad or p in configured]
+    configured: set[nn.Parameter] = set()
+    if isinstance(config, PSTConfig):  # a model of which only a part was injected has no config
+        configured = configured_parameters(inner, config)
+    return [(name, param) for name, param in model.named_parameters() if param.requires_grad or param in configured]
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers of a state dict, by name: constants and running statistics, which are not trained."""
-    return {
-        f"{owner}.{name}" if owner else name: buffer
-        for owner, module in model.named_modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    }
+    buffers: dict[str, Tensor] = {}
+    for owner, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            # torch has no public list of the persistent buffers of one module.
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                buffers[f"{owner}.{name}" if owner else name] = buffer
+    return buffers
 
 
 def pst_layers(model: nn.Module) -> dict[str, PSTLayer]:
@@ -283,15 +333,15 @@ def layers_never_called(model: nn.Module) -> list[str]:
 @contextmanager
 def bypassed(model: nn.Module) -> Iterator[None]:
     """Make ``model`` compute like its dense base inside the context: without masks, updates and additions."""
-    changing: list[PSTLayer | UpdatedTable | AddedModule] = [*pst_layers(model).values()]
-    changing += updated_tables(model).values()
-    changing += added_modules(model).values()
-    for module in changing:
+    modules: list[PSTLayer | UpdatedTable | AddedModule] = [*pst_layers(model).values()]
+    modules += updated_tables(model).values()
+    modules += added_modules(model).values()
+    for module in modules:
         module.bypassed = True
     try:
         yield
     finally:
-        for module in changing:
+        for module in modules:
             module.bypassed = False
 
 
@@ -330,8 +380,9 @@ def restore_fused_layers(model: nn.Module) -> None:
 
 
 def _shards_of(target: Target, num_shards: int | None) -> int | None:
-    weight = target.weight
-    shards = sharding.num_shards(weight) if sharding.is_partitioned(weight) else num_shards
+    if not sharding.is_partitioned(target.weight):
+        return num_shards
+    shards = sharding.num_shards(target.weight)
     if num_shards not in (None, shards):
         raise InjectionError(f"{target.weight_name} is split over {shards} ranks, not num_shards = {num_shards}")
     return shards
@@ -347,19 +398,27 @@ def _require_fit(target: Target, config: PSTConfig, grid: Grid | None, base_grid
             f"{target.name}: {error}. Leave it out with {leave_dense}, or give it another pattern: "
             f'overrides = [{{modules = ["{target.name}"], pattern = "matrix", final_sparsity = …}}]'
         ) from None
-    for scheme, what in ((grid, ""), (base_grid, "the base: ")):
+    for scheme, subject in ((grid, ""), (base_grid, "the base: ")):
+        if scheme is None:
+            continue
         try:
-            if scheme is not None:
-                StoredGrid(target.layout, scheme)
+            StoredGrid(target.layout, scheme)
         except ValueError as error:
-            message = f"{target.name}: {what}{error}; or leave the layer out with {leave_dense}"
+            message = f"{target.name}: {subject}{error}; or leave the layer out with {leave_dense}"
             raise InjectionError(message) from None
-    one, experts_config = target.layout.expert, config.of_experts
-    rows = one.out_features // one.num_matrices
-    if target.is_stack and max(experts_config.score_rank, experts_config.update_rank) > min(rows, one.in_features):
+    if target.is_stack:
+        _require_rank_fits(target, config)
+
+
+def _require_rank_fits(target: Target, config: PSTConfig) -> None:
+    """Raise InjectionError if the factors of a stack have a higher rank than its matrices can have."""
+    expert = target.layout.expert
+    rows = expert.out_features // expert.num_matrices
+    most = min(rows, expert.in_features)
+    if max(config.of_experts.score_rank, config.of_experts.update_rank) > most:
         raise InjectionError(
-            f"{target.name} has matrices of {rows} x {one.in_features}, and the rank of their factors, expert_rank = "
-            f"{config.expert_rank}, is higher; set it to at most {min(rows, one.in_features)}"
+            f"{target.name} has matrices of {rows} x {expert.in_features}, and the rank of their factors, expert_rank "
+            f"= {config.expert_rank}, is higher; set it to at most {most}"
         )
 
 
@@ -367,23 +426,34 @@ def _require_settings_fit(
     targets: Sequence[Target], config: PSTConfig, grid: Grid | None, base_grid: Grid | None
 ) -> None:
     for target in targets:
-        _require_fit(target, config, grid, base_grid)
-    for override in config.overrides:
-        if not any(name_matches(target.name, override.modules) for target in targets):
-            asked = override.modules if isinstance(override.modules, str) else list(override.modules)
-            seen = {target.name.rpartition(".")[2] for target in targets}
-            raise InjectionError(
-                f"overrides for {asked!r} match none of the pruned layers."
-                f"{suggestion(override.modules, seen)} Names seen: {', '.join(sorted(seen)[:12])}"
-            )
+        _require_fit(target=target, config=config, grid=grid, base_grid=base_grid)
+    _require_overrides_match(targets, config)
     if base_grid is not None and config.train_weights:
         raise InjectionError(
             f"train_weights = True trains the weights, and base_grid ({base_grid}) keeps them frozen in few bits; "
             "leave one of them out"
         )
-    sized = [(target, target.weight.element_size()) for target in targets]
-    target, itemsize = max(sized, key=lambda pair: least_tile_bytes(pair[0].layout.expert, pair[1]))
+    # If the layer that needs most memory can be cut into tiles, all can.
+    largest = max(targets, key=_least_tile_bytes)
+    itemsize = largest.weight.element_size()
     try:
-        plan_tiles(target.layout.expert, itemsize, config.tile_bytes, name=target.name)
+        plan_tiles(largest.layout.expert, itemsize, config.tile_bytes, name=largest.name)
     except TileBudgetError as error:
         raise InjectionError(str(error)) from None
+
+
+def _least_tile_bytes(target: Target) -> int:
+    return least_tile_bytes(target.layout.expert, target.weight.element_size())
+
+
+def _require_overrides_match(targets: Sequence[Target], config: PSTConfig) -> None:
+    for override in config.overrides:
+        if any(name_matches(target.name, override.modules) for target in targets):
+            continue
+        asked = override.modules if isinstance(override.modules, str) else list(override.modules)
+        endings = {target.name.rpartition(".")[2] for target in targets}
+        shown = ", ".join(sorted(endings)[:12])
+        raise InjectionError(
+            f"overrides for {asked!r} match none of the pruned layers.{suggestion(override.modules, endings)} "
+            f"Names seen: {shown}"
+        )
