@@ -24,9 +24,11 @@ class ExpertScores:
 
     def __init__(self, modules: Mapping[str, ExpertsModule]):
         self._names = {module: name for name, module in modules.items()}
-        self._own = {n: torch.zeros(2, int(m.num_experts), dtype=torch.int64) for n, m in modules.items()}
+        self._of_rank: dict[str, Tensor] = {}
         """For each module (2, E): sums over this rank's tokens in units, and numbers of tokens."""
-        self.sums = {name: own.clone() for name, own in self._own.items()}
+        for name, module in modules.items():
+            self._of_rank[name] = torch.zeros(2, int(module.num_experts), dtype=torch.int64)
+        self.sums = {name: terms.clone() for name, terms in self._of_rank.items()}
         """The same over all ranks, up to the last :meth:`add_up`; on the CPU."""
         self._real: Tensor | None = None
 
@@ -42,8 +44,10 @@ class ExpertScores:
         @torch.compiler.disable
         def forward(experts: ExpertsModule, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
             routing = Routing.of(index, weights, experts.num_experts)
-            is_silent = getattr(getattr(experts, stack_names(experts)[0]), "bypassed", False)
-            after = None if is_silent else partial(self._add, self._names[experts], routing)
+            stack = getattr(experts, stack_names(experts)[0])
+            after = partial(self._add, self._names[experts], routing)
+            if getattr(stack, "bypassed", False):  # the teacher's pass, or another one with W0
+                after = None
             return registered.of_routing(experts, hidden, weights, routing, after=after)
 
         with registered.registered(forward):
@@ -52,19 +56,23 @@ class ExpertScores:
     @torch.no_grad()
     def _add(self, name: str, routing: Routing, outputs: Tensor) -> None:
         """Add ``outputs``, (N*k, H) in the order of the experts."""
-        sizes = torch.linalg.vector_norm(outputs.float(), dim=1) * routing.gates.abs().float()
-        terms = torch.stack([(sizes / _UNIT).round().long(), torch.ones_like(routing.experts)])
+        sizes = torch.linalg.vector_norm(outputs.float(), dim=1) * routing.gates.abs().float()  # (N*k,)
+        terms = torch.stack([(sizes / _UNIT).round().long(), torch.ones_like(routing.experts)])  # (2, N*k)
         if self._real is not None and len(self._real) == len(routing.places):  # ranks may share sequences
             terms *= self._real.to(terms.device)[routing.tokens]
-        self._own[name] = self._own[name].to(terms.device).index_add_(1, routing.experts, terms)
+        # From the first call on, the sums stay on the device of the computation: the host does not wait for each batch.
+        self._of_rank[name] = self._of_rank[name].to(terms.device).index_add_(1, routing.experts, terms)
 
     def add_up(self, all_sum: Callable[[Tensor], Tensor], names: Sequence[str] | None = None) -> None:
         """Move the terms of modules, by default of all, from all ranks to :attr:`sums`. Collective."""
-        names = list(self.sums) if names is None else names
-        own = [self._own[name].flatten().cpu() for name in names]
-        for name, part in zip(names, all_sum(torch.cat(own)).split([len(each) for each in own]), strict=True):
-            self.sums[name] += part.view(2, -1)
-            self._own[name].zero_()
+        if names is None:
+            names = list(self.sums)
+        terms = [self._of_rank[name].flatten().cpu() for name in names]
+        lengths = [len(part) for part in terms]
+        totals = all_sum(torch.cat(terms))  # one collective for all modules
+        for name, total in zip(names, totals.split(lengths), strict=True):
+            self.sums[name] += total.view(2, -1)
+            self._of_rank[name].zero_()  # so that the next call does not add them again
 
     def scores(self, name: str) -> Tensor:
         """Return the mean of g ||f(x)|| over the tokens of each expert, (E,) double; 0 without a token."""

@@ -14,8 +14,11 @@ from pst_ds.errors import first_line
 from pst_ds.nn.tables.coded import CodedOutput
 
 _TOKENS = 4
-_SMALL, _LARGE = 2.0**-10, 2.0**20
-"""A logit that a cap does not change, and one that it replaces by the cap."""
+"""Tokens of the probe."""
+_SMALL = 2.0**-10
+"""A logit that a cap does not change."""
+_LARGE = 2.0**20
+"""A logit that a cap replaces by the cap."""
 
 
 class UnknownHeadError(RuntimeError):
@@ -43,20 +46,20 @@ class LanguageHead:
         weight for the call. The logits of the pass are meaningless.
         """
         results: list[Tensor] = []
-        given: list[Tensor] = []
+        hidden_before_hooks: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            given[:] = args[:1]
+            hidden_before_hooks[:] = args[:1]
 
         def forward(hidden: Tensor) -> Tensor:
             if self._trains:
                 return read(hidden).expand(*hidden.shape[:-1], 1)
-            results.append(read(given.pop()))
+            results.append(read(hidden_before_hooks.pop()))
             return hidden.detach()[..., :1]
 
         def after(module: nn.Module, args: object, output: Tensor) -> None:
             if self._trains:
-                results.append(output[(0,) * output.dim()])
+                results.append(output[(0,) * output.dim()])  # every element is the result
 
         # ZeRO-3's hooks gather the weight in the backward pass if a gradient flows from the module's output to its
         # input. A head that trains needs that. The gradient of a frozen one bypasses them: it flows from the result
@@ -80,8 +83,10 @@ def language_head(model: nn.Module) -> LanguageHead:
     head's output show how the model transforms them, and that the loss is the mean cross-entropy of each next token.
     Not collective.
     """
-    find = getattr(model, "get_output_embeddings", None)
-    head: Any = find() if callable(find) else None
+    head: Any = None
+    getter = getattr(model, "get_output_embeddings", None)
+    if callable(getter):
+        head = getter()
     if type(head) not in (nn.Linear, CodedOutput):
         kind = "no head" if head is None else f"a head of class {type(head).__name__}"
         raise UnknownHeadError(f"{type(model).__name__} has {kind}, not a plain linear layer")
@@ -91,25 +96,32 @@ def language_head(model: nn.Module) -> LanguageHead:
     if getattr(config.get_text_config(), "output_router_logits", False):
         raise UnknownHeadError(f"the loss of {type(model).__name__} has a term of its routers (output_router_logits)")
     numbers = torch.linspace(-40.0, 40.0, _TOKENS * head.out_features).view(1, _TOKENS, head.out_features)
-    numbers[0, 0, 0], numbers[0, 0, 1] = _SMALL, _LARGE
-    labels = (torch.arange(_TOKENS).unsqueeze(0) * 7) % head.out_features
+    numbers[0, 0, 0] = _SMALL
+    numbers[0, 0, 1] = _LARGE
+    labels = (torch.arange(_TOKENS).unsqueeze(0) * 7) % head.out_features  # (1, _TOKENS)
     try:
         with torch.no_grad(), _stand_ins(model, head, numbers) as calls:
             out: Any = model.forward(input_ids=torch.zeros_like(labels), labels=labels)  # without hooks of ZeRO-3
-            logits, loss = out.logits.float(), out.loss.float()
+            logits = out.logits.float()
+            loss = out.loss.float()
     except Exception as error:  # a family's code may fail in any way with stand-ins
         raise UnknownHeadError(f"{type(model).__name__} could not be probed: {first_line(error)}") from error
-    scale = cap = 0.0
+    scale = 0.0
+    cap = 0.0
     if len(calls) == 1 and logits.shape == numbers.shape:  # scale * numbers, or cap * tanh(scale * numbers / cap)
         small, large = logits[0, 0, :2].tolist()
-        scale = 1.0 if abs(small / _SMALL - 1.0) < 1e-6 else small / _SMALL
-        cap = 0.0 if large > 0.5 * scale * _LARGE else large
-    found = LanguageHead(head, scale, cap)
-    if not scale or not _is_close(found.readout.final(numbers), logits):
+        scale = small / _SMALL
+        if abs(scale - 1.0) < 1e-6:  # rounding in a cap changes the last bits
+            scale = 1.0
+        cap = large
+        if large > 0.5 * scale * _LARGE:  # the logit was not replaced
+            cap = 0.0
+    probed_head = LanguageHead(head, scale=scale, cap=cap)
+    if not scale or not _is_close(probed_head.readout.final(numbers), logits):
         raise UnknownHeadError(f"{type(model).__name__} does something unknown with its logits")
     if not _is_close(cross_entropy(logits[0, :-1], labels[0, 1:]), loss):
         raise UnknownHeadError(f"the loss of {type(model).__name__} is not the cross-entropy of each next token")
-    return found
+    return probed_head
 
 
 def _is_close(ours: Tensor, theirs: Tensor) -> bool:
@@ -144,30 +156,36 @@ class _Body(nn.Module):
 
 
 class _Head(nn.Module):
+    """Stand-in for a head, whose output is ``numbers``. It has the attributes that models read from theirs."""
+
     def __init__(self, like: nn.Linear | CodedOutput, numbers: Tensor):
         super().__init__()
-        self.weight, self.bias, self.numbers = getattr(like, "weight", None), like.bias, numbers
-        self.in_features, self.out_features = like.in_features, like.out_features
+        self.weight = getattr(like, "weight", None)
+        self.bias = like.bias
+        self.numbers = numbers
+        self.in_features = like.in_features
+        self.out_features = like.out_features
         self.calls: list[torch.Size] = []
 
     def forward(self, hidden: Tensor) -> Tensor:
         self.calls.append(hidden.shape)
-        return self.numbers.clone()
+        return self.numbers.clone()  # a model may scale its logits in place
 
 
 @contextmanager
 def _stand_ins(model: nn.Module, head: nn.Linear | CodedOutput, numbers: Tensor) -> Iterator[list[torch.Size]]:
     """Replace the head, and every part of the model that does not contain it; yield the shapes of the head's inputs."""
-    owner, name = next(
+    head_owner, head_name = next(
         (module, name) for module in model.modules() for name, part in module._modules.items() if part is head
     )
-    stand_in, parts = _Head(head, numbers), dict(model._modules)
-    for other, part in parts.items():
+    stand_in = _Head(head, numbers)
+    original_parts = dict(model._modules)
+    for name, part in original_parts.items():
         if part is not None and all(inside is not head for inside in part.modules()):
-            model._modules[other] = _Body(head.in_features)
-    owner._modules[name] = stand_in
+            model._modules[name] = _Body(head.in_features)
+    head_owner._modules[head_name] = stand_in
     try:
         yield stand_in.calls
     finally:
-        owner._modules[name] = head
-        model._modules.update(parts)
+        head_owner._modules[head_name] = head
+        model._modules.update(original_parts)

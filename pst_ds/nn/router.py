@@ -44,20 +44,25 @@ class PSTRouter(UpdatedTable):
     @torch.compiler.disable
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (logits of the kept experts, gates (N, k), experts (N, k)) for ``hidden`` (N, H)."""
-        base, kept, number = self._base[0], self.kept, self.num_embeddings
+        base = self._base[0]
+        kept = self.kept
+        num_experts = self.num_embeddings
         tensors = {name: getattr(self, name) for name in (*base._parameters, *base._buffers)}
         if self.bypassed:
-            return _computed(base, tensors, number, hidden)
-        cut = {n: t[kept] if t is not None and t.shape[:1] == (number,) else t for n, t in tensors.items()}
-        logits, gates, chosen = _computed(base, cut | {"weight": self.rows(kept)}, len(kept), hidden)
-        return logits, gates, kept[chosen]
+            return _computed(base, tensors, num_experts, hidden)
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.shape[:1] == (num_experts,):  # an entry per expert, such as a bias
+                tensors[name] = tensor[kept]
+        tensors["weight"] = self.rows(kept)
+        logits, gates, chosen = _computed(base, tensors, len(kept), hidden)
+        return logits, gates, kept[chosen]  # numbered as in the whole model
 
 
 def _computed(
     base: nn.Module, tensors: Mapping[str, Tensor | None], experts: int, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the outputs of a router with other ``tensors`` and another number of ``experts``."""
-    router = copy.copy(base)
+    router = copy.copy(base)  # shallow: the original module keeps its parameters and settings
     vars(router).update(_parameters=tensors, _buffers={})
     vars(router).update({key: experts for key in NUM_EXPERTS if key in vars(router)})
     logits, gates, chosen = router.forward(hidden)
@@ -70,20 +75,26 @@ def replace_routers(model: nn.Module, targets: Sequence[Target], config: PSTConf
     A router is found by its shape, next to the experts. Raises InjectionError unless both stacks of every experts
     module are ``targets``, and have one router that returns the experts of each token.
     """
-    places, names, saved = places_by_module(model), router_names(model), modules_to_save(model, config)
+    places = places_by_module(model)
+    candidates = router_names(model)
+    saved = modules_to_save(model, config)
     pruned = {target.name for target in targets}
     for name, module in experts_modules(model).items():
-        parent, number = name.rpartition(".")[0], int(module.num_experts)
+        parent = name.rpartition(".")[0]
+        num_experts = int(module.num_experts)
         if not {f"{name}.{stack}" for stack in stack_names(module)} <= pruned:
             raise InjectionError(f"{_LEAD} removes experts of every block, and {name} stays dense. Include it")
-        found = [each for each in names if each.startswith(f"{parent}.") and _is_router(model, each, number)]
-        if len(found) != 1 or found[0] in saved:
+        routers = []
+        for candidate in candidates:
+            if candidate.startswith(f"{parent}.") and _is_router(model, candidate, num_experts):
+                routers.append(candidate)
+        if len(routers) != 1 or routers[0] in saved:
             raise InjectionError(
                 f"{_LEAD}: next to {name} there is no single router that returns the experts of each token, and "
                 "is outside modules_to_save. Remove experts before training, with pst-ds prune --method reap"
             )
-        base = model.get_submodule(found[0])
-        router = PSTRouter(found[0], base, name, config)
+        base = model.get_submodule(routers[0])
+        router = PSTRouter(routers[0], base, experts=name, config=config)
         sharding.split_as(router.get_parameter("weight"), router.parameters(recurse=False))
         put(router.train(base.training), places[base])
 
@@ -93,22 +104,29 @@ def require_removable(model: nn.Module) -> None:
     number_of_experts(model, _LEAD)
 
 
-def _is_router(model: nn.Module, name: str, number: int) -> bool:
-    """Return whether a module computes gates and experts by its own weights, with one of ``number`` experts less."""
-    router, fewer = model.get_submodule(name), max(number - 1, experts_per_token(text_config(model)))
-    shapes = {n: tuple(sharding.full_shape(p)) for n, p in router.named_parameters(recurse=False)}
-    if len(shapes.get("weight", ())) != 2 or shapes["weight"][0] != number or any(router.children()):
+def _is_router(model: nn.Module, name: str, num_experts: int) -> bool:
+    """Return whether a module computes gates and experts by its own weights, with one expert less than it has."""
+    router = model.get_submodule(name)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, param in router.named_parameters(recurse=False):
+        shapes[key] = tuple(sharding.full_shape(param))
+    if len(shapes.get("weight", ())) != 2 or shapes["weight"][0] != num_experts or any(router.children()):
         return False
-    shapes |= {n: tuple(buffer.shape) for n, buffer in router.named_buffers(recurse=False)}
-    shapes = {n: (fewer, *shape[1:]) if shape[:1] == (number,) else shape for n, shape in shapes.items()}
+    for key, buffer in router.named_buffers(recurse=False):
+        shapes[key] = tuple(buffer.shape)
+    # A router cannot choose more experts per token than there are.
+    fewer = max(num_experts - 1, experts_per_token(text_config(model)))
+    for key, shape in shapes.items():
+        if shape[:1] == (num_experts,):
+            shapes[key] = (fewer, *shape[1:])
     with torch.device("meta"):
-        tensors = {n: torch.empty(shape) for n, shape in shapes.items()}
-        hidden = torch.empty(3, shapes["weight"][1])
+        tensors = {key: torch.empty(shape) for key, shape in shapes.items()}
+        hidden = torch.empty(3, shapes["weight"][1])  # three tokens: (N, H)
         try:
             outputs = _computed(router, tensors, fewer, hidden)
         except (TypeError, ValueError, RuntimeError, IndexError):  # other arguments or outputs
             return False
-    return not outputs[2].is_floating_point()
+    return not outputs[2].is_floating_point()  # numbers of experts
 
 
 def pst_routers(model: nn.Module) -> dict[str, PSTRouter]:
@@ -118,8 +136,10 @@ def pst_routers(model: nn.Module) -> dict[str, PSTRouter]:
 
 def scores_of_routers(model: nn.Module) -> ExpertScores | None:
     """Return the scores to measure of the experts of all PSTRouters; None for a model without any."""
-    names = [router.experts for router in pst_routers(model).values()]
-    return ExpertScores({name: model.get_submodule(name) for name in names}) if names else None
+    routers = pst_routers(model)
+    if not routers:
+        return None
+    return ExpertScores({router.experts: model.get_submodule(router.experts) for router in routers.values()})
 
 
 def stacks_of(model: nn.Module, router: PSTRouter) -> list[PSTExpertStack]:
@@ -132,6 +152,6 @@ def stacks_of(model: nn.Module, router: PSTRouter) -> list[PSTExpertStack]:
 def follow_masks(model: nn.Module) -> None:
     """Make the routers of ``model`` choose among the experts that have weights left. Collective."""
     for router in pst_routers(model).values():
-        stack = stacks_of(model, router)[0]
-        left = stack.pruned_of_experts() < stack.whole_layout.expert.numel
+        stack = stacks_of(model, router)[0]  # the masks of both stacks remove the same experts
+        left = stack.pruned_of_experts() < stack.whole_layout.expert.numel  # (E,)
         router.kept = left.nonzero().flatten().to(router.kept.device)
