@@ -1,6 +1,7 @@
 """Load a checkpoint into a model and its optimizer, and fingerprint the base model that it belongs to."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,8 +19,12 @@ from pst_ds.parallel.engine import Engine
 
 _HUB = "hub:"
 _FIX = "; use the method and the [pst] settings that it was trained with"
-_READ_WHOLE, _STRIDE, _SAMPLE = 256 << 20, 4 << 20, 64 << 10
-"""Size up to which weight files are hashed completely; larger ones have a sample hashed in every stride. In bytes."""
+_READ_WHOLE = 256 << 20
+"""Bytes up to which a weight file is hashed completely."""
+_STRIDE = 4 << 20
+"""Bytes from the start of one hashed piece of a weight file to the next."""
+_SAMPLE = 64 << 10
+"""Bytes that are hashed in every stride of a larger weight file."""
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -36,27 +41,38 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     _require_fit(model, checkpoint)
     with torch.no_grad():
         for name, param in trainable(model):
-            shard = sharding.shard_of(param)
-            stop = shard.start + shard.values.numel()
-            sharding.write_shard(param, checkpoint.values(name, optimizer_state.MASTER, shard.start, stop))
+            own_shard = sharding.shard_of(param)
+            stop = own_shard.start + own_shard.values.numel()
+            sharding.write_shard(param, checkpoint.values(name, optimizer_state.MASTER, own_shard.start, stop))
     for name, layer in pst_layers(model).items():
-        layer.set_magnitude_scales(tuple(checkpoint.state.magnitude_scales[name]))
-        mask, (shards, own_shard, parts) = layer.pst_mask, layer.place
-        held = [own_shard] if sharding.is_partitioned(mask) else range(shards)
-        bits = torch.cat([checkpoint.mask_shard(name, shards, i, parts) for i in held])
-        sharding.write_shard(mask, bits.to(mask.device))
-        if layer.pst_scales is not None:
-            own = sharding.shard_of(layer.pst_scales)
-            data = _scale_bytes(layer, name, checkpoint, own.start, own.start + own.values.numel())
-            sharding.write_shard(layer.pst_scales, data.to(own.values.device))
+        _load_layer(layer, name, checkpoint)
+    # After the masks: routers must not choose experts whose weights are all pruned.
     follow_masks(model)
     round_weights(model, rounds=checkpoint.state.rounds)
 
 
-def _scale_bytes(layer: PSTLayer, name: str, checkpoint: Checkpoint, start: int, stop: int) -> Tensor:
+def _load_layer(layer: PSTLayer, name: str, checkpoint: Checkpoint) -> None:
+    """Load the magnitude scales, the mask and the quantisation scales of a layer; of the latter two, what it holds."""
+    layer.set_magnitude_scales(tuple(checkpoint.state.magnitude_scales[name]))
+    mask = layer.pst_mask
+    num_shards, own_index, num_parts = layer.place
+    # A mask that is not partitioned still has its bits shard after shard, as the model was injected.
+    held_shards = [own_index] if sharding.is_partitioned(mask) else range(num_shards)
+    bits = torch.cat([checkpoint.mask_shard(name, num_shards, index, num_parts) for index in held_shards])
+    sharding.write_shard(mask, bits.to(mask.device))
+    if layer.pst_scales is not None:
+        own_shard = sharding.shard_of(layer.pst_scales)
+        stop = own_shard.start + own_shard.values.numel()
+        data = _scale_bytes(layer, name, checkpoint, start=own_shard.start, stop=stop)
+        sharding.write_shard(layer.pst_scales, data.to(own_shard.values.device))
+
+
+def _scale_bytes(layer: PSTLayer, name: str, checkpoint: Checkpoint, *, start: int, stop: int) -> Tensor:
     """Return bytes [start, stop) of a layer's scales. Raises CheckpointError for invalid scales, such as 0."""
     assert layer.stored_grid is not None
-    first, last = start // SCALE_BYTES * SCALE_BYTES, -(-stop // SCALE_BYTES) * SCALE_BYTES
+    # A shard may start or end inside a scale: whole ones are read to check them, and the bytes around are dropped.
+    first = start // SCALE_BYTES * SCALE_BYTES
+    last = -(-stop // SCALE_BYTES) * SCALE_BYTES
     data = checkpoint.scale_bytes(name, first, last)
     try:
         require_scales(scales_of_bytes(data, (1, data.numel() // SCALE_BYTES)), layer.stored_grid.grid)
@@ -68,6 +84,7 @@ def _scale_bytes(layer: PSTLayer, name: str, checkpoint: Checkpoint, start: int,
 def load_optimizer(engine: Engine, checkpoint: Checkpoint) -> None:
     """Load the fp32 masters and Adam's moments into the optimizer of an engine whose model has the values already."""
     fragments = optimizer_state.local_fragments(engine, trainable(engine.module))
+    # The optimizer makes its moments in the first step; here they must exist before values can be copied into them.
     optimizer_state.prepare_moments(engine, fragments, checkpoint.contents.steps)
     with torch.no_grad():
         for kind in optimizer_state.KINDS:
@@ -86,21 +103,32 @@ def model_grids(model: nn.Module) -> dict[str, tuple[int, int] | None]:
     "grid" is for pruned layers, "base_grid" for their frozen weights, "embedding_grid" for the frozen embedding.
     """
     layers = pst_layers(model).values()
-    stored = {
-        "grid": [layer.stored_grid for layer in layers if layer.stored_grid is not None],
-        "base_grid": [layer.base_codes.layout.stored for layer in layers if layer.base_codes is not None],
-        "embedding_grid": [table.layout.stored for table in coded_tables(model).values()],
+    pruned = [layer.stored_grid for layer in layers if layer.stored_grid is not None]
+    frozen = [layer.base_codes.layout.stored for layer in layers if layer.base_codes is not None]
+    embeddings = [table.layout.stored for table in coded_tables(model).values()]
+    return {
+        "grid": _bits_and_group(pruned),
+        "base_grid": _bits_and_group(frozen),
+        "embedding_grid": _bits_and_group(embeddings),
     }
-    return {key: (of[0].grid.bits, of[0].grid.group or 0) if of else None for key, of in stored.items()}
+
+
+def _bits_and_group(quantised: Sequence[StoredGrid]) -> tuple[int, int] | None:
+    """Return (bits, inputs per scale or 0 for a per-row scale) of the first of ``quantised``; None if there is none."""
+    if not quantised:
+        return None
+    grid = quantised[0].grid  # one setting quantises all of a kind
+    return grid.bits, grid.group or 0
 
 
 def scale_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return the shapes of all layers' scales, by name; empty without quantisation."""
-    return {
-        name: StoredGrid(layer.whole_layout, layer.stored_grid.grid).shape
-        for name, layer in pst_layers(model).items()
-        if layer.stored_grid is not None
-    }
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, layer in pst_layers(model).items():
+        if layer.stored_grid is not None:
+            # of the whole layer: a rank of expert parallelism has the scales of its experts only
+            shapes[name] = StoredGrid(layer.whole_layout, layer.stored_grid.grid).shape
+    return shapes
 
 
 def base_fingerprint(path: str | Path) -> str:
@@ -135,34 +163,45 @@ def is_of_hub(fingerprint: str) -> bool:
 
 
 def _hub_revision(name: str) -> str:
+    """Return the revision of a model in the hub's cache, as "hub:…"; "" if it is not there."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         config = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:
+    except HFValidationError:  # not a name on the hub, such as the path of a folder that is gone
         return ""
-    return f"{_HUB}{Path(config).parent.name}" if isinstance(config, str) else ""
+    if not isinstance(config, str):  # not in the cache, or known to be missing on the hub
+        return ""
+    return f"{_HUB}{Path(config).parent.name}"  # the cache has a folder per revision
 
 
 def _require_fit(model: nn.Module, checkpoint: Checkpoint) -> None:
-    params, layers, contents = dict(trainable(model)), pst_layers(model), checkpoint.contents
+    """Raise CheckpointError unless the model has the names, shapes and quantisation of the checkpoint."""
+    params = dict(trainable(model))
+    layers = pst_layers(model)
+    contents = checkpoint.contents
     misfit = f"{checkpoint.folder} does not fit the model"
-    for kind, ours, theirs in (
-        ("trained parameters", set(params), contents.trained),
-        ("masks", set(layers), contents.masks),
+    for kind, own_names, saved_names in (
+        ("trained parameters", set(params), set(contents.trained)),
+        ("masks", set(layers), set(contents.masks)),
     ):
-        if extra := sorted(ours ^ set(theirs)):
-            raise CheckpointError(f"{misfit}: {kind} differ in {shortened(extra)}{_FIX}")
-    shapes = {name: (contents.trained[name], tuple(sharding.full_shape(param))) for name, param in params.items()}
-    shapes |= {f"the mask of {n}": ((contents.masks[n],), (layer.whole_layout.numel,)) for n, layer in layers.items()}
-    for name, (saved, own) in shapes.items():
-        if saved != own:
-            raise CheckpointError(f"{checkpoint.folder}: {name} has shape {saved}, the model's is {own}{_FIX}")
-    if (contents.grid, contents.scales) != (model_grids(model)["grid"], scale_shapes(model)):
+        differing = sorted(own_names ^ saved_names)
+        if differing:
+            raise CheckpointError(f"{misfit}: {kind} differ in {shortened(differing)}{_FIX}")
+    for name, param in params.items():
+        _require_shape(checkpoint, name, contents.trained[name], tuple(sharding.full_shape(param)))
+    for name, layer in layers.items():
+        _require_shape(checkpoint, f"the mask of {name}", (contents.masks[name],), (layer.whole_layout.numel,))
+    if contents.grid != model_grids(model)["grid"] or contents.scales != scale_shapes(model):
         raise CheckpointError(
             f"{misfit}: its weights are quantised differently, or not at all; use the [quantization] settings that it "
             "was trained with"
         )
     if set(checkpoint.state.magnitude_scales) != set(layers):
         raise CheckpointError(f"{misfit}: weight_scales belong to other layers{_FIX}")
+
+
+def _require_shape(checkpoint: Checkpoint, what: str, saved: tuple[int, ...], own: tuple[int, ...]) -> None:
+    if saved != own:
+        raise CheckpointError(f"{checkpoint.folder}: {what} has shape {saved}, the model's is {own}{_FIX}")
