@@ -45,9 +45,9 @@ class ExpertScores:
         def forward(experts: ExpertsModule, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
             routing = Routing.of(index, weights, experts.num_experts)
             stack = getattr(experts, stack_names(experts)[0])
-            after = partial(self._add, self._names[experts], routing)
-            if getattr(stack, "bypassed", False):  # the teacher's pass, or another one with W0
-                after = None
+            after = None
+            if not getattr(stack, "bypassed", False):  # bypassed in the teacher's pass, or another one with W0
+                after = partial(self._add, self._names[experts], routing)
             return registered.of_routing(experts, hidden, weights, routing, after=after)
 
         with registered.registered(forward):

@@ -397,7 +397,7 @@ def test_another_base_model_is_refused(tmp_path):
     with pytest.raises(ConfigError) as caught:
         open_checkpoint(run, "final")
     assert f"model.path = {str(base)!r} is not the base model that {folder}" in str(caught.value)
-    assert "--set model.path=" in str(caught.value)
+    assert "Set model.path to the folder of that model" in str(caught.value)
 
 
 def _saved_by_a_run(folder, steps):

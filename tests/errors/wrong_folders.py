@@ -109,13 +109,13 @@ RUNS = {
         _run("eval", "checkpoints"), "{tmp}/run/checkpoints", "'best'", "train the run first"
     ),
     "eval of a damaged checkpoint": Wrong(
-        _damaged("eval"), "shard-00001-of-00001.safetensors", "SHA-256", "--checkpoint"
+        _damaged("eval"), "shard-00001-of-00001.safetensors", "SHA-256", "Name another checkpoint"
     ),
     "eval of a damaged manifest": Wrong(
         _damaged("eval", "checkpoints/step-00000004/manifest.json"),
         "step-00000004/manifest.json",
         "SHA-256",
-        "--checkpoint",
+        "Name another checkpoint",
     ),
     "eval from another base": Wrong(
         _another_base("eval"), "model.path", "{tmp}/model", "Set model.path to the folder of that model"
@@ -143,7 +143,7 @@ EXPORTS = {
         _run("export", "checkpoints"), "{tmp}/run/checkpoints", "'best'", "train the run first"
     ),
     "export of a damaged checkpoint": Wrong(
-        _damaged("export"), "shard-00001-of-00001.safetensors", "SHA-256", "--checkpoint"
+        _damaged("export"), "shard-00001-of-00001.safetensors", "SHA-256", "Name another checkpoint"
     ),
     "export of a checkpoint of another base": Wrong(
         _another_base("export"), "model.path", "{tmp}/model", "Set model.path to the folder of that model"
