@@ -24,7 +24,8 @@ from pst_ds.parallel.launch import launch_environment
 from pst_ds.planning.activations import Trace, UntraceableError, trace_micro_batch
 from pst_ds.planning.cut import cut_plan
 from pst_ds.planning.machines import Machine, machine_of
-from pst_ds.planning.memory import MemoryPlan, ModelNumbers, ZeroSettings, memory_plan, zero_settings
+from pst_ds.planning.memory import MemoryPlan, ZeroSettings, memory_plan, zero_settings
+from pst_ds.planning.model_numbers import ModelNumbers
 from pst_ds.planning.shapes import block_sizes, model_numbers
 from pst_ds.planning.start import Cost, StartData, start_plan
 from pst_ds.planning.time import Batch, TimePlan, step_flops, time_plan
@@ -234,7 +235,7 @@ def resolve_to_plan(run: RunConfig, options: PlanOptions) -> ResolvedRun:
     if options.no_data and not run.train.num_steps:
         raise InputError(
             f"train.num_steps = {run.train.num_steps}: no_data = true cannot count the steps of an epoch. "
-            " Set train.num_steps = 1000 and train.num_epochs = 0."
+            "Set train.num_steps = 1000 and train.num_epochs = 0."
         )
     return resolve(run, reads_data=not options.no_data)
 

@@ -19,7 +19,8 @@ from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.model_structure import experts_per_token, is_linear, linear_shape, model_width, text_config
 from pst_ds.nn.tables.coded import CodedOutput, coded_tables
 from pst_ds.parallel import sharding
-from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, layer_work_bytes
+from pst_ds.planning.memory import layer_work_bytes
+from pst_ds.planning.model_numbers import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup
 from pst_ds.planning.start import BlockSizes, InputGroup
 from pst_ds.prune.blocks import block_of, find_blocks
 

@@ -15,7 +15,8 @@ from pst_ds.core.select import DIGIT_BITS
 from pst_ds.parallel.links import NOTHING, Received
 from pst_ds.planning.activations import Trace
 from pst_ds.planning.machines import Machine
-from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, ZeroSettings, kept_bytes, persistent_bytes
+from pst_ds.planning.memory import ZeroSettings, kept_bytes, persistent_bytes
+from pst_ds.planning.model_numbers import MatrixGroup, ModelNumbers, ModuleNumbers
 
 HISTOGRAMS = 3
 """Exchanges of counts in a mask update: one with the scan, two that narrow the remaining range down to a key."""

@@ -7,17 +7,8 @@ import pytest
 from pst_ds.core.bracket import sample_size
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.tiles import least_tile_bytes, plan_tiles
-from pst_ds.planning.memory import (
-    MatrixGroup,
-    ModelNumbers,
-    ModuleNumbers,
-    TensorGroup,
-    ZeroSettings,
-    layer_work_bytes,
-    mask_update_bytes,
-    memory_plan,
-    optimizer_bytes,
-)
+from pst_ds.planning.memory import ZeroSettings, layer_work_bytes, mask_update_bytes, memory_plan, optimizer_bytes
+from pst_ds.planning.model_numbers import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup
 
 WEIGHT, FACTORS, NORM = 1001, 90, 7
 """One pruned matrix, its factors in one tensor, and a norm; sizes that 3 ranks do not divide."""

@@ -8,7 +8,8 @@ from pst_ds.core.bracket import sample_size
 from pst_ds.parallel.links import Received
 from pst_ds.planning.activations import Trace
 from pst_ds.planning.machines import MACHINES
-from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, ZeroSettings, kept_bytes
+from pst_ds.planning.memory import ZeroSettings, kept_bytes
+from pst_ds.planning.model_numbers import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup
 from pst_ds.planning.time import COUNTS, UNIT_UPDATES, Batch, step_flops, step_traffic, time_plan, update_traffic
 
 MODEL = ModelNumbers(

@@ -10,7 +10,8 @@ from textwrap import wrap
 from pydantic import TypeAdapter
 
 from pst_ds.atomic_files import write_text_atomic
-from pst_ds.cli.init.draft import Chosen, Settings, deepspeed_settings
+from pst_ds.cli.init.draft import Chosen, deepspeed_settings
+from pst_ds.cli.init.first_table import Settings
 from pst_ds.config.one_shot import CHANNELS
 from pst_ds.config.run import RunConfig
 from pst_ds.config.toml import run_from_table, toml_value
