@@ -161,7 +161,7 @@ class ResolvedRun:
         run = self.shaped_by or self.run
         stored = (run.model.base_bits, run.model.base_group, run.model.embedding_bits, run.quantization)
         divided = (self.num_shards, run.train.experts_divided_by(self.num_shards))
-        return (self.model_settings, run.method, run.injected_pst, *stored, *divided)
+        return (self.model_settings, run.method, run.injected_pst, tuple(run.additions.items()), *stored, *divided)
 
     def load(self, split: str) -> ExampleSet:
         """Load the examples of a split. Raises ConfigError."""

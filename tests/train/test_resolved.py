@@ -114,6 +114,9 @@ def test_changed_settings_share_the_shapes_that_do_not_depend_on_them(counts, tm
     assert resolved.with_settings(longer).shapes is resolved.shapes
     assert resolved.with_settings(quantised).shapes is not resolved.shapes
     assert resolved.with_shards(2).shapes is not resolved.shapes
+    prompted = run_in(tmp_path, "additions.prompt.text=good or bad")
+    names = dict(resolved.with_settings(prompted).shapes.model.named_parameters())
+    assert names.keys() - dict(resolved.shapes.model.named_parameters()).keys() == {"bert.pst_prompt.vectors"}
     assert counts == {"shapes": 1, "tokenizer": 1}  # of all of them
 
 
