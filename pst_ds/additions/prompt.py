@@ -174,16 +174,16 @@ class PromptVectors(AddedModule):
         return self._with(mask, mask.new_ones(self.extra_tokens))
 
     def _shifted(self, positions: Tensor) -> Tensor:
-        """Return the positions (batch, tokens) of the tokens, behind those of the prompt."""
+        """Move positions (batch, tokens) to make room for the prompt, which gets positions too."""
         if not self._is_in_sequence:
             return positions + self.extra_tokens
-        own = torch.arange(self.after, self.after + self.extra_tokens, device=positions.device)
+        prompt_positions = torch.arange(self.after, self.after + self.extra_tokens, device=positions.device)
         moved = torch.cat([positions[:, : self.after], positions[:, self.after :] + self.extra_tokens], 1)
-        return self._with(moved, own)
+        return self._with(moved, prompt_positions)
 
-    def _with(self, values: Tensor, own: Tensor) -> Tensor:
-        """Insert ``own`` (length, ...) into every row of ``values`` (batch, tokens, ...)."""
-        repeated = own.to(values).expand(values.shape[0], *own.shape)
+    def _with(self, values: Tensor, of_prompt: Tensor) -> Tensor:
+        """Insert ``of_prompt`` (length, ...) into every row of ``values`` (batch, tokens, ...)."""
+        repeated = of_prompt.to(values).expand(values.shape[0], *of_prompt.shape)
         return torch.cat([values[:, : self.after], repeated, values[:, self.after :]], 1)
 
     def _without(self, values: Tensor) -> Tensor:

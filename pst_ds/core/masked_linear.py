@@ -315,24 +315,24 @@ def factors_with_ones(state: LayerState) -> Factors:
     dS is thus read twice instead of four times. Without R and C, A and B stay unchanged. On a GPU, zeros follow up to a
     multiple of eight: cuBLAS is several times slower with rows that are not aligned to 16 bytes.
     """
-    own = state.factors
+    factors = state.factors
     num_matrices = state.layout.num_matrices
-    A = own.A
-    B = own.B
-    if own.R is not None and own.C is not None:
+    A = factors.A
+    B = factors.B
+    if factors.R is not None and factors.C is not None:
         rank = 0 if A is None else A.shape[1]
-        extra = own.R.new_zeros(1 if own.R.device.type == "cpu" else 1 + -(rank + 1) % 8)
+        extra = factors.R.new_zeros(1 if factors.R.device.type == "cpu" else 1 + -(rank + 1) % 8)
         extra[:1].fill_(1)
-        left = extra.expand(own.R.shape[0], -1)
-        right = extra.unsqueeze(1).expand(num_matrices, -1, own.C.shape[1])
+        left = extra.expand(factors.R.shape[0], -1)
+        right = extra.unsqueeze(1).expand(num_matrices, -1, factors.C.shape[1])
         A = torch.cat([left] if A is None else [A, left], 1)
         B = torch.cat([right] if B is None else [B.view(num_matrices, rank, -1), right], 1).flatten(0, 1)
-    return Factors(A=A, B=B, U=own.U, V=own.V, norms=own.norms, update=own.update)
+    return Factors(A=A, B=B, U=factors.U, V=factors.V, norms=factors.norms, update=factors.update)
 
 
 def finish_factors(sums: Factors, state: LayerState, grads: Gradients) -> None:
     """Set the gradients of the factors from the sums over tiles. They are zero for scores that do not train."""
-    own = state.factors
+    factors = state.factors
     constants = state.constants
     if sums.U is not None and sums.V is not None:
         grads.U = sums.U * constants.beta
@@ -340,17 +340,17 @@ def finish_factors(sums: Factors, state: LayerState, grads: Gradients) -> None:
     grads.update = dict(sums.update)
     if sums.A is None or sums.B is None:
         for name in "ABRC":
-            factor = getattr(own, name)
+            factor = getattr(factors, name)
             if factor is not None:
                 high = torch.promote_types(factor.dtype, torch.float32)
                 setattr(grads, name, torch.zeros_like(factor, dtype=high))
         return
-    rank = 0 if own.A is None else own.A.shape[1]
+    rank = 0 if factors.A is None else factors.A.shape[1]
     by_matrix = sums.B.view(state.layout.num_matrices, -1, sums.B.shape[1])
-    if own.A is not None:
+    if factors.A is not None:
         grads.A = sums.A[:, :rank] * constants.alpha1
         grads.B = by_matrix[:, :rank].flatten(0, 1) * constants.alpha1
-    if own.R is not None:
+    if factors.R is not None:
         grads.R = sums.A[:, rank] * constants.alpha2
         grads.C = by_matrix[:, rank] * constants.alpha2
 

@@ -157,14 +157,13 @@ def export_run(
     Returns counts, sizes and sparsity. Raises InputError.
     """
     settings = settings or ExportSettings()
-    given = run
-    if isinstance(given, str | Path):
-        given = load_run_or_folder(given)
-    config = given.run if isinstance(given, ResolvedRun) else given
+    if isinstance(run, str | Path):
+        run = load_run_or_folder(run)
+    config = run.run if isinstance(run, ResolvedRun) else run
     require_place(Path(out), settings.format)
     require_vocabulary(settings.vocabulary, SEEN)
     require_pruned(config, settings.format, plain=settings.plain)
-    resolved, opened = open_trained(given, checkpoint)
+    resolved, opened = open_trained(run, checkpoint)
     require_representable(resolved.shapes.model_to_export(), settings.format)
     settings.storage.require_additions_fit(config.additions, opened.folder)
     export = partial(_export_resolved, resolved, opened)

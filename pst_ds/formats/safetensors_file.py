@@ -151,7 +151,7 @@ def header_and_slots(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]])
         }
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    # offsets in the header count from its end, those of slots from the start of the file
+    # an offset in the header counts from the header's end, an offset of a Slot from the start of the file
     start = 8 + len(text)
     placed = {name: Slot(slot.dtype, slot.shape, start + slot.offset) for name, slot in slots.items()}
     return len(text).to_bytes(8, "little") + text, placed, start + end

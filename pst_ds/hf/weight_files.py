@@ -168,5 +168,5 @@ def outside_base_model(names: Iterable[str], model: PreTrainedModel) -> set[str]
             inside.add(name)
         else:
             outside.add(name)
-    # without prefixed names the files are those of the base model, in which nothing is a head
+    # files without prefixed names are of the base model, which has no head
     return outside if inside else set()

@@ -38,6 +38,9 @@ class MaskSource:
         """True while it holds sums that checkpoints do not have: saving and stopping then wait for the update."""
         return False
 
+    def require_ready(self) -> None:
+        """Raise InputError for what the model lacks and ``pst-ds train`` would measure; scripts have to set it."""
+
     def before_batch(self, schedules: Schedules, step: int) -> None:
         """Start to collect if the update after one of the next steps needs it. ``step``: applied steps so far."""
 

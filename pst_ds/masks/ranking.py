@@ -35,7 +35,7 @@ class Ranking(MaskSource):
         self._gradients: WeightGradients | None = None
         self.learns_scores = LEARNED_SCORES in self.criterion.needs
 
-    def require_norms(self) -> None:
+    def require_ready(self) -> None:
         """Raise InputError if the criterion needs norms of inputs that a layer lacks."""
         if INPUT_NORMS not in self.criterion.needs:
             return

@@ -14,7 +14,6 @@ from pst_ds.core.schedule import RoundingSchedule, Schedule, Schedules
 from pst_ds.errors import InputError, shortened
 from pst_ds.masks.choose_source import choose_source
 from pst_ds.masks.mask_source import MaskSource
-from pst_ds.masks.ranking import Ranking
 from pst_ds.masks.scales import RoundingStats, update_scales
 from pst_ds.masks.update import MaskStats, mask_stats
 from pst_ds.nn.inject import freeze_scores, injected_config, layers_never_called, pst_layers, round_weights
@@ -114,8 +113,7 @@ class MaskUpdater:
         _require_pst(self._model)
         self.schedules = Schedules(schedule, rounding)
         self._source = choose_source(self._model, self.schedules, criterion=criterion)
-        if isinstance(self._source, Ranking):
-            self._source.require_norms()  # pst-ds train measures them
+        self._source.require_ready()
         if _keeps_zeros(self._model) and not schedule.is_final(0):
             raise InputError(
                 f'initial_mask = "zeros": {type(schedule).__name__} would prune other weights than the base model. '

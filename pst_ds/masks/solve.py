@@ -40,8 +40,6 @@ class Solving(MaskSource):
         by_token: See :class:`GradientSums`.
     """
 
-    learns_scores = False
-
     def __init__(self, model: nn.Module, device: torch.device, *, by_token: bool):
         self._model = model
         self._device = device

@@ -296,7 +296,7 @@ def modules_to_save(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]
     _require_all_found(
         setting="modules_to_save",
         wanted=config.modules_to_save or (),
-        found=saved,
+        matched=saved,
         usable=[name for name, _ in model.named_modules()],
     )
     return saved
@@ -334,9 +334,9 @@ def _task_head(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in head.items() if any(True for _ in module.parameters())}
 
 
-def _require_all_found(setting: str, wanted: tuple[str, ...], found: Iterable[str], usable: Iterable[str]) -> None:
+def _require_all_found(setting: str, wanted: tuple[str, ...], matched: Iterable[str], usable: Iterable[str]) -> None:
     for name in wanted:
-        if not any(name_matches(known, (name,)) for known in found):
+        if not any(name_matches(known, (name,)) for known in matched):
             endings = {known.rpartition(".")[2] for known in usable}
             raise InjectionError(
                 f"{setting} names {name!r}, which the model does not have.{suggestion((name,), endings)}"
@@ -355,7 +355,7 @@ def find_embeddings(model: nn.Module, config: PSTConfig) -> dict[str, nn.Embeddi
     _require_all_found(
         setting="update_embeddings",
         wanted=wanted,
-        found=matches,
+        matched=matches,
         usable=[name for name, module in model.named_modules() if isinstance(module, nn.Embedding)],
     )
     embeddings: dict[str, nn.Embedding] = {}

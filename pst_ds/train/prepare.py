@@ -33,7 +33,7 @@ _AFTER_STALL_SECONDS = 60.0
 
 
 def prepare(
-    given: RunConfig | ResolvedRun,
+    run: RunConfig | ResolvedRun,
     launch: LaunchEnvironment,
     *,
     run_file: str = "the run file",
@@ -42,25 +42,25 @@ def prepare(
     """Read and check everything that takes little time, and join the process group. Collective.
 
     Args:
-        given: The run. A config is resolved here, where an error on one rank reaches the others.
+        run: The run. A config is resolved here, where an error on one rank reaches the others.
         run_file: Name of the run file, for messages.
         labels: Names of the classes of a trained run, for a config; None to read them from the data.
 
     Raises InputError, on every rank.
     """
-    run = given.run if isinstance(given, ResolvedRun) else given
-    run.micro_batch_size(launch.world_size)
-    require_engine(run, launch.world_size)
+    config = run.run if isinstance(run, ResolvedRun) else run
+    config.micro_batch_size(launch.world_size)
+    require_engine(config, launch.world_size)
     problem: InputError | None = None
     try:
-        resolved = given if isinstance(given, ResolvedRun) else resolve(given, labels=labels)
+        resolved = run if isinstance(run, ResolvedRun) else resolve(run, labels=labels)
         context = _checked(resolved, launch, run_file)
     except InputError as error:
         if launch.world_size == 1 or find_spec("deepspeed") is None:
             raise
         problem = error  # possibly on this rank only: the process group has to exist to tell the others
-    if run.deepspeed_config:
-        timeout = run.train.stall_timeout_seconds
+    if config.deepspeed_config:
+        timeout = config.train.stall_timeout_seconds
         until = timeout + longest_wait(timeout) + _AFTER_STALL_SECONDS
         init_distributed(launch, timeout_seconds=until if timeout else 0.0)
     raise_together(problem)

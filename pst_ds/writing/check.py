@@ -163,10 +163,10 @@ def _check_index(
         if path.exists():
             raise ExportError(f"{path} is an index, but there is only one weight file. Remove it")
         return
-    found = read_table(path, f"{path} is missing")
+    index = read_table(path, f"{path} is missing")
     total = sum(slot.nbytes for file in files.values() for slot in file.slots.values())
     where = {part.name: part.file for tensor in tensors for part in tensor.parts}
-    if found != {"metadata": {"total_size": total}, "weight_map": where}:
+    if index != {"metadata": {"total_size": total}, "weight_map": where}:
         raise ExportError(f"{path} does not list the tensors and files of the manifest. Export the model again")
 
 

@@ -50,14 +50,14 @@ class PrunedScales:
                     f"{self.folder / RECORD_FILE} lists {layer[:200]}, a layer that the model does not have"
                 )
         # by object, because ``linear`` has a weight under its names in the model and in the files
-        found: dict[str, str] = {}
+        layer_of_matrix: dict[str, str] = {}
         for name, module in linear.items():
             if id(module) in layer_of:
-                found[name] = layer_of[id(module)]
+                layer_of_matrix[name] = layer_of[id(module)]
         for name in stacks:
             if name in self.layers:
-                found[name] = name
-        return found
+                layer_of_matrix[name] = name
+        return layer_of_matrix
 
     def scales_of(self, layer: str, weight: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
         """Return the scales of a layer, (O, groups) bf16, given its weight (O, I) in the dtype of the file.

@@ -96,26 +96,26 @@ def _row_per_token(model: nn.Module, kept: Sequence[int]) -> dict[str, nn.Parame
     for module in modules:
         if module is not None:
             owned |= {id(param) for param in module.parameters()}
-    found: dict[str, nn.Parameter] = {}
+    per_token: dict[str, nn.Parameter] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         if ".pst_" in name:
             continue
         # such as the bias of a masked language model, which is outside the output layer
         is_bias_per_token = tuple(param.shape) == (rows,) and not is_inside_block(name, model)
         if id(param) in owned or is_bias_per_token:
-            found[name] = param
+            per_token[name] = param
     layers = pst_layers(model)
-    for name in found:
+    for name in per_token:
         if name.rpartition(".")[0] in layers:
             raise ExportError(
                 f"vocabulary: {name} has a row per token and is pruned, so its rows must stay. Keep all tokens"
             )
-    for name, param in found.items():
+    for name, param in per_token.items():
         if param.shape[0] != rows:
             raise ExportError(
                 f"vocabulary: {name} has {param.shape[0]} rows, and the embedding {rows}. Keep all tokens"
             )
-    return found
+    return per_token
 
 
 def ids_of_model(model: nn.Module) -> set[int]:

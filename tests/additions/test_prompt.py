@@ -21,17 +21,13 @@ from pst_ds.additions.prompt import PromptSettings, PromptVectors
 from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.cli.main import main
 from pst_ds.config.run import ConfigError
-from pst_ds.config.toml import load_run
 from pst_ds.errors import InputError
 from pst_ds.file_names import ADDITIONS_FILE
 from pst_ds.hf import load_additions
 from pst_ds.hf.model_folder import open_model_folder
 from pst_ds.nn.addition import added_modules, attach_additions
 from pst_ds.nn.inject import bypassed
-from pst_ds.parallel.launch import LaunchEnvironment
-from pst_ds.parallel.ranks import rank, world_size
-from pst_ds.train.run import prepare, train_prepared
-from tests.train.stopping import stopping
+from tests.train.stopping import train_here
 
 LLAMA = "tests/data/tiny-llama"
 BERT = "tests/data/tiny-bert"
@@ -184,13 +180,7 @@ def _train(folder, *more, resume=False, stop_at=0, ranks=False, run_file="tests/
         "eval.interval=0",
         *more,
     ]
-    if not ranks:
-        settings.append("deepspeed_config=")
-    prepared = prepare(load_run(run_file, settings), LaunchEnvironment(rank(), world_size(), rank()))
-    if not stop_at:
-        return train_prepared(prepared, resume=resume, quiet=True)
-    with stopping(stop_at):
-        train_prepared(prepared, resume=resume, quiet=True)
+    return train_here(run_file, settings, resume=resume, stop_at=stop_at, ranks=ranks)
 
 
 def _trained(folder):

@@ -15,15 +15,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.cli.main import main
 from pst_ds.config.additions import ADDITIONS, AdditionSettings
-from pst_ds.config.toml import load_run
 from pst_ds.errors import InputError
 from pst_ds.nn.addition import AddedModule, ModelAddition, attach_additions
 from pst_ds.nn.optimizer import pst_parameter_groups
-from pst_ds.parallel.launch import LaunchEnvironment
-from pst_ds.parallel.ranks import rank, world_size
-from pst_ds.train.run import prepare, train_prepared
 from tests.plugins import install
-from tests.train.stopping import stopping
+from tests.train.stopping import train_here
 
 PAGE = "docs/background/architecture.md"
 NAME = "embedding-shift"
@@ -69,14 +65,7 @@ def _train(folder, *, resume=False, stop_at=0, ranks=False):
         "checkpoint.interval=2",
         "eval.interval=0",
     ]
-    if not ranks:
-        settings.append("deepspeed_config=")
-    run = load_run("tests/data/world_size.toml", settings)
-    prepared = prepare(run, LaunchEnvironment(rank(), world_size(), rank()))
-    if not stop_at:
-        return train_prepared(prepared, resume=resume, quiet=True)
-    with stopping(stop_at):
-        train_prepared(prepared, resume=resume, quiet=True)
+    return train_here("tests/data/world_size.toml", settings, resume=resume, stop_at=stop_at, ranks=ranks)
 
 
 def _trained(folder):

@@ -16,10 +16,7 @@ from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
-from pst_ds.parallel.launch import LaunchEnvironment
-from pst_ds.parallel.ranks import rank, world_size
-from pst_ds.train.run import prepare, train_prepared
-from tests.train.stopping import stopping
+from tests.train.stopping import train_here
 from tests.update_forms import install_forms
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -42,14 +39,7 @@ def _train(folder, form, *more, resume=False, stop_at=0, ranks=False):
         f"output_dir={json.dumps(str(folder))}", f"pst.update_form={form}", "train.num_steps=6",
         "schedule.update_interval=1", "checkpoint.interval=2", *more,
     ]  # fmt: skip
-    if not ranks:
-        settings.append("deepspeed_config=")
-    run = load_run("tests/data/world_size.toml", settings)
-    prepared = prepare(run, LaunchEnvironment(rank(), world_size(), rank()))
-    if not stop_at:
-        return train_prepared(prepared, resume=resume, quiet=True)
-    with stopping(stop_at):
-        train_prepared(prepared, resume=resume, quiet=True)
+    return train_here("tests/data/world_size.toml", settings, resume=resume, stop_at=stop_at, ranks=ranks)
 
 
 def _values(folder):

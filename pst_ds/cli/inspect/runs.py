@@ -213,7 +213,7 @@ def _update(checkpoint: Checkpoint, layer: str, config: PSTConfig) -> dict[str, 
     if type(form).describe is UpdateForm.describe:
         return {}  # without reading parameters
     prefix = f"{layer}.pst_"
-    # the update of a layer is all of its trained parameters but those of the scores
+    # every parameter called pst_ belongs to the scores or to the update
     parameters = {}
     for name in checkpoint.contents.trained:
         ending = name.removeprefix(prefix)

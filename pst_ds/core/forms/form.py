@@ -120,7 +120,7 @@ class UpdateForm(ABC):
         """Return numbers about a layer's trained parameters, by heading, for ``pst-ds inspect``; {} by default.
 
         Args:
-            parameters: those of a layer, which stacks those of its matrices along the first dimension; fp32.
+            parameters: of one layer, fp32, by name. Layers of several matrices stack theirs along the first dimension.
         """
         return {}
 

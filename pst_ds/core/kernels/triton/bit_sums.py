@@ -1,9 +1,9 @@
 """Place, count and checksum the mask bits of many shards at once.
 
-A few launches for all by kernels, few operations for all in torch.
+On a GPU a few launches serve all shards; in torch a few operations do.
 
-Layout: bits are bytes, little-endian, in the order of :mod:`pst_ds.core.bits`. Those of all shards are placed in one
-array of int32 words, in which each shard starts at a word. Tables for the kernels are (items, numbers) int64, one row
+Layout: bits are bytes, little-endian, in the order of :mod:`pst_ds.core.bits`. One array of int32 words has the
+bits of all shards, each of which starts at a word. Tables for the kernels are (items, numbers) int64, one row
 per matrix or shard, in the order of bit_kernels.py.
 """
 

@@ -152,7 +152,7 @@ def gradients_into(
     )
     first_expert = 0 if ends is None else matrices.first // matrices.expert_step
     arguments += [grad, grad.stride(0)]
-    norm_step = 0  # from the norms of a matrix to those of the next
+    norm_step = 0  # elements between the norms of a matrix and the next matrix's norms
     for norms in (tile.row_norms, tile.col_norms):
         if norms is not None:
             norms = norms.float().contiguous()

@@ -1,9 +1,9 @@
 """Matrices as arguments of the score kernels: many in one table, so that one launch serves all of a kind.
 
 Layout of the table: (matrices, 30) int64 on the device, one row per matrix, in the order that score_kernels.py lists.
-An entry is an address, a stride in elements, a position in the matrix, or the 32 bits of an fp32 number. Addresses are
-those of tensors that the Table holds until it is deleted. Programs of a launch are numbered through all matrices: an
-array (matrices + 1,) has each matrix's first program, another (programs,) the matrix of each program.
+An entry is an address, a stride in elements, a position in the matrix, or the 32 bits of an fp32 number. The
+Table holds the tensors that addresses point to. A launch numbers its programs through all matrices: an array
+(matrices + 1,) has each matrix's first program, another (programs,) the matrix of each program.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class OwnUnits:
         rows, cols = self.shape
         size = 1024  # weights of a tile
         if self.lost:
-            # comparing every weight with those of its group takes a tile times a unit
+            # every weight is compared with its whole group: memory for a tile times a group
             size = min(size, 8192 // (rows * cols))
         width = max(cols, min(64, max(16, size // rows)))
         return max(rows, min(32, size // width)), width
@@ -148,9 +148,9 @@ class Kind:
     terms: int
     """A bit for each vector of factors that a matrix has: score rows, score columns, row norms, column norms."""
     in_rows: bool
-    """Whether rows of floats are whole groups of 8 weights."""
+    """True if the weights are floats, with a multiple of 8 in every row."""
     aligned: tuple[bool, bool]
-    """Whether factors, and whether weights and bits, allow vector loads."""
+    """True if vectors can be loaded: of the factors; of the weights and bits."""
     unit: tuple[tuple[int, int], int, bool] | None
     """Its shape, what it loses, and whether there are weights of other ranks."""
 

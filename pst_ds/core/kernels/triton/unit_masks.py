@@ -1,6 +1,6 @@
 """Patterns whose units are several weights, by kernels: keys of blocks and N:M groups, masks of N:M groups and rows.
 
-Layout: keys are int32, one per unit, matrix after matrix. Bits are bytes as in the whole matrix: those of a matrix
+Layout: keys are int32, one per unit, matrix after matrix. Bits are bytes as in the whole matrix. A matrix's bits
 start at the byte of its first unit on this rank, after ``lead`` unused bits. ``slots`` has the place of each matrix's
 first key or byte, (matrices + 1,) int64. Sizes do not depend on the values of weights, so the host never waits.
 """
