@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pst_ds.checkpoint.format import SCALE_BYTES, Checkpoint, CheckpointError
 from pst_ds.core.quantization import StoredGrid, require_scales, scales_of_bytes
 from pst_ds.errors import shortened
+from pst_ds.nn.flat_factors import parameters_by_layer
 from pst_ds.nn.inject import pst_layers, round_weights
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.router import follow_masks
@@ -29,7 +30,7 @@ _SAMPLE = 64 << 10
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return (name, Parameter) of everything that is trained, in the model's order."""
-    return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    return [(name, param) for name, param in parameters_by_layer(model) if param.requires_grad]
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:

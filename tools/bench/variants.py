@@ -88,8 +88,8 @@ def zero3_engine(model: nn.Module) -> Engine:
     return build_engine(model, [{"params": trained, "lr": LEARNING_RATE}], ds_config=settings)
 
 
-def random_llama(shape: Shape, dtype: torch.dtype = DTYPE, **more: Any) -> nn.Module:
-    """Build a Llama with random weights under ``zero.Init``, partitioned over the ranks. Collective."""
+def random_llama(shape: Shape, dtype: torch.dtype = DTYPE, *, partitioned: bool = True, **more: Any) -> nn.Module:
+    """Build a Llama with random weights, ``partitioned`` over the ranks by ``zero.Init``, or whole. Collective."""
     from transformers import AutoModelForCausalLM, LlamaConfig
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -105,7 +105,8 @@ def random_llama(shape: Shape, dtype: torch.dtype = DTYPE, **more: Any) -> nn.Mo
         use_cache=False,
         **more,
     )
-    keep_alive = HfDeepSpeedConfig(zero3_settings(MAX_BUCKET, dtype))  # transformers finds it through a weak reference
+    # transformers finds it through a weak reference
+    keep_alive = HfDeepSpeedConfig(zero3_settings(MAX_BUCKET, dtype)) if partitioned else None
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=shape.attention)
     del keep_alive
     if shape.checkpointing:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pst_ds.parallel.sharding.base import Fragment, Shard, Sharding, Split
+from pst_ds.parallel.sharding.in_flat import PlaceInFlat, put_into_flat
 from pst_ds.parallel.sharding.masters import differs_from_master, kept_masters, let_differ
 from pst_ds.parallel.sharding.registry import SHARDINGS, sharding_of, shardings
 from pst_ds.parallel.sharding.whole import Whole  # now, since a later import would hide the function of that name
@@ -23,6 +24,7 @@ __all__ = [
     "SHARDINGS",
     "ExpertShare",
     "Fragment",
+    "PlaceInFlat",
     "Shard",
     "Sharding",
     "Split",
@@ -41,6 +43,7 @@ __all__ = [
     "full_numel",
     "full_shape",
     "gathered",
+    "gathered_shape",
     "hold",
     "holders",
     "in_backward_pass",
@@ -55,6 +58,7 @@ __all__ = [
     "num_shards",
     "own_part",
     "process_group",
+    "put_into_flat",
     "refuse_dtensors",
     "release",
     "replicates_optimizer",
@@ -154,6 +158,11 @@ def full_shape(param: nn.Parameter) -> torch.Size:
     shape = sharding_of(param).shape(param)
     share = expert_share(param)
     return shape if share is None else torch.Size((shape[0] * share.degree, *shape[1:]))
+
+
+def gathered_shape(param: nn.Parameter) -> torch.Size:
+    """Return the shape of ``param`` once it is gathered: of experts on ranks, those of this rank."""
+    return sharding_of(param).shape(param)
 
 
 def full_numel(param: nn.Parameter) -> int:

@@ -6,6 +6,7 @@ from pst_ds.parallel.sharding.base import Sharding
 from pst_ds.plugins import Registry
 
 _BUILTIN = {
+    "in-flat": "pst_ds.parallel.sharding.in_flat:InFlat",
     "fsdp2": "pst_ds.parallel.sharding.fsdp2:FSDP2",
     "zero3": "pst_ds.parallel.sharding.zero3:ZeRO3",
     # owns every parameter that the others do not

@@ -1,0 +1,207 @@
+"""One parameter for the factors of all layers, since engines pay for every tensor and not for its size.
+
+A layer has up to eight factors and parameters of its update. DeepSpeed gathers, reduces, partitions and updates each of
+them with Python of its own, which takes the host longer than a GPU needs for the products of models below some 13
+billion weights. :func:`flatten_factors` puts all factors that learn at one rate into one parameter, so that the
+engine's time does not depend on the number of layers.
+
+How a training step goes then::
+
+    input embedding -> FlatFactors -> block 0 -> ... -> loss
+
+:class:`FlatFactors` is a module between the input embedding and the first block. In the forward pass the engine has
+gathered its parameters, as for any module; it copies their values to where the layers' factors are views. In the
+backward pass the layers add their gradients to another flat tensor, and :class:`FlatFactors`, whose turn is last, since
+the outputs of all layers depend on its own, hands that tensor to autograd as the gradient of its parameters.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.layer import PSTLayer
+from pst_ds.parallel import sharding
+from pst_ds.parallel.engine import ParamGroup
+from pst_ds.parallel.sharding import ExpertShare, PlaceInFlat, expert_share
+
+_MODULE = "pst_flat_factors"
+"""Name of the :class:`FlatFactors` in a model."""
+
+
+def flatten_factors(model: nn.Module, groups: Sequence[ParamGroup]) -> None:
+    """Put the factors of each group of ``groups`` into one parameter, which replaces them there. Collective.
+
+    Call it last before the engine is built: ``groups`` are those of AdamW, and the layers of ``model`` have their
+    values. It does nothing to a model without input embeddings, whose outputs need not depend on :class:`FlatFactors`.
+    """
+    embeddings = _input_embeddings(model)
+    if not embeddings:
+        return
+    flat_factors = FlatFactors()
+    owners = _owners_of_factors(model)
+    for group in groups:
+        flat_params: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        alike: dict[ExpertShare | None, list[nn.Parameter]] = {}
+        for param in group["params"]:
+            if param in owners:
+                # the experts of a rank are divided over other ranks than what all ranks share
+                alike.setdefault(expert_share(param), []).append(param)
+            else:
+                others.append(param)
+        for factors in alike.values():
+            flat_params.append(flat_factors.take(factors, owners))
+        group["params"] = [*flat_params, *others]
+    if not flat_factors.flats:
+        return
+    model.add_module(_MODULE, flat_factors)
+    for embedding in embeddings:
+        embedding.register_forward_hook(flat_factors.follow)
+
+
+def parameters_by_layer(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (name, Parameter) like ``model.named_parameters()`` of the model before its factors were flattened."""
+    seen: set[nn.Parameter] = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, FlatFactors) or prefix.endswith(f"{_MODULE}.flats"):
+            continue
+        for attribute in module._parameters:
+            # an attribute, since a flattened factor is one, and not in _parameters
+            param = getattr(module, attribute)
+            if param is not None and param not in seen:
+                seen.add(param)
+                yield (f"{prefix}.{attribute}" if prefix else attribute), param
+
+
+class FlatFactors(nn.Module):
+    """The flat parameters of a model, and the views that its layers compute with.
+
+    It passes on its inputs, the outputs of the input embedding, unchanged. Its gradient for them is the one it gets, so
+    the layers of the first block compute gradients of their inputs, which they would not need otherwise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flats = nn.ParameterList()
+        self._views: list[_Views] = []
+
+    def take(self, factors: Sequence[nn.Parameter], owners: dict[nn.Parameter, tuple[PSTLayer, str]]) -> nn.Parameter:
+        """Return a flat parameter with the values of ``factors``, which their ``owners`` replace by views of a copy.
+
+        ``owners``: the layer and the attribute of each factor. Collective if the factors are partitioned.
+        """
+        with sharding.gathered(factors):
+            values = torch.cat([param.detach().flatten() for param in factors])
+        flat = nn.Parameter(values.clone())
+        # before it is partitioned, after which it has no values here
+        sharding.split_as(factors[0], [flat])
+        views = _Views(values)
+        offset = 0
+        for param in factors:
+            layer, attribute = owners[param]
+            shape = sharding.gathered_shape(param)
+            view = nn.Parameter(values[offset : offset + shape.numel()].view(shape))
+            sharding.put_into_flat(view, PlaceInFlat(flat, offset), expert_share(param))
+            views.add(view)
+            # None keeps the factor's place in the order of the layer's parameters, and hides it from the engine
+            layer.register_parameter(attribute, None)
+            vars(layer)[attribute] = view
+            offset += shape.numel()
+        self.flats.append(flat)
+        self._views.append(views)
+        return flat
+
+    def forward(self, embedded: Tensor) -> Tensor:
+        """Return ``embedded``, after the layers' factors got the values of the flat parameters."""
+        for flat, views in zip(self.flats, self._views, strict=True):
+            views.read(flat)
+        return _HandOver.apply(embedded, self._views, *self.flats)
+
+    def follow(self, _embedding: nn.Module, _inputs: object, embedded: Tensor) -> Tensor:
+        """Forward hook of an input embedding: call this module on its outputs."""
+        result: Tensor = self(embedded)
+        return result
+
+
+class _Views:
+    """The views of a copy of one flat parameter, with those of its gradient, into which autograd adds."""
+
+    def __init__(self, values: Tensor):
+        self._values = values
+        self._gradient = torch.zeros_like(values)
+        self._views: list[nn.Parameter] = []
+
+    def add(self, view: nn.Parameter) -> None:
+        """Add the view of the values that follow those of the last one."""
+        self._views.append(view)
+        first = view.storage_offset()
+        view.grad = self._gradient[first : first + view.numel()].view(view.shape)
+
+    @torch.no_grad()
+    def read(self, flat: nn.Parameter) -> None:
+        """Copy the values of the flat parameter, which is gathered."""
+        if self._values.device != flat.device:
+            self._move(flat.device)
+        self._values.copy_(flat)
+
+    def _move(self, device: torch.device) -> None:
+        """Let the views be of tensors on ``device``, to which an engine has moved the flat parameter."""
+        self._values = self._values.to(device)
+        self._gradient = self._gradient.to(device)
+        offset = 0
+        for view in self._views:
+            last = offset + view.numel()
+            view.grad = None
+            view.data = self._values[offset:last].view(view.shape)
+            view.grad = self._gradient[offset:last].view(view.shape)
+            offset = last
+
+    def take_gradient(self) -> Tensor:
+        """Return the gradient since the last call, in a tensor of its own."""
+        gradient = self._gradient.clone()
+        self._gradient.zero_()
+        return gradient
+
+
+class _HandOver(torch.autograd.Function):
+    """Pass on the inputs; in the backward pass, return the gradients of the flat parameters.
+
+    A model whose encoder and decoder both have an input embedding calls this twice. Each call hands over what has been
+    added since the one before, and autograd adds both.
+    """
+
+    @staticmethod
+    def forward(ctx, embedded, views, *flats):
+        ctx.views = views
+        return embedded.view_as(embedded)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None, *(views.take_gradient() for views in ctx.views)
+
+
+def _owners_of_factors(model: nn.Module) -> dict[nn.Parameter, tuple[PSTLayer, str]]:
+    """Return the layer and the attribute of every factor of ``model``."""
+    owners = {}
+    for layer in pst_layers(model).values():
+        for name, param in layer.factor_parameters():
+            owners[param] = (layer, f"pst_{name}")
+    return owners
+
+
+def _input_embeddings(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that embed tokens, once each; several for an encoder with a decoder."""
+    embeddings: dict[nn.Module, None] = {}
+    for module in model.modules():
+        getter = getattr(module, "get_input_embeddings", None)
+        if getter is None:
+            continue
+        try:
+            embedding = getter()
+        except NotImplementedError:  # transformers' answer for parts without one, such as a pooler
+            continue
+        if embedding is not None:
+            embeddings[embedding] = None
+    return list(embeddings)

@@ -1,0 +1,104 @@
+"""Factors that lie one after another in a flat parameter, which engines see in place of them.
+
+A run flattens its factors (:mod:`pst_ds.nn.flat_factors`), since every tensor costs DeepSpeed's hooks and the optimizer
+time on the host. A factor is then a view of a copy of the flat parameter, whole on every rank, and its master and
+moments are ranges of those of the flat parameter, which a rank may hold a part of.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pst_ds.parallel.sharding.base import Fragment, Sharding
+from pst_ds.parallel.sharding.registry import sharding_of
+from pst_ds.parallel.sharding.zero3 import EXPERTS, ExpertShare, expert_share
+
+_PLACE = "pst_place_in_flat"
+"""Attribute of a factor in a flat parameter: its :class:`PlaceInFlat`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceInFlat:
+    """Where a factor's values are: from index ``offset`` of the flat parameter ``flat``."""
+
+    flat: nn.Parameter
+    offset: int
+
+
+def put_into_flat(param: nn.Parameter, place: PlaceInFlat, share: ExpertShare | None) -> None:
+    """Note that the values of ``param``, of all experts or of a ``share`` of them, are at ``place``."""
+    setattr(param, _PLACE, place)
+    if share is not None:
+        setattr(param, EXPERTS, share)
+
+
+class InFlat(Sharding):
+    """Factors in a flat parameter, whole on every rank, with masters wherever the flat parameter has its own."""
+
+    is_partitioned = False
+
+    def owns(self, param: Tensor) -> bool:
+        return hasattr(param, _PLACE)
+
+    def ranks(self, param: nn.Parameter) -> int:
+        return 1
+
+    def rank(self, param: nn.Parameter) -> int:
+        return 0
+
+    def local(self, param: nn.Parameter) -> Tensor:
+        return param.detach().view(-1)
+
+    def gather(self, param: nn.Parameter) -> Tensor:
+        return param.detach()
+
+    def own_master(self, param: nn.Parameter) -> Tensor:
+        return self.masters([param], None)[0].view(-1)
+
+    def masters(self, params: Sequence[nn.Parameter], device: torch.device | None) -> list[Tensor]:
+        """Return the full fp32 masters. Collective: those of each flat parameter are gathered at once."""
+        flats: dict[nn.Parameter, Tensor | None] = {self._place(param).flat: None for param in params}
+        sharding = sharding_of(next(iter(flats)))
+        flat_masters = dict(zip(flats, sharding.masters(list(flats), device), strict=True))
+        masters: list[Tensor] = []
+        for param in params:
+            place = self._place(param)
+            values = flat_masters[place.flat].view(-1)[place.offset : place.offset + param.numel()]
+            masters.append(values.view(param.shape))
+        return masters
+
+    def fragment(self, name: str, param: nn.Parameter, optimizer: Optimizer) -> Fragment | None:
+        place = self._place(param)
+        sharding = sharding_of(place.flat)
+        of_flat = sharding.fragment(name, place.flat, optimizer)
+        if of_flat is None:
+            return None
+        first_of_flat = sharding.first_index(place.flat) + place.offset
+        part = of_flat.cut(first_of_flat, first_of_flat + param.numel())
+        if part.start >= part.stop:
+            return None
+        share = expert_share(param)
+        first = 0 if share is None else share.position * param.numel()
+        shift = first - first_of_flat
+        return Fragment(
+            name=name, start=part.start + shift, stop=part.stop + shift, owner=part.owner, offset=part.offset
+        )
+
+    def first_index(self, param: nn.Parameter) -> int:
+        share = expert_share(param)
+        return 0 if share is None else share.position * param.numel()
+
+    def replicates_optimizer(self, param: nn.Parameter) -> bool:
+        flat = self._place(param).flat
+        return sharding_of(flat).replicates_optimizer(flat)
+
+    def cuts_optimizer_evenly(self, param: nn.Parameter) -> bool:
+        return self.replicates_optimizer(param)
+
+    @staticmethod
+    def _place(param: nn.Parameter) -> PlaceInFlat:
+        place: PlaceInFlat = getattr(param, _PLACE)
+        return place
