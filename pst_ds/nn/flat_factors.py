@@ -36,11 +36,11 @@ def flatten_factors(model: nn.Module, groups: Sequence[ParamGroup]) -> None:
     Call it last before the engine is built: ``groups`` are those of AdamW, and the layers of ``model`` have their
     values. It does nothing to a model without input embeddings, whose outputs need not depend on :class:`FlatFactors`.
     """
-    embeddings = _input_embeddings(model)
+    embeddings = input_embeddings(model)
     if not embeddings:
         return
     flat_factors = FlatFactors()
-    owners = _owners_of_factors(model)
+    owners = owners_of_factors(model)
     for group in groups:
         flat_params: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
@@ -182,7 +182,7 @@ class _HandOver(torch.autograd.Function):
         return gradient, None, *(views.take_gradient() for views in ctx.views)
 
 
-def _owners_of_factors(model: nn.Module) -> dict[nn.Parameter, tuple[PSTLayer, str]]:
+def owners_of_factors(model: nn.Module) -> dict[nn.Parameter, tuple[PSTLayer, str]]:
     """Return the layer and the attribute of every factor of ``model``."""
     owners = {}
     for layer in pst_layers(model).values():
@@ -191,11 +191,11 @@ def _owners_of_factors(model: nn.Module) -> dict[nn.Parameter, tuple[PSTLayer, s
     return owners
 
 
-def _input_embeddings(model: nn.Module) -> list[nn.Module]:
+def input_embeddings(model: nn.Module) -> list[nn.Module]:
     """Return the modules that embed tokens, once each; several for an encoder with a decoder."""
     embeddings: dict[nn.Module, None] = {}
     for module in model.modules():
-        getter = getattr(module, "get_input_embeddings", None)
+        getter = getattr(module, "getinput_embeddings", None)
         if getter is None:
             continue
         try:

@@ -16,6 +16,7 @@ from pst_ds.data.tasks import ExampleSet
 from pst_ds.file_names import RESULT_FILE, STALLS
 from pst_ds.json_text import json_of
 from pst_ds.nn.base_model import Pretrained
+from pst_ds.nn.flat_factors import flatten_factors
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.tables.rounded import round_tables
 from pst_ds.parallel import sharding
@@ -139,9 +140,12 @@ def build(
             load_into(built.module, checkpoint)
         if ds_config is None:
             built.module.to(context.device)
+        groups = built.parameter_groups(run)
+        if ds_config is not None:
+            flatten_factors(built.module, groups)
         return build_engine(
             built.module,
-            built.parameter_groups(run),
+            groups,
             ds_config=ds_config,
             gradient_accumulation_steps=run.train.gradient_accumulation_steps,
             gradient_clipping=run.train.gradient_clipping,

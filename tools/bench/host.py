@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -36,6 +36,12 @@ from tools.bench.timing import benchmark_parser, conditions, print_result
 from tools.bench.variants import DTYPE, Shape, add_shape_options, random_llama, shape_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+VARIANTS = (
+    ("a tensor per factor", False, ""),
+    ("flat factors", True, ""),
+    ("flat factors, blocks as leaves", True, "LlamaDecoderLayer"),
+)
+"""Name, whether the factors are flat, and the class of modules whose parameters ZeRO-3 gathers at once."""
 WARMUP = 3
 """Steps before the first that counts: ZeRO-3 records the order of its modules in the first ones."""
 
@@ -56,9 +62,11 @@ def main() -> None:
     shape = shape_of(arguments, SmallShape)
     engines: dict[str, Any] = {}
     for stage in arguments.stages:
-        for is_flat in (False, True):
-            name = f"stage {stage}, {'flat factors' if is_flat else 'a tensor per factor'}"
-            with Ranks(arguments.ranks, Steps, shape, stage, is_flat) as of_ranks:
+        for name, is_flat, leaf_class in VARIANTS:
+            if leaf_class and stage != 3:
+                continue
+            name = f"stage {stage}, {name}"
+            with Ranks(arguments.ranks, Steps, shape, stage, is_flat, leaf_class) as of_ranks:
                 by_rank = of_ranks.call("measure", arguments.repeats)
             engines[name] = by_rank[0]
     report = {**conditions(shape=asdict(shape), dtype=str(DTYPE), ranks=arguments.ranks), "engines": engines}
@@ -68,19 +76,19 @@ def main() -> None:
 class Steps:
     """An engine on this rank, and the calls of its hooks. Construction is collective."""
 
-    def __init__(self, shape: Shape, stage: int, is_flat: bool):
+    def __init__(self, shape: Shape, stage: int, is_flat: bool, leaf_class: str):
         import transformers.models.llama.modeling_llama  # noqa: F401
 
         self.shape = shape
         self.calls: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         model = self._model(stage)
         groups = pst_parameter_groups(model)
         num_trained = sum(sharding.full_numel(param) for group in groups for param in group["params"])
         if is_flat:
             flatten_factors(model, groups)
         self.trained_tensors = sum(len(group["params"]) for group in groups)
-        self.engine = build_engine(model, groups, ds_config=_settings(stage, num_trained))
+        self.engine = build_engine(model, groups, ds_config=_settings(stage, num_trained, leaf_class))
         update_masks(self.engine.module, shape.sparsity)
         generator = torch.Generator().manual_seed(ranks.rank())
         self.tokens = torch.randint(shape.vocabulary, (shape.batch, shape.sequence), generator=generator)
@@ -151,7 +159,7 @@ class Steps:
         seconds[name] = time.perf_counter() - start
 
 
-def _settings(stage: int, num_trained: int) -> dict[str, Any]:
+def _settings(stage: int, num_trained: int, leaf_class: str) -> dict[str, Any]:
     path = CONFIGS / f"zero{stage}.json"
     numbers = RunNumbers(
         train_batch_size=ranks.world_size(),
@@ -160,6 +168,7 @@ def _settings(stage: int, num_trained: int) -> dict[str, Any]:
         gradient_clipping=1.0,
         bf16=True,
         num_trainable=num_trained,
+        leaf_classes=[leaf_class] if leaf_class else [],
     )
     return resolve_deepspeed_config(load_deepspeed_config(path), numbers, source=str(path), run_file="benchmark")
 
