@@ -288,3 +288,12 @@ def listening(stacks: Mapping[tuple[nn.Module, str], str], heard: Hear) -> Itera
             yield
     finally:
         switch_off(modules)
+
+
+def leaf_class(model: nn.Module) -> str:
+    """Return the class to name as ZeRO-3's leaf module, so that one stack is gathered at a time; "" without stacks.
+
+    A stack is a leaf anyway. But without the name of a class in the model DeepSpeed treats whole blocks of some
+    families as leaves, or warns.
+    """
+    return f"{PSTExpertStack.__module__}.{PSTExpertStack.__name__}" if expert_stacks(model) else ""

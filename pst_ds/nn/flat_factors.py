@@ -195,7 +195,7 @@ def input_embeddings(model: nn.Module) -> list[nn.Module]:
     """Return the modules that embed tokens, once each; several for an encoder with a decoder."""
     embeddings: dict[nn.Module, None] = {}
     for module in model.modules():
-        getter = getattr(module, "getinput_embeddings", None)
+        getter = getattr(module, "get_input_embeddings", None)
         if getter is None:
             continue
         try:

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +10,6 @@ from pst_ds.errors import InputError
 from pst_ds.json_text import JSON, JsonObject
 from pst_ds.parallel.placement import copy_ranks
 
-PREFETCH_BUCKET = 50_000_000
-"""DeepSpeed's default of ``stage3_prefetch_bucket_size``, in elements."""
 REDUCE_BUCKET = 500_000_000
 """DeepSpeed's default of ``reduce_bucket_size``, in elements."""
 
@@ -32,9 +30,9 @@ class RunNumbers:
     num_trainable: int
     expert_parallel: int = 1
     """Ranks that divide the experts of a mixture among them."""
-    leaf_classes: Sequence[str] = ()
-    """Module classes that ZeRO-3 treats as leaves where the JSON names none; () for DeepSpeed's choice, which gathers
-    all experts of a block, router included, at once."""
+    leaf_class: str = ""
+    """Module class that ZeRO-3 treats as a leaf where the JSON names none; "" for DeepSpeed's choice, which gathers all
+    experts of a block, router included, at once."""
 
 
 def _is_on(value: JSON) -> bool:
@@ -134,11 +132,6 @@ def zero_stage(config: JsonObject | None) -> int:
     return _int_or(_look_up(config or {}, "zero_optimization.stage"), 0)
 
 
-def prefetch_bucket(config: JsonObject) -> int:
-    """Return the elements that ZeRO-3 gathers ahead of the module that needs them."""
-    return _int_or(_look_up(config, f"{_ZERO}.stage3_prefetch_bucket_size"), PREFETCH_BUCKET)
-
-
 def resolve_deepspeed_config(config: JsonObject, numbers: RunNumbers, *, source: str, run_file: str) -> JsonObject:
     """Return a copy of ``config`` with every "auto" or absent setting of the run file filled in.
 
@@ -170,8 +163,8 @@ def resolve_deepspeed_config(config: JsonObject, numbers: RunNumbers, *, source:
         zero["reduce_bucket_size"] = auto_reduce_bucket(numbers.num_trainable)
     for key in [key for key, value in zero.items() if value == "auto"]:
         del zero[key]  # DeepSpeed's default
-    if numbers.leaf_classes and zero_stage(resolved) == 3:
-        zero.setdefault("leaf_module", {"classes": list(numbers.leaf_classes)})
+    if numbers.leaf_class and zero_stage(resolved) == 3:
+        zero.setdefault("leaf_module", {"classes": [numbers.leaf_class]})
     _refuse_uneven_hpz(zero, numbers, source)
     if numbers.expert_parallel > 1:
         _require_divisible_experts(resolved, numbers, source)

@@ -9,14 +9,13 @@ from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.errors import InputError, shortened
 from pst_ds.json_text import JsonObject
 from pst_ds.nn.cut_config import experts_left
-from pst_ds.nn.leaf_modules import leaf_classes
+from pst_ds.nn.experts import leaf_class
 from pst_ds.nn.model_structure import text_config
 from pst_ds.nn.router import pst_routers
 from pst_ds.parallel.ds_config import (
     RunNumbers,
     load_deepspeed_config,
     place_frozen,
-    prefetch_bucket,
     resolve_deepspeed_config,
     zero_stage,
 )
@@ -162,7 +161,7 @@ def resolved_deepspeed_config(
         bf16=run.train.precision == "bf16",
         num_trainable=num_trainable(shapes),
         expert_parallel=run.train.experts_divided_by(ranks),
-        leaf_classes=leaf_classes(shapes, prefetch_bucket(raw)),
+        leaf_class=leaf_class(shapes),
     )
     return resolve_deepspeed_config(raw, numbers, source=run.deepspeed_config, run_file=run_file)
 

@@ -145,11 +145,12 @@ def test_auto_and_absent_are_filled_from_the_run():
 @pytest.mark.parametrize("own", [None, {"classes": ["a.Block"]}])
 def test_a_leaf_class_of_the_model_takes_the_place_of_deepspeeds_own_at_stage_3(own):
     zero = {"stage": 3} | ({"leaf_module": own} if own else {})
-    resolved = _resolve({"zero_optimization": zero}, leaf_classes=["a.Stack"])
+    resolved = _resolve({"zero_optimization": zero}, leaf_class="a.Stack")
     assert resolved["zero_optimization"]["leaf_module"] == (own or {"classes": ["a.Stack"]})
-    for stage, classes in ((2, ["a.Stack"]), (3, [])):
-        resolved = _resolve({"zero_optimization": {"stage": stage}}, leaf_classes=classes)
-        assert "leaf_module" not in resolved["zero_optimization"]
+    for stage, leaf in ((2, "a.Stack"), (3, "")):
+        assert (
+            "leaf_module" not in _resolve({"zero_optimization": {"stage": stage}}, leaf_class=leaf)["zero_optimization"]
+        )
 
 
 def test_the_same_number_in_both_files_is_no_contradiction():

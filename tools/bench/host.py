@@ -168,7 +168,7 @@ def _settings(stage: int, num_trained: int, leaf_class: str) -> dict[str, Any]:
         gradient_clipping=1.0,
         bf16=True,
         num_trainable=num_trained,
-        leaf_classes=[leaf_class] if leaf_class else [],
+        leaf_class=leaf_class,
     )
     return resolve_deepspeed_config(load_deepspeed_config(path), numbers, source=str(path), run_file="benchmark")
 
