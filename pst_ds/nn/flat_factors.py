@@ -67,9 +67,9 @@ def parameters_by_layer(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for prefix, module in model.named_modules():
         if isinstance(module, FlatFactors) or prefix.endswith(f"{_MODULE}.flats"):
             continue
-        for attribute in module._parameters:
-            # an attribute, since a flattened factor is one, and not in _parameters
-            param = getattr(module, attribute)
+        for attribute, param in module._parameters.items():
+            if param is None:  # perhaps a flattened factor, which is an attribute alone
+                param = vars(module).get(attribute)
             if param is not None and param not in seen:
                 seen.add(param)
                 yield (f"{prefix}.{attribute}" if prefix else attribute), param
