@@ -24,6 +24,7 @@ MEMORY_LINES = {
     "scales": "scales of quantised weights",
     "optimizer": "optimizer state",
     "gradients": "gradients",
+    "flat_factors": "factors and their gradients, whole",
     "reduce_bucket": "reduction bucket",
     "runtime": "libraries and threads",
     "teacher": "the teacher, whole",

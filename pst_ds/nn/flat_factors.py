@@ -1,9 +1,9 @@
 """One parameter for the factors of all layers, since engines pay for every tensor and not for its size.
 
-A layer has up to eight factors and parameters of its update. DeepSpeed gathers, reduces, partitions and updates each of
-them with Python of its own, which takes the host longer than a GPU needs for the products of models below some 13
-billion weights. :func:`flatten_factors` puts all factors that learn at one rate into one parameter, so that the
-engine's time does not depend on the number of layers.
+A layer has six or more factors. DeepSpeed gathers, reduces, partitions and updates each of them with Python code,
+which takes the host longer than a GPU needs for the products of models below some 13 billion weights
+(``python -m tools.bench.host``). :func:`flatten_factors` puts all factors that learn at one rate into one parameter, so
+that this time does not depend on the number of layers. Each rank has a whole copy of the values and their gradients.
 
 How a training step goes then::
 
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
+from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import ParamGroup
-from pst_ds.parallel.sharding import ExpertShare, PlaceInFlat, expert_share
+from pst_ds.parallel.sharding import PlaceInFlat
 
 _MODULE = "pst_flat_factors"
 """Name of the :class:`FlatFactors` in a model."""
@@ -34,26 +35,19 @@ def flatten_factors(model: nn.Module, groups: Sequence[ParamGroup]) -> None:
     """Put the factors of each group of ``groups`` into one parameter, which replaces them there. Collective.
 
     Call it last before the engine is built: ``groups`` are those of AdamW, and the layers of ``model`` have their
-    values. It does nothing to a model without input embeddings, whose outputs need not depend on :class:`FlatFactors`.
+    values. Factors of stacks of experts stay parameters: they are few tensors, and too large for a whole copy on each
+    rank. A model without input embeddings is unchanged, since its outputs need not depend on :class:`FlatFactors`.
     """
-    embeddings = input_embeddings(model)
+    embeddings = _input_embeddings(model)
     if not embeddings:
         return
     flat_factors = FlatFactors()
-    owners = owners_of_factors(model)
+    owners = _owners_of_factors(model)
     for group in groups:
-        flat_params: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        alike: dict[ExpertShare | None, list[nn.Parameter]] = {}
-        for param in group["params"]:
-            if param in owners:
-                # the experts of a rank are divided over other ranks than what all ranks share
-                alike.setdefault(expert_share(param), []).append(param)
-            else:
-                others.append(param)
-        for factors in alike.values():
-            flat_params.append(flat_factors.take(factors, owners))
-        group["params"] = [*flat_params, *others]
+        factors = [param for param in group["params"] if param in owners]
+        others = [param for param in group["params"] if param not in owners]
+        if factors:
+            group["params"] = [flat_factors.take(factors, owners), *others]
     if not flat_factors.flats:
         return
     model.add_module(_MODULE, flat_factors)
@@ -101,9 +95,9 @@ class FlatFactors(nn.Module):
         offset = 0
         for param in factors:
             layer, attribute = owners[param]
-            shape = sharding.gathered_shape(param)
+            shape = sharding.full_shape(param)
             view = nn.Parameter(values[offset : offset + shape.numel()].view(shape))
-            sharding.put_into_flat(view, PlaceInFlat(flat, offset), expert_share(param))
+            sharding.put_into_flat(view, PlaceInFlat(flat, offset))
             views.add(view)
             # None keeps the factor's place in the order of the layer's parameters, and hides it from the engine
             layer.register_parameter(attribute, None)
@@ -159,7 +153,7 @@ class _Views:
             offset = last
 
     def take_gradient(self) -> Tensor:
-        """Return the gradient since the last call, in a tensor of its own."""
+        """Return the gradient since the last call, in a separate tensor."""
         gradient = self._gradient.clone()
         self._gradient.zero_()
         return gradient
@@ -182,16 +176,18 @@ class _HandOver(torch.autograd.Function):
         return gradient, None, *(views.take_gradient() for views in ctx.views)
 
 
-def owners_of_factors(model: nn.Module) -> dict[nn.Parameter, tuple[PSTLayer, str]]:
-    """Return the layer and the attribute of every factor of ``model``."""
-    owners = {}
+def _owners_of_factors(model: nn.Module) -> dict[nn.Parameter, tuple[PSTLayer, str]]:
+    """Return the layer and the attribute of every factor of ``model``, without those of stacks of experts."""
+    owners: dict[nn.Parameter, tuple[PSTLayer, str]] = {}
     for layer in pst_layers(model).values():
+        if not isinstance(layer, PSTLinear):
+            continue
         for name, param in layer.factor_parameters():
             owners[param] = (layer, f"pst_{name}")
     return owners
 
 
-def input_embeddings(model: nn.Module) -> list[nn.Module]:
+def _input_embeddings(model: nn.Module) -> list[nn.Module]:
     """Return the modules that embed tokens, once each; several for an encoder with a decoder."""
     embeddings: dict[nn.Module, None] = {}
     for module in model.modules():

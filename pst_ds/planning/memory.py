@@ -110,6 +110,8 @@ class MemoryPlan:
     masks: int
     optimizer: int
     gradients: int
+    flat_factors: int
+    """Values of the factors and their gradients, which every rank holds whole, see :mod:`pst_ds.nn.flat_factors`."""
     reduce_bucket: int
     gathers: int
     """Gathered parameters at the peak of a step: persistent, kept, prefetched, and the module's own."""
@@ -138,8 +140,9 @@ class MemoryPlan:
     @property
     def resident(self) -> int:
         """Bytes held all the time."""
-        trained = self.weights + self.masks + self.scales + self.optimizer + self.gradients + self.reduce_bucket
-        return trained + self.copies + self.runtime + self.teacher + self.sums
+        frozen = self.weights + self.masks + self.scales + self.copies
+        trained = self.optimizer + self.gradients + self.flat_factors + self.reduce_bucket
+        return frozen + trained + self.runtime + self.teacher + self.sums
 
     @property
     def step_peak(self) -> int:
@@ -200,6 +203,9 @@ def memory_plan(
     if zero.stage:
         # gradients touch only as much of the bucket's memory as they fill
         reduce_bucket = element_size * min(zero.reduce_bucket_size, model.trainables)
+    flat_factors = 0
+    if zero.stage is not None:
+        flat_factors = 2 * sum(t.nbytes for t in model.tensors if t.kind == "factor" and not t.in_stack)
     packed = 0
     if device == "cpu" and element_size == 2:
         # to multiply, oneDNN reorders 16-bit weights, but reads 32-bit ones in place
@@ -212,6 +218,7 @@ def memory_plan(
         masks=masks,
         optimizer=optimizer,
         gradients=element_size * _trainables_here(model, zero, shared_from_stage=2),
+        flat_factors=flat_factors,
         reduce_bucket=reduce_bucket,
         gathers=turn.gathers,
         communication=turn.staging,

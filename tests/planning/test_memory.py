@@ -45,6 +45,7 @@ def test_zero3_shares_are_rounded_up_tensor_by_tensor():
     assert plan.masks == 2 * 42
     assert plan.optimizer == 12 * 2 * 30
     assert plan.gradients == 2 * 2 * 30
+    assert plan.flat_factors == 2 * (2 * 2 * FACTORS), "bf16 values and gradients of two layers, on every rank"
     assert plan.reduce_bucket == 2 * 100
     assert plan.gathers == 2 * (WEIGHT + FACTORS) + 126
     assert plan.communication == int(2 * (WEIGHT + FACTORS) * 4 / 3)

@@ -43,7 +43,6 @@ __all__ = [
     "full_numel",
     "full_shape",
     "gathered",
-    "gathered_shape",
     "hold",
     "holders",
     "in_backward_pass",
@@ -158,11 +157,6 @@ def full_shape(param: nn.Parameter) -> torch.Size:
     shape = sharding_of(param).shape(param)
     share = expert_share(param)
     return shape if share is None else torch.Size((shape[0] * share.degree, *shape[1:]))
-
-
-def gathered_shape(param: nn.Parameter) -> torch.Size:
-    """Return the shape of ``param`` once it is gathered: of experts on ranks, those of this rank."""
-    return sharding_of(param).shape(param)
 
 
 def full_numel(param: nn.Parameter) -> int:

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from pst_ds.parallel.sharding.base import Fragment, Sharding
 from pst_ds.parallel.sharding.registry import sharding_of
-from pst_ds.parallel.sharding.zero3 import EXPERTS, ExpertShare, expert_share
 
 _PLACE = "pst_place_in_flat"
 """Attribute of a factor in a flat parameter: its :class:`PlaceInFlat`."""
@@ -28,11 +27,9 @@ class PlaceInFlat:
     offset: int
 
 
-def put_into_flat(param: nn.Parameter, place: PlaceInFlat, share: ExpertShare | None) -> None:
-    """Note that the values of ``param``, of all experts or of a ``share`` of them, are at ``place``."""
+def put_into_flat(param: nn.Parameter, place: PlaceInFlat) -> None:
+    """Note that the values of ``param`` are at ``place``."""
     setattr(param, _PLACE, place)
-    if share is not None:
-        setattr(param, EXPERTS, share)
 
 
 class InFlat(Sharding):
@@ -76,20 +73,16 @@ class InFlat(Sharding):
         of_flat = sharding.fragment(name, place.flat, optimizer)
         if of_flat is None:
             return None
-        first_of_flat = sharding.first_index(place.flat) + place.offset
-        part = of_flat.cut(first_of_flat, first_of_flat + param.numel())
+        part = of_flat.cut(place.offset, place.offset + param.numel())
         if part.start >= part.stop:
             return None
-        share = expert_share(param)
-        first = 0 if share is None else share.position * param.numel()
-        shift = first - first_of_flat
         return Fragment(
-            name=name, start=part.start + shift, stop=part.stop + shift, owner=part.owner, offset=part.offset
+            name=name,
+            start=part.start - place.offset,
+            stop=part.stop - place.offset,
+            owner=part.owner,
+            offset=part.offset,
         )
-
-    def first_index(self, param: nn.Parameter) -> int:
-        share = expert_share(param)
-        return 0 if share is None else share.position * param.numel()
 
     def replicates_optimizer(self, param: nn.Parameter) -> bool:
         flat = self._place(param).flat

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from pst_ds.parallel.sharding.base import Fragment, Sharding
 from pst_ds.third_party import Code, patched, require
 
-EXPERTS = "pst_experts"
+_EXPERTS = "pst_experts"
 """Attribute of a parameter that holds experts of this rank: their :class:`ExpertShare`."""
 _HOLDER = -1
 """Our entry in DeepSpeed's set of the modules (by number) that use a parameter, equal to none of its modules."""
@@ -42,7 +42,7 @@ class ExpertShare:
     def mark(self, params: Iterable[nn.Parameter]) -> None:
         """Make ZeRO-3 partition ``params``, which hold this rank's experts, over their owners."""
         for param in params:
-            setattr(param, EXPERTS, self)
+            setattr(param, _EXPERTS, self)
             param.ds_zero_placement_family = "autoep_expert"
             param.ds_zero_partition_group_name = self.name
             param.ds_zero_partition_process_group = self.owners
@@ -50,7 +50,7 @@ class ExpertShare:
 
 def expert_share(param: Tensor) -> ExpertShare | None:
     """Return the share of the experts that ``param`` holds; None for parameters that all ranks share."""
-    return getattr(param, EXPERTS, None)
+    return getattr(param, _EXPERTS, None)
 
 
 class ZeRO3(Sharding):
