@@ -9,13 +9,20 @@ from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import keep_frozen, omit_frozen
 
-MASK_BITS, MASK_SHARD = "pst_mask_bits", "pst_mask_shard"
-"""Names of a mask in a state dict, in place of ``pst_mask``: the full mask in the canonical form with one shard, and
-under ZeRO-3 this rank's shard."""
-SCALES, SCALES_SHARD = "pst_scales", "pst_scales_shard"
-"""Names of the bytes of a layer's scales in a state dict: all of them, and under ZeRO-3 this rank's shard."""
+MASK_BITS = "pst_mask_bits"
+"""Name of a full mask in a state dict, in place of ``pst_mask``, in the canonical form with one shard."""
+MASK_SHARD = "pst_mask_shard"
+"""Name of this rank's shard of a mask in a state dict under ZeRO-3."""
+SCALES = "pst_scales"
+"""Name of the bytes of all scales of a layer, in a state dict as in the layer."""
+SCALES_SHARD = "pst_scales_shard"
+"""Name of this rank's shard of them in a state dict under ZeRO-3."""
 _PARTS = {"pst_mask": (MASK_BITS, MASK_SHARD), SCALES: (SCALES, SCALES_SHARD)}
-_HANDLES, _PREFIX = "pst_adapter_checkpoints", "pst_loading_prefix"
+"""Names of a full parameter and of a shard of it in a state dict, by the parameter's name."""
+_HANDLES = "pst_adapter_checkpoints"
+"""Attribute of a model with the hooks that :func:`whole_checkpoints` removes."""
+_PREFIX = "pst_loading_prefix"
+"""Attribute of a model while it loads: what wrappers put before its names. torch tells it to the first hook only."""
 State = dict[str, Tensor]
 
 
@@ -51,15 +58,17 @@ def whole_checkpoints(model: nn.Module) -> None:
 
 
 def _leave_out(model: nn.Module, state: State, prefix: str, _metadata: object) -> None:
+    """Remove the frozen base from ``state``, and rename its masks and scales."""
     for name in _names_left_out(model):
         state.pop(prefix + name, None)
     for name, layer in pst_layers(model).items():
         for part, (full_key, shard_key) in _PARTS.items():
             param = getattr(layer, part)
-            if param is None or sharding.reshards_state_dicts(param):
+            if param is None or sharding.reshards_state_dicts(param):  # torch saves and loads FSDP2's on any ranks
                 continue
             del state[f"{prefix}{name}.{part}"]
             own = sharding.shard_of(param).values
+            # A clone: the next mask update writes into the parameter, and a state dict may be saved after it.
             if sharding.is_partitioned(param):
                 state[f"{prefix}{name}.{shard_key}"] = own.clone()
             elif part == SCALES:
@@ -75,37 +84,60 @@ def write_mask(layer: PSTLayer, bits: Tensor) -> None:
 
 @no_grad()
 def _load(
-    model: nn.Module, state: State, prefix: str, _metadata: object, _strict: bool, _missing: list[str],
-    _unexpected: list[str], errors: list[str],
-) -> None:  # fmt: skip
+    model: nn.Module,
+    state: State,
+    prefix: str,
+    _metadata: object,
+    _strict: bool,
+    _missing: list[str],
+    _unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Load masks and scales from ``state``, which torch cannot find under these names."""
     setattr(model, _PREFIX, prefix)
     for name, layer in settled_layers(model).items():
-        for part, keys in _PARTS.items():
-            param = getattr(layer, part)
-            saved = state.get(f"{prefix}{name}.{part}")
-            if saved is not None and sharding.reshards_state_dicts(saved):
-                continue
-            full, shard = (state.pop(f"{prefix}{name}.{key}", None) for key in keys)
-            if param is None or (full is None and shard is None):
-                continue
-            own = layer.own_bits() if part != SCALES else sharding.shard_of(param).values
-            key = f"{prefix}{name}.{keys[full is None]}"
-            numel = shard_bytes(layer.layout.numel, 1) if part != SCALES else sharding.full_numel(param)
-            if full is not None and full.numel() != numel:
-                errors.append(f"{key} has {full.numel()} bytes, not {numel}. Load it into the model that saved it")
-            elif full is not None and part == SCALES:
-                sharding.write_whole(param, full)
-            elif full is not None:
-                write_mask(layer, full)
-            elif shard is not None and shard.shape != own.shape:
-                errors.append(
-                    f"{key} has {shard.numel()} bytes, not {own.numel()}. Load it on as many ranks as saved it"
-                )
-            elif shard is not None and part == SCALES:
-                sharding.write_shard(param, shard)
-            elif shard is not None:
-                layer.write_own_bits(shard)
-            state[f"{prefix}{name}.{part}"] = param.detach()  # the parameter itself, so that it is not missing
+        for part in _PARTS:
+            problem = _load_part(layer, part, state=state, place=f"{prefix}{name}")
+            if problem:
+                errors.append(problem)
+
+
+def _load_part(layer: PSTLayer, part: str, *, state: State, place: str) -> str:
+    """Load the mask or the scales of a layer, called ``place`` in ``state``. Return a message if they do not fit."""
+    param = getattr(layer, part)
+    saved = state.get(f"{place}.{part}")
+    if saved is not None and sharding.reshards_state_dicts(saved):
+        return ""
+    full_key, shard_key = _PARTS[part]
+    full = state.pop(f"{place}.{full_key}", None)
+    shard = state.pop(f"{place}.{shard_key}", None)
+    if param is None or (full is None and shard is None):
+        return ""
+    # torch copies the parameter to itself then, and does not report it as missing.
+    state[f"{place}.{part}"] = param.detach()
+    if full is not None:
+        num_bytes = shard_bytes(layer.layout.numel, 1)
+        if part == SCALES:
+            num_bytes = sharding.full_numel(param)
+        if full.numel() != num_bytes:
+            problem = f"has {full.numel()} bytes, not {num_bytes}. Load it into the model that saved it"
+            return f"{place}.{full_key} {problem}"
+        if part == SCALES:
+            sharding.write_whole(param, full)
+        else:
+            write_mask(layer, full)
+    elif shard is not None:
+        own = layer.own_bits()
+        if part == SCALES:
+            own = sharding.shard_of(param).values
+        if shard.shape != own.shape:
+            problem = f"has {shard.numel()} bytes, not {own.numel()}. Load it on as many ranks as saved it"
+            return f"{place}.{shard_key} {problem}"
+        if part == SCALES:
+            sharding.write_shard(param, shard)
+        else:
+            layer.write_own_bits(shard)
+    return ""
 
 
 def _forgive(model: nn.Module, incompatible: _IncompatibleKeys) -> None:
@@ -117,6 +149,8 @@ def _forgive(model: nn.Module, incompatible: _IncompatibleKeys) -> None:
 
 def _names_left_out(model: nn.Module) -> set[str]:
     """Return the names of all parameters except an adapter state's and masks; tied parameters with every name."""
-    parts = [f"{name}.{part}" for name in pst_layers(model) for part in _PARTS]
-    kept = {name for name, _ in adapter_parameters(model)} | set(parts)
+    kept = {name for name, _ in adapter_parameters(model)}
+    for name in pst_layers(model):
+        for part in _PARTS:
+            kept.add(f"{name}.{part}")
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - kept

@@ -98,6 +98,7 @@ class Pretrained:
         quantization = getattr(config, "quantization_config", None)
         if not quantization:
             return
+        # A table in the file, or a config object of transformers.
         table = quantization if isinstance(quantization, dict) else vars(quantization)
         method = table.get("quant_method")
         if method == "pst_ds":
@@ -105,8 +106,8 @@ class Pretrained:
                 f"{self} is packed, and its weights cannot be ranked. Make it dense: pst-ds export {self.path} "
                 "--format dense --out DIR"
             )
-        named = getattr(method, "value", method)
-        raise InputError(f"{self} is quantised ({named}), and its weights cannot be ranked. Name the original")
+        method_name = getattr(method, "value", method)  # an enum of transformers, or a string
+        raise InputError(f"{self} is quantised ({method_name}), and its weights cannot be ranked. Name the original")
 
     def shapes(
         self, kind: Any, config: PreTrainedConfig, *, dtype: torch.dtype | None = None, purpose: str = "", fix: str = ""
@@ -115,8 +116,11 @@ class Pretrained:
 
         Raises InputError with ``purpose`` and ``fix``.
         """
-        make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
-        options = {} if dtype is None else {"dtype": dtype}
+        # Classes of models only have the private method.
+        make = getattr(kind, "from_config", None) or kind._from_config
+        options: dict[str, torch.dtype] = {}
+        if dtype is not None:
+            options["dtype"] = dtype
         try:
             with torch.device("meta"):
                 return make(config, **options)
@@ -137,7 +141,8 @@ class Pretrained:
         """
         from safetensors import SafetensorError
 
-        if (folder := self.download()) != Path(self.path):
+        folder = self.download()
+        if folder != Path(self.path):
             # the revision that was downloaded, also if the hub has a newer one by now
             options |= {"revision": folder.name, "local_files_only": True}
         try:
@@ -156,8 +161,10 @@ class Pretrained:
                 f"{self} cannot be loaded {self._looked_in}: {first_line(error)}. Name a folder with whole weights"
             ) from error
         except RuntimeError as error:  # how transformers reports other shapes under ZeRO-3
-            found = _MISMATCH.findall(str(error))
-            differing = [f"{name} of shape {tuple(map(int, shape.split(', ')))}" for name, shape in found]
+            differing = []
+            for name, numbers in _MISMATCH.findall(str(error)):
+                shape = tuple(int(number) for number in numbers.split(", "))
+                differing.append(f"{name} of shape {shape}")
             if not differing:
                 self._require_buildable(kind)
                 raise
@@ -187,10 +194,10 @@ def pruning_record(path: str | Path) -> dict[str, object]:
     Its values are not validated: compare them only. :mod:`~pst_ds.nn.folder_facts` has typed ones.
     """
     try:
-        found = json.loads((Path(path) / PRUNING_RECORD).read_text(encoding="utf-8"))
+        record = json.loads((Path(path) / PRUNING_RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def architecture(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

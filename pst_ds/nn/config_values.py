@@ -54,8 +54,10 @@ def require_plausible_generation(path: Path) -> None:
 
 
 def _require_plausible(path: Path, table: dict[str, object], place: str) -> None:
+    """Raise InputError for a value of a config, or of the part of one that is at ``place``, such as "text_config."."""
     for key, largest in _LARGEST.items():
-        value, least = table.get(key), _LEAST.get(key, 1)
+        value = table.get(key)
+        least = _LEAST.get(key, 1)
         if isinstance(value, bool | str | float):
             raise InputError(f"{path}: {place}{key} = {str(value)[:80]!r} is not a whole number. {_fix_of(path)}")
         if isinstance(value, int) and not least <= value <= largest:
@@ -64,7 +66,8 @@ def _require_plausible(path: Path, table: dict[str, object], place: str) -> None
             )
     _require_tokens(path, table, place)
     names = table.get("architectures")
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+    is_list_of_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if names is not None and not is_list_of_names:
         raise InputError(f"{path}: {place}architectures = {str(names)[:80]!r} is not a list of names. {_fix_of(path)}")
     activation = table.get("hidden_act")
     if isinstance(activation, str) and not _is_known(activation):
@@ -76,7 +79,12 @@ def _require_plausible(path: Path, table: dict[str, object], place: str) -> None
 def _require_tokens(path: Path, table: dict[str, object], place: str) -> None:
     for key in _TOKENS:
         value = table.get(key)
-        tokens = value if isinstance(value, list) and key == "eos_token_id" else [] if value is None else [value]
+        if value is None:
+            continue
+        tokens: list[object] = [value]
+        if isinstance(value, list) and key == "eos_token_id":
+            tokens = value
+        # type, since True is an instance of int; -1 is how some configs say that there is no such token.
         if not all(type(token) is int and -1 <= token < 1 << 31 for token in tokens):
             raise InputError(f"{path}: {place}{key} = {str(value)[:80]!r} is not the id of a token. {_fix_of(path)}")
 

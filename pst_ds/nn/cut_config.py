@@ -19,7 +19,7 @@ _WIDTHS = (
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Names of the number of experts, in configs and in modules."""
 _MULTIPLES = {512: 64, 64: 8}
-"""Widths above these stay multiples of these, where kernels are fast."""
+"""Widths above a key stay multiples of its value, for which kernels are fast; in falling order of the keys."""
 
 
 def cut_config(config: "PretrainedConfig", share: float) -> dict[str, object]:
@@ -35,13 +35,14 @@ def cut_config(config: "PretrainedConfig", share: float) -> dict[str, object]:
             width = 4 * text.hidden_size
         if not isinstance(width, int) or not width:
             continue
-        multiple = next((m for above, m in _MULTIPLES.items() if width > above and width % m == 0), 1)
+        multiple = _multiple_of(width)
         wanted = width * share / multiple
         if wanted < 1 or wanted != int(wanted):
-            near = [multiple * n / width for n in (math.floor(wanted), math.floor(wanted) + 1) if n]
+            lower = math.floor(wanted)
+            near = [f"{multiple * number / width:.6g}" for number in (lower, lower + 1) if number > 0]
             raise InputError(
                 f"ffn = {share} leaves {width * share:.6g} of {width} channels ({key}); widths are multiples of "
-                f"{multiple}. Choose {' or '.join(f'{value:.6g}' for value in near)}"
+                f"{multiple}. Choose {' or '.join(near)}"
             )
         changes[key] = int(wanted) * multiple
     if not changes:
@@ -60,6 +61,14 @@ def cut_config(config: "PretrainedConfig", share: float) -> dict[str, object]:
     return changes
 
 
+def _multiple_of(width: int) -> int:
+    """Return the number of which a smaller width must be a multiple; 1 if ``width`` itself is not one."""
+    for above, multiple in _MULTIPLES.items():
+        if width > above and width % multiple == 0:
+            return multiple
+    return 1
+
+
 def number_of_experts(model: nn.Module, lead: str) -> tuple[str, int]:
     """Return the config key of the number of experts in each experts module of a plain ``model``, and the number.
 
@@ -74,8 +83,13 @@ def number_of_experts(model: nn.Module, lead: str) -> tuple[str, int]:
             stack_layouts(module)
         except ValueError as error:
             raise InputError(f"{lead}: {name} is not a supported stack of experts: {error}") from None
-    config, numbers = text_config(model), {int(module.num_experts) for module in modules.values()}
-    key = next((key for key in NUM_EXPERTS if getattr(config, key, None) in numbers), None)
+    config = text_config(model)
+    numbers = {int(module.num_experts) for module in modules.values()}
+    key = None
+    for name in NUM_EXPERTS:
+        if getattr(config, name, None) in numbers:
+            key = name
+            break
     if key is None or len(numbers) > 1:
         raise InputError(
             f"{lead}: the modules have {sorted(numbers)} experts, and no setting of the model's config says so. "
@@ -92,7 +106,8 @@ def number_of_experts(model: nn.Module, lead: str) -> tuple[str, int]:
 def set_num_experts(config: "PretrainedConfig", number: int) -> None:
     """Set the number of experts in the ``config`` of a model that :func:`number_of_experts` supports."""
     text: Any = config.get_text_config()
-    setattr(text, next(key for key in NUM_EXPERTS if getattr(text, key, None)), number)
+    key = next(key for key in NUM_EXPERTS if getattr(text, key, None))
+    setattr(text, key, number)
 
 
 def experts_left(number: int, share: float, config: Any, setting: str) -> int:
@@ -100,7 +115,8 @@ def experts_left(number: int, share: float, config: Any, setting: str) -> int:
 
     Raises InputError, naming ``setting``, if these are fewer than the ``config`` routes a token to.
     """
-    left, per_token = number - math.floor(share * number), experts_per_token(config)
+    left = number - math.floor(share * number)
+    per_token = experts_per_token(config)
     if left < per_token:
         raise InputError(
             f"{setting} {share} leaves {left} experts, and the router gives a token to {per_token}. Choose a lower "

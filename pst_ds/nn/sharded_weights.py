@@ -50,8 +50,8 @@ def read_by_every_rank(*, later: bool = False) -> Iterator[None]:
             for param in model.parameters():
                 if sharding.is_unfilled(param) and not hasattr(param, _UNREAD):
                     sharding.make_shard(param)
-            rest = {key: value for key, value in state.items() if key not in names}
-            problems, missing = cast(tuple[list[str], set[str]], load(model, rest, load_config))
+            unread = {key: value for key, value in state.items() if key not in names}
+            problems, missing = cast(tuple[list[str], set[str]], load(model, unread, load_config))
             return problems, missing - set(names.values())
 
         return loaded
@@ -80,17 +80,21 @@ def _renaming(model: nn.Module, mapping: Sequence[object] | None) -> Callable[[s
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     prefix = getattr(model, "base_model_prefix", "")
-    own = {name: torch.empty(0, device="meta") for name in model.state_dict()}
+    tensors = {name: torch.empty(0, device="meta") for name in model.state_dict()}  # only the names matter
     renamings = [entry for entry in mapping or () if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping or () if isinstance(entry, WeightConverter)]
 
     def new_name(key: str) -> str:
-        if not mapping:
-            return f"{prefix}.{key}" if f"{prefix}.{key}" in own else key
-        name, changed_by = rename_source_key(key, renamings, converters, base_model_prefix=prefix, meta_state_dict=own)
-        if changed_by is not None:
-            return ""
-        return f"{prefix}.{name}" if f"{prefix}.{name}" in own else name
+        name = key
+        if mapping:
+            name, changed_by = rename_source_key(
+                key, renamings, converters, base_model_prefix=prefix, meta_state_dict=tensors
+            )
+            if changed_by is not None:
+                return ""
+        # Files of a model without a head name its tensors without the prefix of the model with one.
+        prefixed = f"{prefix}.{name}"
+        return prefixed if prefixed in tensors else name
 
     return new_name
 
@@ -103,7 +107,8 @@ def _read_shards(
 
     Return their names by those in the files, the same on every rank.
     """
-    params, found = dict(model.named_parameters(remove_duplicate=False)), {}
+    params = dict(model.named_parameters(remove_duplicate=False))
+    new_names: dict[str, str] = {}
     for file in dict.fromkeys(name for name in files if name.endswith(".safetensors")):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118  # no mapping
@@ -116,20 +121,26 @@ def _read_shards(
                 else:
                     _read_shard(param, opened, key)
                 param._is_hf_initialized = True  # type: ignore[attr-defined]  # for transformers
-                found[key] = new_name(key)
-    return found
+                new_names[key] = new_name(key)
+    return new_names
 
 
 @torch.no_grad()
 def _read_shard(param: nn.Parameter, opened: safe_open, key: str) -> None:
-    own, shape = sharding.shard_of(param), sharding.full_shape(param)
-    start, stop = own.start, own.start + own.values.numel()
-    if start == stop:
+    """Read this rank's shard of ``param`` from the tensor ``key`` of a file."""
+    shard = sharding.shard_of(param)
+    shape = sharding.full_shape(param)
+    start = shard.start
+    stop = shard.start + shard.values.numel()
+    if start == stop:  # more ranks than values
         return
     if not shape:
         sharding.write_shard(param, opened.get_tensor(key).view(-1))
         return
-    row = prod(shape[1:])  # only the rows around the shard are read
-    first, last = start // row, -(-stop // row)
-    rows = opened.get_slice(key)[first:last].reshape(-1)
-    sharding.write_shard(param, rows[start - first * row : stop - first * row])
+    # safetensors slices whole rows: only those around the shard are read.
+    row_length = prod(shape[1:])
+    first_row = start // row_length
+    last_row = -(-stop // row_length)  # rounded up; excluded
+    rows = opened.get_slice(key)[first_row:last_row].reshape(-1)
+    offset = first_row * row_length
+    sharding.write_shard(param, rows[start - offset : stop - offset])

@@ -26,16 +26,16 @@ def embedding_tables(model: nn.Module) -> dict[str, nn.Parameter]:
 
     A tied output layer shares its table.
     """
-    found: list[nn.Module] = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding | PSTEmbedding) and not is_inside_block(name, model)
-    ]
-    get = getattr(model, "get_output_embeddings", None)
-    output = get() if get is not None else None
-    if isinstance(output, nn.Linear):
-        found.append(output)
-    return named_parameters(model, {id(module.get_parameter("weight")) for module in found})
+    readers: list[nn.Module] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | PSTEmbedding) and not is_inside_block(name, model):
+            readers.append(module)
+    getter = getattr(model, "get_output_embeddings", None)
+    if getter is not None:
+        output = getter()
+        if isinstance(output, nn.Linear):  # not one that is frozen in few bits, nor a pruned one
+            readers.append(output)
+    return named_parameters(model, {id(module.get_parameter("weight")) for module in readers})
 
 
 def quantisable_tables(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -45,8 +45,11 @@ def quantisable_tables(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def named_parameters(model: nn.Module, chosen: Container[int]) -> dict[str, nn.Parameter]:
     """Return the parameters with these identities, by each of their names in the model and in its files."""
-    named = {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) in chosen}
-    return named | {saved: named[name] for saved, name in names_in_files(model, named).items()}
+    named: dict[str, nn.Parameter] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if id(param) in chosen:
+            named[name] = param
+    return named | {name_in_file: named[name] for name_in_file, name in names_in_files(model, named).items()}
 
 
 def set_table_grid(model: nn.Module, grid: Grid) -> None:
@@ -95,12 +98,26 @@ def round_tables(model: nn.Module) -> None:
     for embedding in updated:
         embedding.grid = grid
     done = {id(embedding.weight) for embedding in updated}
-    for table in quantisable_tables(model).values():
+    for table in quantisable_tables(model).values():  # a table may have several names
+        # A frozen table that differs from its master was quantised by an earlier call.
         if id(table) not in done and (table.requires_grad or not sharding.differs_from_master(table)):
-            shard, width = sharding.shard_of(table), sharding.full_shape(table)[1]
-            start, stop = shard.start, shard.start + shard.values.numel()
-            first, last = start // width, -(-stop // width)
-            with sharding.gathered([table]):
-                rows = round_to_grid(table.detach()[first:last], None, grid)
-            sharding.write_beside_master(table, rows.flatten()[start - first * width : stop - first * width])
+            _round_own_part(table, grid)
         done.add(id(table))
+
+
+def _round_own_part(table: nn.Parameter, grid: Grid) -> None:
+    """Quantise this rank's shard of a table. Collective.
+
+    A group of values with one scale may cross the ends of the shard, but not those of a row. Therefore the rows that
+    the shard touches are quantised.
+    """
+    shard = sharding.shard_of(table)
+    width = sharding.full_shape(table)[1]
+    start = shard.start
+    stop = shard.start + shard.values.numel()
+    first_row = start // width
+    last_row = -(-stop // width)  # rounded up; excluded
+    with sharding.gathered([table]):
+        rows = round_to_grid(table.detach()[first_row:last_row], None, grid)
+    offset = first_row * width
+    sharding.write_beside_master(table, rows.flatten()[start - offset : stop - offset])
