@@ -32,7 +32,8 @@ class PSTLinear(PSTLayer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.in_features, self.out_features = self.layout.in_features, self.layout.out_features
+        self.in_features = self.layout.in_features
+        self.out_features = self.layout.out_features
         self._number = _new_number(self)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -40,17 +41,19 @@ class PSTLinear(PSTLayer):
         x = input  # nn.Linear's name for it
         if self.bypassed:
             dense = self.dense_weight()
+            if self.layout.transposed:
+                dense = dense.t()  # (O, I)
             with torch.autocast(x.device.type, enabled=False):
-                by_output = dense.t() if self.layout.transposed else dense
-                return torch.nn.functional.linear(x.to(dense.dtype), by_output, self.bias)
+                return torch.nn.functional.linear(x.to(dense.dtype), dense, self.bias)
         if not torch.compiler.is_compiling():
             return self._eager(x)
         weight, factors = self.trained()
         # ZeRO-3's hooks end graphs here anyway
         if sharding.is_partitioned(self.pst_mask) or len(factors) > _MOST_FACTORS:
             return torch.compiler.disable(self._eager)(x)
-        factors += [None] * (_MOST_FACTORS - len(factors))
-        x = x.to(self.dtype) if torch.is_autocast_enabled(x.device.type) else x
+        factors += [None] * (_MOST_FACTORS - len(factors))  # the operator has a fixed number of arguments
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.dtype)
         return torch.ops.pst_ds.masked_linear(x, self._number, self.out_features, weight, self.bias, *factors)
 
     def _eager(self, x: Tensor) -> Tensor:
@@ -75,13 +78,18 @@ class PSTLinear(PSTLayer):
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of x (..., I), the weight, the bias, and of :attr:`factor_names`, for ``grad_y``
         (..., O). Gathers released parameters."""
-        x_rows, grad_rows = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
+        x_rows = x.reshape(-1, x.shape[-1])  # (tokens, I)
+        grad_rows = grad_y.reshape(-1, grad_y.shape[-1])  # (tokens, O)
         if self.listen is not None:
             self.listen(x_rows, grad_rows)
         backward = partial(masked_linear.backward, need_x=need_x, need_weight=need_weight, need_bias=need_bias)
         grads = self.gathered_gradients(partial(backward, x_rows, grad_rows))
-        grad_x = None if grads.x is None else grads.x.to(x.dtype).view(x.shape)
-        grad_bias = None if grads.bias is None else grads.bias.to(self.dtype)
+        grad_x = grads.x
+        if grad_x is not None:
+            grad_x = grad_x.to(x.dtype).view(x.shape)
+        grad_bias = grads.bias
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(self.dtype)  # from the higher precision of its sum
         return grad_x, grads.weight, grad_bias, *self.of_trained(grads)
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -111,11 +119,16 @@ class _MaskedLinear(torch.autograd.Function):
 
 
 _LAYERS: weakref.WeakValueDictionary[int, PSTLinear] = weakref.WeakValueDictionary()
+"""Layers by number. Weak references: a layer must not outlive its model because a graph once called it."""
 _NUMBERS = itertools.count()
 
 
 def _new_number(layer: PSTLinear) -> Tensor:
-    """Return a number by which the operators find ``layer``, () int64, on the CPU."""
+    """Return a number by which the operators find ``layer``, () int64, on the CPU.
+
+    A tensor, because torch.compile would make a graph for each value of an int. On the CPU, so that reading it does not
+    wait for a device.
+    """
     number = next(_NUMBERS)
     _LAYERS[number] = layer
     return torch.tensor(number, device="cpu")
@@ -124,6 +137,7 @@ def _new_number(layer: PSTLinear) -> Tensor:
 def _forward(
     x: Tensor, number: Tensor, outputs: int, weight: Tensor | None, bias: Tensor | None, *factors: Tensor | None
 ) -> Tensor:
+    """Compute ``masked_linear``. The parameters among the arguments are for autograd; the layer's are read."""
     layer = _LAYERS[int(number)]
     layer.was_called = True
     with torch.autocast(x.device.type, enabled=False):
@@ -137,7 +151,8 @@ def _backward(
     layer = _LAYERS[int(number)]
     with torch.autocast(x.device.type, enabled=False):
         grads = layer.gradients(x, grad_y, need_x=need_x, need_weight=need_weight, need_bias=need_bias)
-    # arguments that stand for no factor of this layer need none
+    # An operator cannot return None in a list of tensors, so gradients that nobody needs are omitted. The end of
+    # ``needed`` is about factors that this layer lacks, which have no gradient: hence not strict.
     return [grad for grad, is_needed in zip(grads, needed, strict=False) if is_needed]
 
 
@@ -152,8 +167,11 @@ def _(x: Tensor, number: Tensor, outputs: int, *others: Tensor | None) -> Tensor
 
 @torch.library.register_fake("pst_ds::masked_linear_backward", lib=LIBRARY)
 def _(grad_y: Tensor, needed: list[bool], x: Tensor, number: Tensor, *others: Tensor | None) -> list[Tensor]:
-    asked = (tensor for tensor, is_needed in zip((x, *others), needed, strict=True) if is_needed)
-    return [tensor.new_empty(tensor.shape) for tensor in asked if tensor is not None]
+    gradients = []
+    for tensor, is_needed in zip((x, *others), needed, strict=True):
+        if is_needed and tensor is not None:
+            gradients.append(tensor.new_empty(tensor.shape))
+    return gradients
 
 
 def _save(ctx, inputs, output):
@@ -165,9 +183,9 @@ def _differentiate(ctx, grad_y):
     x, number, *others = ctx.saved_tensors
     need_x, _, _, *need_others = ctx.needs_input_grad
     needed = [need_x, *need_others]
-    found = iter(torch.ops.pst_ds.masked_linear_backward(grad_y, needed, x, number, *others))
-    of_x, *of_others = (next(found) if is_needed else None for is_needed in needed)
-    return of_x, None, None, *of_others
+    computed = iter(torch.ops.pst_ds.masked_linear_backward(grad_y, needed, x, number, *others))
+    of_x, *of_others = (next(computed) if is_needed else None for is_needed in needed)
+    return of_x, None, None, *of_others  # the number and the outputs' size have no gradient
 
 
 torch.library.register_autograd("pst_ds::masked_linear", _differentiate, setup_context=_save, lib=LIBRARY)

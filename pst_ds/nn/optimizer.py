@@ -21,7 +21,7 @@ from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import ParamGroup
 from pst_ds.parallel.master_adamw import MasterAdamW
 
-_DEFAULTS = TrainConfig(num_steps=1)
+_DEFAULTS = TrainConfig(num_steps=1)  # the settings read here do not depend on the number of steps
 
 
 def pst_parameter_groups(
@@ -54,13 +54,15 @@ def pst_parameter_groups(
     """
     settled_layers(model)
     rates = _default_rates(model, num_steps, epochs)
-    given = {
+    chosen_rates = {
         "scores": score_learning_rate,
         "updates": update_learning_rate,
         "embeddings": embedding_learning_rate,
         "head": head_learning_rate,
     }
-    rates |= {name: rate for name, rate in given.items() if rate is not None}
+    for name, rate in chosen_rates.items():
+        if rate is not None:
+            rates[name] = rate
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     embeddings = pst_embeddings(model)
     specs = _update_specs(model)
@@ -76,26 +78,32 @@ def pst_parameter_groups(
             groups.setdefault(group, []).append(param)
             continue
         spec = specs.get(param)
-        group = _group_of(name, embeddings) if spec is None else spec.group
-        if spec is not None and (spec.rate != 1.0 or spec.decay != 0.0):
-            rate = rates[group] * spec.rate
-            group = _name_of_subgroup(group, spec)
-            rates[group] = rate
-            decays[group] = spec.decay
-            groups.setdefault(group, [])
+        if spec is None:
+            group = _group_of(name, embeddings)
+        else:
+            group = spec.group
+            if spec.rate != 1.0 or spec.decay != 0.0:
+                rate = rates[group] * spec.rate
+                group = _name_of_subgroup(group, spec)
+                rates[group] = rate
+                decays[group] = spec.decay
+                groups.setdefault(group, [])
         groups[group].append(param)
-    return [
-        {
-            "params": params,
-            "name": name,
-            "lr": rates[name],
-            "peak_lr": rates[name],
-            "weight_decay": decays.get(name, 0.0),
-            "betas": betas,
-        }
-        for name, params in groups.items()
-        if params
-    ]
+    parameter_groups: list[ParamGroup] = []
+    for name, params in groups.items():
+        if not params:
+            continue
+        parameter_groups.append(
+            {
+                "params": params,
+                "name": name,
+                "lr": rates[name],
+                "peak_lr": rates[name],
+                "weight_decay": decays.get(name, 0.0),
+                "betas": betas,
+            }
+        )
+    return parameter_groups
 
 
 def _name_of_subgroup(group: str, spec: ParamSpec) -> str:
@@ -109,21 +117,24 @@ def _name_of_subgroup(group: str, spec: ParamSpec) -> str:
 
 
 def _default_rates(model: nn.Module, num_steps: int, epochs: float) -> dict[str, float]:
+    """Return the default peak rate of each group, for this model and this length of the run."""
     labels: int = getattr(getattr(model, "config", None), "num_labels", 0)
     output_layer = getattr(model, "get_output_embeddings", lambda: None)
     rates = default_learning_rates(
         width=model_width(model),
         num_steps=num_steps,
         epochs=epochs,
-        num_labels=labels if labels > 1 else 0,  # one label is a regression, whose labels may have many values
+        num_labels=labels if labels > 1 else 0,  # one label is a regression, whose targets have many values
         predicts_tokens=output_layer() is not None,
     )
+    # Bytes such as masks have no gradient, also if everything trains.
     trains_all = all(param.requires_grad for param in model.parameters() if param.dtype.is_floating_point)
+    head_rate = rates.everything if trains_all else rates.head
     return {
         "scores": rates.scores,
         "updates": rates.updates * _rate_factor(model),
         "embeddings": rates.embeddings,
-        "head": rates.everything if trains_all else rates.head,
+        "head": head_rate,
     }
 
 
@@ -148,17 +159,20 @@ def _added_parameters(model: nn.Module) -> dict[nn.Parameter, AddedModule]:
 
 def _rate_factor(model: nn.Module) -> float:
     """Return the factor of the default rate for the update form of the model; 1 without PST layers."""
-    layers = (module for module in model.modules() if isinstance(module, PSTLayer))
-    return next((layer.constants.form.rate_factor for layer in layers), 1.0)
+    for module in model.modules():
+        if isinstance(module, PSTLayer):  # all layers of a model have the same form
+            return module.constants.form.rate_factor
+    return 1.0
 
 
 def _group_of(name: str, embeddings: Container[str]) -> str:
+    """Return the group of a parameter that is neither an update's nor an addition's."""
     owner, _, last = name.rpartition(".")
     if owner in embeddings:
         return "embeddings"
     if last.startswith("pst_"):
         return "scores" if last.removeprefix("pst_") in SCORE_FACTORS else "updates"
-    return "head"
+    return "head"  # modules trained in full, and pruned weights that train
 
 
 def pst_optimizer(model: nn.Module, **rates: Any) -> MasterAdamW:
@@ -175,9 +189,9 @@ def pst_optimizer(model: nn.Module, **rates: Any) -> MasterAdamW:
         InputError: the model is in fp16 and not under ZeRO-3, the only stage that has fp32 masters from the start.
     """
     groups = pst_parameter_groups(model, **rates)
-    params = [param for group in groups for param in group["params"]]
+    trained_dtypes = {param.dtype for group in groups for param in group["params"]}
     is_partitioned = any(sharding.is_partitioned(param) for param in model.parameters())
-    if not is_partitioned and any(param.dtype == torch.float16 for param in params):
+    if not is_partitioned and torch.float16 in trained_dtypes:
         raise InputError(
             "the trained parameters are torch.float16, which AdamW cannot train: load the model in torch.float32 and "
             "let the loss be scaled (fp16=True), or load it in torch.bfloat16"
