@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pst_ds.config.additions import ADDITIONS, AdditionSettings, read_settings
 from pst_ds.errors import InputError
 from pst_ds.file_names import ADDITIONS_FILE
+from pst_ds.nn.model_structure import modules_of
 from pst_ds.parallel import sharding
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _require_named(model: nn.Module, module: AddedModule, addition: ModelAdditio
 
 def added_modules(model: nn.Module) -> dict[str, AddedModule]:
     """Return the modules that additions attached to ``model``, by name in the model."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AddedModule)}
+    return modules_of(model, AddedModule)
 
 
 def extra_tokens_of(model: nn.Module) -> int:

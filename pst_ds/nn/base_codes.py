@@ -17,10 +17,12 @@ from pst_ds.nn.targets import InjectionError, Target
 from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import group_max, group_sum
 
-BASE_CODES, BASE_SCALES = "pst_base_codes", "pst_base_scales"
-"""Names of the two parameters of a layer with quantised W0, both of dtype uint8."""
+BASE_CODES = "pst_base_codes"
+"""Name of the parameter of a layer with its quantised W0, of dtype uint8."""
+BASE_SCALES = "pst_base_scales"
+"""Name of the parameter with the scales, whose bytes it has as uint8."""
 _TILE = 1 << 22
-"""Weights per tile."""
+"""Weights per tile: 16 MiB in fp32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,11 @@ class BaseCodes:
 
     def own(self, dtype: torch.dtype) -> OwnWeights:
         """Return this rank's shard of W0 in ``dtype``; all of it if it is not partitioned."""
-        codes, scales = sharding.shard_of(self.codes).values, sharding.shard_of(self.scales).values
-        shard = sharding.shard_index(self.codes) if sharding.is_partitioned(self.codes) else None
+        codes = sharding.shard_of(self.codes).values
+        scales = sharding.shard_of(self.scales).values
+        shard = None
+        if sharding.is_partitioned(self.codes):
+            shard = sharding.shard_index(self.codes)
         assert shard is not None or self.layout.num_shards == 1, "num_shards is not how the weight is partitioned"
         run = coded_run(self.layout, codes, scales, dtype, shard)
         return OwnWeights(run, run.start, self.layout.stored.layout.shape[1])
@@ -61,27 +66,33 @@ def encode_base(target: Target, grid: Grid, num_shards: int | None, *, from_zero
     ``from_zeros``: whether the mask keeps only the weights that are non-zero before quantisation. Collective under
     ZeRO-3, where it gathers the weight on every rank. Raises InjectionError for values that are not finite.
     """
-    weight, num_shards = target.weight, num_shards or 1
+    weight = target.weight
+    num_shards = num_shards or 1
     layout = CodeLayout(StoredGrid(target.own_layout, grid), num_shards)
     mask_bytes = shard_bytes(target.own_layout.numel, num_shards)
-    sizes = layout.num_code_bytes, layout.num_scale_bytes, num_shards * mask_bytes
+    sizes = (layout.num_code_bytes, layout.num_scale_bytes, num_shards * mask_bytes)
     if weight.is_meta:
         parts = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
     else:
-        read_now([weight])
-        own = [sharding.shard_index(weight)] if sharding.is_partitioned(weight) else range(num_shards)
+        read_now([weight])  # it may still be in its file, so that at most one unquantised weight is in memory
+        own_shards = range(num_shards)
+        if sharding.is_partitioned(weight):
+            own_shards = range(sharding.shard_index(weight), sharding.shard_index(weight) + 1)
+        # A shard can start inside a group of values with one scale, which needs the group's other values.
         with sharding.gathered([weight]):
             require_finite(f"{target.name}.weight", weight)
-            coded = [layout.encode(weight, shard) for shard in own]
-            parts = [torch.cat(part) for part in zip(*coded, strict=True)]
+            encoded = [layout.encode(weight, shard) for shard in own_shards]
+            parts = [torch.cat(part) for part in zip(*encoded, strict=True)]  # codes, scales
             bits = all_ones(target.own_layout.numel, num_shards).view(num_shards, -1).to(parts[0].device)
-            for shard in own if from_zeros else ():
-                start, stop = layout.weights_of(shard)
-                bits[shard] = pack_shard(weight.detach().reshape(-1)[start:stop] != 0, mask_bytes)
-        parts.append(torch.cat([bits[shard] for shard in own]))
+            if from_zeros:
+                for shard in own_shards:
+                    start, stop = layout.weights_of(shard)
+                    is_kept = weight.detach().reshape(-1)[start:stop] != 0
+                    bits[shard] = pack_shard(is_kept, mask_bytes)
+        parts.append(torch.cat([bits[shard] for shard in own_shards]))
     codes, scales, mask = (sharding.bytes_split_as(weight, size, part) for size, part in zip(sizes, parts, strict=True))
-    sharding.drop(weight)
-    return BaseCodes(layout, codes, scales, mask, weight.dtype)
+    sharding.drop(weight)  # before the next weight is read
+    return BaseCodes(layout=layout, codes=codes, scales=scales, mask=mask, dtype=weight.dtype)
 
 
 def require_finite(name: str, weight: Tensor) -> None:
@@ -93,42 +104,65 @@ def require_finite(name: str, weight: Tensor) -> None:
 def mean_magnitudes(targets: Sequence[Target], bases: Mapping[str, BaseCodes]) -> dict[str, tuple[float, ...]]:
     """Return mean |W0| of every matrix, by layer name: exact integer sums, so bit-identical for any sharding.
 
-    ``bases``: quantised W0, by layer name. Collective under ZeRO-3. Raises InjectionError for a matrix whose values are
-    all 0, or not finite.
+    ``bases``: quantised W0, by layer name. Collective under ZeRO-3, twice for all layers together: the largest |W0| of
+    a matrix determines the unit of its integers, which are then summed. Raises InjectionError for a matrix whose values
+    are all 0, or not finite.
     """
-    owners = [(t, matrix) for t in targets for matrix in _matrices_of_all_ranks(t)]
+    # Every rank has an entry for every matrix, since ranks reduce the same number of values.
+    owned: list[tuple[Target, StoredMatrix | None]] = []
+    for target in targets:
+        for matrix in _matrices_of_all_ranks(target):
+            owned.append((target, matrix))
     any_base = bases.get(targets[0].name)
     any_param = any_base.codes if any_base else targets[0].weight
     zero = torch.zeros((), device=sharding.shard_of(any_param).values.device)
 
     def own_tiles(target: Target, matrix: StoredMatrix | None) -> Iterator[Tensor]:
+        """Yield this rank's weights of a matrix in tiles, so that copies of them stay small."""
         if matrix is None:
-            return iter(())
+            return
         base = bases.get(target.name)
         own = own_weights(target.weight, target.own_layout) if base is None else base.own(base.dtype)
-        return map(own.rect, shard_tiles(matrix.rect, own.row_length, own.start, own.stop, _TILE))
+        for rect in shard_tiles(matrix.rect, own.row_length, own.start, own.stop, _TILE):
+            yield own.rect(rect)
 
-    own_largest = [torch.stack([zero, *(v.abs().max().float() for v in own_tiles(t, m))]).max() for t, m in owners]
-    largest = group_max(torch.stack(own_largest).double().nan_to_num(nan=math.inf, posinf=math.inf), any_param).tolist()
-    for (target, _), value in zip(owners, largest, strict=True):
+    own_largest = []
+    for target, matrix in owned:
+        of_tiles = [zero]  # a rank may hold no weight of a matrix
+        for tile in own_tiles(target, matrix):
+            of_tiles.append(tile.abs().max().float())
+        own_largest.append(torch.stack(of_tiles).max())
+    # A maximum over ranks may lose NaN; infinity stays.
+    finite_or_infinite = torch.stack(own_largest).double().nan_to_num(nan=math.inf, posinf=math.inf)
+    largest = group_max(finite_or_infinite, any_param).tolist()
+    for (target, _), value in zip(owned, largest, strict=True):
         if not math.isfinite(value):
             raise InjectionError(f"{target.weight_name} has NaN or infinite values; the base model is damaged")
     exponents = [fixed_point_exponent(value) for value in largest]
-    scaled = zip(owners, exponents, strict=True)
-    own = [sum(int(abs_sum_fixed_point(v, e)) for v in own_tiles(t, m)) for (t, m), e in scaled]
-    sums = torch.tensor(own, dtype=torch.int64)
-    scales: dict[str, tuple[float, ...]] = {}
-    for (target, _), total, exponent in zip(owners, group_sum(sums, any_param).tolist(), exponents, strict=True):
+    own_sums = []
+    for (target, matrix), exponent in zip(owned, exponents, strict=True):
+        own_sum = 0
+        for tile in own_tiles(target, matrix):
+            own_sum += int(abs_sum_fixed_point(tile, exponent))
+        own_sums.append(own_sum)
+    sums = group_sum(torch.tensor(own_sums, dtype=torch.int64), any_param).tolist()
+    means: dict[str, tuple[float, ...]] = {}
+    for (target, _), total, exponent in zip(owned, sums, exponents, strict=True):
         mean = total / 2.0**exponent / target.layout.matrix_numel
         if mean == 0.0:
             raise InjectionError(f"{target.weight_name} is all zeros; leave it out with exclude_modules")
-        scales[target.name] = (*scales.get(target.name, ()), mean)
-    return scales
+        means[target.name] = (*means.get(target.name, ()), mean)
+    return means
 
 
 def _matrices_of_all_ranks(target: Target) -> Iterator[StoredMatrix | None]:
     """Yield the matrices of a target where they are in its weight; None for those in experts of other ranks."""
     own = target.own_layout.matrices()
-    for position in range(1 if target.group is None else target.group.degree):
-        is_here = target.group is None or position == target.group.position
-        yield from own if is_here else [None] * len(own)
+    if target.group is None:
+        yield from own
+        return
+    for position in range(target.group.degree):
+        if position == target.group.position:
+            yield from own
+        else:
+            yield from [None] * len(own)

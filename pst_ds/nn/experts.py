@@ -18,7 +18,7 @@ from pst_ds.core.bits import unpack_range
 from pst_ds.core.experts import products
 from pst_ds.core.experts.routing import Routing
 from pst_ds.nn.layer import PSTLayer
-from pst_ds.nn.model_structure import ExpertsModule, stack_names
+from pst_ds.nn.model_structure import ExpertsModule, modules_of, stack_names
 from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import group_sum
 from pst_ds.parallel.sharding import in_backward_pass
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 IMPLEMENTATION = "pst"
 """Name under which :func:`experts_forward` is registered with transformers."""
 _CONFIG_BEFORE = "pst_config_before"
+"""Attribute in which an experts module keeps its config until :func:`switch_off`."""
 _MOST_TERMS = 64
+"""Routings whose ends a stack keeps before it adds them up."""
 Hear = Callable[[str, Tensor, Routing, bool], None]
 """Called with the name of a stack, its inputs, their routing, and whether they are (N, I), not sorted (N*k, I)."""
 
@@ -53,7 +55,8 @@ class PSTExpertStack(PSTLayer):
         return ends.diff(prepend=ends.new_zeros(1))
 
     def _sum_ends(self) -> Tensor:
-        ends = torch.stack([ends.to(self._ends_seen[-1].device) for ends in self._ends_seen]).sum(0)
+        device = self._ends_seen[-1].device  # the first term is made on the CPU
+        ends = torch.stack([ends.to(device) for ends in self._ends_seen]).sum(0)  # (E,)
         self._ends_seen = [ends]
         return ends
 
@@ -82,16 +85,22 @@ class PSTExpertStack(PSTLayer):
     def tokens_of_experts(self) -> Tensor:
         """Return :attr:`tokens_seen` of all E experts, (E,): 0 for experts on other ranks."""
         counts = self.tokens_seen.new_zeros(self.whole_layout.num_experts)
-        (counts if self.group is None else self.group.own_part(counts)).copy_(self.tokens_seen)
+        own = counts
+        if self.group is not None:
+            own = self.group.own_part(counts)  # a view
+        own.copy_(self.tokens_seen)
         return counts
 
     def pruned_of_experts(self) -> Tensor:
         """Return the pruned weights of each expert of all ranks, (E,) int64. Collective."""
-        bits, (start, stop) = self.own_bits(), self.own_range()
+        bits = self.own_bits()
+        start, stop = self.own_range()
         counts = torch.zeros(self.whole_layout.num_experts, dtype=torch.int64, device=bits.device)
         for expert in range(len(counts)):
+            # The part of the expert on this rank; empty, with equal ends, if another rank has it.
             first, last = (min(max(at, start), stop) - start for at in self.whole_layout.expert_range(expert))
-            counts[expert] = last - first - unpack_range(bits, stop - start, 1, first, last).sum()
+            kept = unpack_range(bits, stop - start, 1, first, last).sum()
+            counts[expert] = last - first - kept
         return group_sum(counts, self.pst_mask)
 
     def product(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:
@@ -109,7 +118,9 @@ class PSTExpertStack(PSTLayer):
             products.backward, routing=routing, by_token=by_token, need_x=need_x, need_weight=need_weight
         )
         grads = self.gathered_gradients(partial(backward, x, grad_y))
-        grad_weight = None if grads.weight is None else grads.weight.view(self.weight_shape)
+        grad_weight = grads.weight
+        if grad_weight is not None:
+            grad_weight = grad_weight.view(self.weight_shape)  # from the matrix (E O, I) to a stack
         return grads.x, grad_weight, *self.of_trained(grads)
 
     def extra_repr(self) -> str:
@@ -119,14 +130,18 @@ class PSTExpertStack(PSTLayer):
 
 def expert_stacks(model: nn.Module) -> dict[str, PSTExpertStack]:
     """Return the PST stacks of ``model`` by name, in model order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PSTExpertStack)}
+    return modules_of(model, PSTExpertStack)
 
 
 class _DenseStack:
     """A frozen dense stack: the sibling of a pruned stack, or a bypassed PST stack."""
 
     def __init__(self, holder: nn.Module, weight: Callable[[], Tensor], transposed: bool):
-        self._holder, self._weight, self._transposed = holder, weight, transposed
+        """``holder``: the module with the parameters that ``weight`` reads. ZeRO-3 may gather them again later, into
+        other memory, which is why ``weight`` is a function."""
+        self._holder = holder
+        self._weight = weight
+        self._transposed = transposed
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,14 +156,17 @@ class _DenseStack:
     ) -> tuple[Tensor | None, ...]:
         if not need_x:
             return (None,)
-        with sharding.gathered([p for p in self._holder.parameters(recurse=False) if sharding.is_released(p)]):
+        released = [param for param in self._holder.parameters(recurse=False) if sharding.is_released(param)]
+        with sharding.gathered(released):
             stack = self._weight()
-            return (products.dense_backward(grad_y, stack, routing, by_token=by_token, transposed=self._transposed),)
+            grad_x = products.dense_backward(grad_y, stack, routing, by_token=by_token, transposed=self._transposed)
+        return (grad_x,)
 
 
 def _product(
     x: Tensor, stack: PSTExpertStack | _DenseStack, routing: Routing, by_token: bool, *trained: Tensor | None
 ) -> Tensor:
+    """Multiply with a stack, in its dtype also under autocast. ``trained``: its parameters that may need gradients."""
     if not torch.is_autocast_enabled(x.device.type):
         return _ExpertProducts.apply(x, stack, routing, by_token, *trained)
     with torch.autocast(x.device.type, enabled=False):
@@ -160,7 +178,9 @@ class _ExpertProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, stack, routing, by_token, *trained):
-        ctx.stack, ctx.routing, ctx.by_token = stack, routing, by_token
+        ctx.stack = stack
+        ctx.routing = routing
+        ctx.by_token = by_token
         ctx.save_for_backward(x)
         return stack.product(x, routing, by_token)
 
@@ -168,8 +188,9 @@ class _ExpertProducts(torch.autograd.Function):
     def backward(ctx, grad_y):
         (x,) = ctx.saved_tensors
         need_x, _, _, _, *need_trained = ctx.needs_input_grad
+        need_weight = bool(need_trained and need_trained[0])  # a dense stack passes no parameters
         of_x, *others = ctx.stack.gradients(
-            x, grad_y, ctx.routing, ctx.by_token, need_x=need_x, need_weight=bool(need_trained and need_trained[0])
+            x, grad_y, ctx.routing, ctx.by_token, need_x=need_x, need_weight=need_weight
         )
         return of_x, None, None, None, *others
 
@@ -210,15 +231,21 @@ def of_routing(
             y = _product(x, dense, routing, by_token)
         if not experts.has_bias:
             return y
-        biases = getattr(experts, f"{attribute}_bias")
-        return y + (biases if group is None else group.own_part(biases))[routing.experts]
+        biases = getattr(experts, f"{attribute}_bias")  # (E, O), whole on every rank
+        if group is not None:
+            biases = group.own_part(biases)
+        return y + biases[routing.experts]
 
     def outputs(hidden: Tensor, routing: Routing) -> Tensor:
         inner = product(hidden, first, routing, by_token=True)
-        inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+        activate = experts._apply_gate if experts.has_gate else experts.act_fn
+        inner = activate(inner)
         outer = product(inner, last, routing, by_token=False)
-        return experts.post_expert_norm(outer) if experts.has_post_expert_norm else outer
+        if experts.has_post_expert_norm:
+            outer = experts.post_expert_norm(outer)
+        return outer
 
+    # With a group, tokens travel to the ranks of their experts, and the outputs back.
     outer = outputs(hidden, routing) if group is None else group.at_experts(hidden, routing, outputs)
     if after is not None:
         after(outer)
@@ -231,14 +258,15 @@ def switch_on(modules: Iterable[ExpertsModule]) -> None:
     Every experts module reads the name of its function from its config; these get a copy that names ours.
     """
     _register(experts_forward)
-    own: dict[int, PreTrainedConfig] = {}
+    # Modules that shared a config share its copy.
+    copies: dict[int, PreTrainedConfig] = {}
     for module in modules:
         before = module.config
-        if id(before) not in own:
-            own[id(before)] = copy.deepcopy(before)
-            own[id(before)]._experts_implementation = IMPLEMENTATION
+        if id(before) not in copies:
+            copies[id(before)] = copy.deepcopy(before)
+            copies[id(before)]._experts_implementation = IMPLEMENTATION
         setattr(module, _CONFIG_BEFORE, before)
-        module.config = own[id(before)]
+        module.config = copies[id(before)]
 
 
 def _register(function: Callable[..., Tensor]) -> None:
@@ -250,7 +278,7 @@ def _register(function: Callable[..., Tensor]) -> None:
 @contextmanager
 def registered(function: Callable[..., Tensor]) -> Iterator[None]:
     """Replace :func:`experts_forward` by ``function`` in the context."""
-    _register(function)
+    _register(function)  # for all models of this process with PST stacks: the registry is global
     try:
         yield
     finally:
@@ -281,7 +309,7 @@ def listening(stacks: Mapping[tuple[nn.Module, str], str], heard: Hear) -> Itera
 
         return of_routing(experts, hidden, weights, routing, before)
 
-    modules = list(dict.fromkeys(module for module, _ in stacks))
+    modules = list(dict.fromkeys(module for module, _ in stacks))  # each once, in order
     switch_on(modules)
     try:
         with registered(forward):

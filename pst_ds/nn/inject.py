@@ -19,6 +19,7 @@ from pst_ds.nn.base_codes import BaseCodes, encode_base, mean_magnitudes
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.model_structure import modules_of
 from pst_ds.nn.router import replace_routers, require_removable
 from pst_ds.nn.sharded_weights import read_now
 from pst_ds.nn.tables.coded import TableTarget, encode_tables, find_tables
@@ -276,7 +277,7 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def pst_layers(model: nn.Module) -> dict[str, PSTLayer]:
     """Return the PST layers of ``model`` by name, in model order; a shared layer once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PSTLayer)}
+    return modules_of(model, PSTLayer)
 
 
 def settled_layers(model: nn.Module) -> dict[str, PSTLayer]:

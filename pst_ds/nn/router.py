@@ -10,7 +10,14 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.nn.cut_config import NUM_EXPERTS, number_of_experts
 from pst_ds.nn.expert_scores import ExpertScores
 from pst_ds.nn.experts import PSTExpertStack
-from pst_ds.nn.model_structure import experts_modules, experts_per_token, router_names, stack_names, text_config
+from pst_ds.nn.model_structure import (
+    experts_modules,
+    experts_per_token,
+    modules_of,
+    router_names,
+    stack_names,
+    text_config,
+)
 from pst_ds.nn.tables.embedding import UpdatedTable
 from pst_ds.nn.targets import InjectionError, Target, modules_to_save, places_by_module, put
 from pst_ds.parallel import sharding
@@ -131,7 +138,7 @@ def _is_router(model: nn.Module, name: str, num_experts: int) -> bool:
 
 def pst_routers(model: nn.Module) -> dict[str, PSTRouter]:
     """Return the routers of ``model`` whose experts are removed, by name, in model order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PSTRouter)}
+    return modules_of(model, PSTRouter)
 
 
 def scores_of_routers(model: nn.Module) -> ExpertScores | None:

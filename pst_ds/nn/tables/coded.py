@@ -17,6 +17,7 @@ from pst_ds.core.coded_weight import CodedWeight, CodeLayout, of_table_inputs, t
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.quantization import Grid, StoredGrid
 from pst_ds.nn.base_codes import BASE_CODES, BASE_SCALES, require_finite
+from pst_ds.nn.model_structure import modules_of
 from pst_ds.nn.targets import InjectionError, Places, find_embeddings, modules_to_save, places_by_module, put
 from pst_ds.parallel import sharding
 
@@ -42,7 +43,8 @@ class CodedTable(nn.Module):
 
     def __init__(self, codes: TableCodes):
         super().__init__()
-        self.layout, self.dtype = codes.layout, codes.dtype
+        self.layout = codes.layout
+        self.dtype = codes.dtype
         self.register_parameter(BASE_CODES, codes.codes)
         self.register_parameter(BASE_SCALES, codes.scales)
 
@@ -81,7 +83,9 @@ class CodedEmbedding(CodedTable):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map row numbers (...,) to rows (..., d)."""
-        look_up = torch.compiler.disable(table_rows) if torch.compiler.is_compiling() else table_rows
+        look_up = table_rows
+        if torch.compiler.is_compiling():
+            look_up = torch.compiler.disable(table_rows)
         return look_up(self.table(), ids)
 
 
@@ -97,7 +101,9 @@ class CodedOutput(CodedTable):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., I) to (..., O)."""
-        multiply = torch.compiler.disable(self._eager) if torch.compiler.is_compiling() else self._eager
+        multiply = self._eager
+        if torch.compiler.is_compiling():
+            multiply = torch.compiler.disable(self._eager)
         return multiply(input)
 
     def _eager(self, x: Tensor) -> Tensor:
@@ -111,18 +117,23 @@ class _TimesTable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, module, bias):
         ctx.module = module
-        rows = times_table(x.reshape(-1, module.in_features), module.table(), bias)
+        rows = times_table(x.reshape(-1, module.in_features), module.table(), bias)  # (tokens, O)
         return rows.view(*x.shape[:-1], module.out_features).detach()  # detach: see PSTLinear.product
 
     @staticmethod
     def backward(ctx, grad_y):
         module = ctx.module
-        rows = grad_y.reshape(-1, module.out_features)
+        rows = grad_y.reshape(-1, module.out_features)  # (tokens, O)
         grad_x = None
+        grad_bias = None
         if ctx.needs_input_grad[0]:
-            with sharding.gathered([p for p in module.parameters(recurse=False) if sharding.is_released(p)]):
+            # Under ZeRO-3 the parameters may be released again between the forward and the backward pass.
+            released = [param for param in module.parameters(recurse=False) if sharding.is_released(param)]
+            with sharding.gathered(released):
                 grad_x = of_table_inputs(rows, module.table()).view(*grad_y.shape[:-1], module.in_features)
-        return grad_x, None, rows.sum(0) if ctx.needs_input_grad[2] else None
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, None, grad_bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,29 +153,48 @@ def find_tables(model: nn.Module, config: PSTConfig, grid: Grid, pruned: Collect
     An output layer among ``pruned`` is omitted. Raises InjectionError for a table that ``config`` trains or updates,
     that is read by other modules than a plain ``nn.Embedding`` or ``nn.Linear``, or whose rows ``grid`` does not fit.
     """
-    ends = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        with suppress(NotImplementedError, AttributeError):
-            ends.append(getattr(model, getter)())
-    found = (module.get_parameter("weight") for module in ends if module is not None and module not in pruned)
-    weights = {id(weight): weight for weight in found}
+    weights = _table_weights(model, pruned)
     if not weights:
         raise InjectionError(f"{type(model).__name__} names no token embedding; leave embeddings in 16 bits")
-    places, names = places_by_module(model), {module: name for name, module in model.named_modules()}
-    trained = {**modules_to_save(model, config), **find_embeddings(model, config)}
-    inside = {module: name for name, part in trained.items() for module in part.modules()}
+    places = places_by_module(model)
+    names = {module: name for name, module in model.named_modules()}
+    trained_in: dict[nn.Module, str] = {}  # every module of a trained part, and the name of the part
+    for name, trained in {**modules_to_save(model, config), **find_embeddings(model, config)}.items():
+        for module in trained.modules():
+            trained_in[module] = name
     targets = []
-    for weight in weights.values():
-        readers = [m for m in names if any(param is weight for param in m.parameters(recurse=False))]
-        for module in readers:
-            _require_table(names[module], module, inside.get(module))
+    for weight in weights:
+        readers = []
+        for module in names:
+            if any(param is weight for param in module.parameters(recurse=False)):
+                _require_table(names[module], module, trained_in.get(module))
+                readers.append(module)
         name = f"{names[readers[0]]}.weight"
-        readers_and_places = tuple((module, places[module]) for module in readers)
-        targets.append(TableTarget(name, weight, _table_layout(name, weight, grid), readers_and_places))
+        target = TableTarget(
+            name=name,
+            weight=weight,
+            layout=_table_layout(name, weight, grid),
+            modules=tuple((module, places[module]) for module in readers),
+        )
+        targets.append(target)
     return targets
 
 
+def _table_weights(model: nn.Module, pruned: Collection[nn.Module]) -> list[nn.Parameter]:
+    """Return the weights of the token embedding and of an output layer that is not ``pruned``; one if they are tied."""
+    weights: dict[int, nn.Parameter] = {}
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        module: nn.Module | None = None
+        with suppress(NotImplementedError, AttributeError):  # models without text, or without an output layer
+            module = getattr(model, getter)()
+        if module is not None and module not in pruned:
+            weight = module.get_parameter("weight")
+            weights[id(weight)] = weight
+    return list(weights.values())
+
+
 def _require_table(name: str, module: nn.Module, trained_in: str | None) -> None:
+    """Raise InjectionError for a module that trains, in the part ``trained_in``, or that is not a plain table."""
     if trained_in is not None:
         raise InjectionError(
             f"{name} would be frozen in few bits, and is trained as update_embeddings or modules_to_save name "
@@ -197,17 +227,19 @@ def encode_tables(targets: Sequence[TableTarget]) -> None:
     shapes. Raises InjectionError for values that are not finite.
     """
     for target in targets:
-        weight, layout = target.weight, target.layout
-        sizes = layout.num_code_bytes, layout.num_scale_bytes
+        weight = target.weight
+        layout = target.layout
+        sizes = (layout.num_code_bytes, layout.num_scale_bytes)
         if weight.is_meta:
             parts = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
         else:
+            # One shard, of which ranks keep any part: a table is only read when it is gathered.
             with sharding.gathered([weight]):
                 require_finite(target.name, weight)
                 parts = [sharding.own_part(weight, part) for part in layout.encode(weight, 0)]
         codes, scales = (sharding.bytes_split_as(weight, size, part) for size, part in zip(sizes, parts, strict=True))
-        table = TableCodes(layout, codes, scales, weight.dtype)
-        sharding.drop(weight)
+        table = TableCodes(layout=layout, codes=codes, scales=scales, dtype=weight.dtype)
+        sharding.drop(weight)  # before the next table is gathered
         for module, places in target.modules:
             coded = CodedEmbedding(module, table) if isinstance(module, nn.Embedding) else CodedOutput(module, table)
             put(coded.train(module.training), places)
@@ -215,7 +247,7 @@ def encode_tables(targets: Sequence[TableTarget]) -> None:
 
 def coded_tables(model: nn.Module) -> dict[str, CodedTable]:
     """Return all modules of ``model`` with a quantised table by name, in model order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, CodedTable)}
+    return modules_of(model, CodedTable)
 
 
 def plain_tables(model: nn.Module) -> dict[str, CodeLayout]:
@@ -224,9 +256,10 @@ def plain_tables(model: nn.Module) -> dict[str, CodeLayout]:
     On the meta device these are shapes. Returns the former layouts by the name of the weight.
     """
     tables = coded_tables(model)
-    places, weights = places_by_module(model), {}
+    places = places_by_module(model)
+    weights: dict[int, nn.Parameter] = {}
     for module in tables.values():
-        key = id(module.codes)
+        key = id(module.codes)  # tied modules share their codes
         if key not in weights:
             weights[key] = nn.Parameter(module.table().dense(), requires_grad=False)
         rows, width = module.shape

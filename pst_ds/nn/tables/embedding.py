@@ -12,6 +12,7 @@ from pst_ds.core.quantization import Grid, round_to_grid
 from pst_ds.core.updates.rows import row_gradients, updated_rows
 from pst_ds.nn.layer import seeded_normal
 from pst_ds.nn.linear import LIBRARY
+from pst_ds.nn.model_structure import modules_of
 from pst_ds.nn.targets import places_by_module, put
 from pst_ds.parallel import sharding
 
@@ -56,7 +57,9 @@ class UpdatedTable(nn.Module):
     def updated_weight(self) -> Tensor:
         """Return W0 + beta U V, (n, d): the rows that ``forward`` uses. The parameters must be gathered."""
         rows = updated_rows(self.weight.detach(), self.pst_U.detach(), self.pst_V.detach(), self.beta)
-        return rows if self.grid is None else round_to_grid(rows, None, self.grid)
+        if self.grid is None:
+            return rows
+        return round_to_grid(rows, None, self.grid)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, update_rank={sharding.full_shape(self.pst_V)[0]}"
@@ -85,7 +88,9 @@ class PSTEmbedding(UpdatedTable):
 
 def replace_embeddings(model: nn.Module, found: Mapping[str, nn.Embedding], config: PSTConfig) -> None:
     """Replace the embeddings ``found`` in ``model`` by PSTEmbedding. Collective under ZeRO-3."""
-    places = places_by_module(model) if found else {}
+    if not found:
+        return
+    places = places_by_module(model)
     for name, module in found.items():
         embedding = PSTEmbedding(name, module, config)
         sharding.split_as(embedding.get_parameter("weight"), embedding.parameters(recurse=False))
@@ -94,25 +99,29 @@ def replace_embeddings(model: nn.Module, found: Mapping[str, nn.Embedding], conf
 
 def pst_embeddings(model: nn.Module) -> dict[str, PSTEmbedding]:
     """Return the updated embeddings of ``model`` by name, in model order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PSTEmbedding)}
+    return modules_of(model, PSTEmbedding)
 
 
 def updated_tables(model: nn.Module) -> dict[str, UpdatedTable]:
     """Return the updated embeddings and routers of ``model`` by name, in model order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, UpdatedTable)}
+    return modules_of(model, UpdatedTable)
 
 
 def _rows(ids: Tensor, weight: Tensor, left: Tensor, right: Tensor, beta: float, padding: int | None) -> Tensor:
     # torch's lookup, not an index: a row number of -1 is an error, as in nn.Embedding
-    stored, own = (functional.embedding(ids.reshape(-1), table.detach()) for table in (weight, left))
+    base_rows = functional.embedding(ids.reshape(-1), weight.detach())  # (tokens, d)
+    left_rows = functional.embedding(ids.reshape(-1), left.detach())  # (tokens, r)
+    rows = updated_rows(base_rows, left_rows, right.detach(), beta)
     # detach: see PSTLinear.product
-    return updated_rows(stored, own, right.detach(), beta).view(*ids.shape, stored.shape[1]).detach()
+    return rows.view(*ids.shape, base_rows.shape[1]).detach()
 
 
 def _gradients(
     ids: Tensor, grad_y: Tensor, left: Tensor, right: Tensor, beta: float, padding: int | None
 ) -> tuple[Tensor, Tensor]:
-    rows, left, right = grad_y.reshape(-1, grad_y.shape[-1]), left.detach(), right.detach()
+    rows = grad_y.reshape(-1, grad_y.shape[-1])  # (tokens, d)
+    left = left.detach()
+    right = right.detach()
     of_left, of_right = row_gradients(ids.reshape(-1), rows, left, right, beta, padding_idx=padding)
     return of_left.to(left.dtype), of_right.to(right.dtype)
 
@@ -125,13 +134,17 @@ class _UpdatedRows(torch.autograd.Function):
         ctx.module = module
         ctx.save_for_backward(ids)
         rows = _rows(ids, module.weight, left, right, module.beta, module.padding_idx)
-        return rows if module.grid is None else round_to_grid(rows.flatten(0, -2), None, module.grid).view_as(rows)
+        if module.grid is None:
+            return rows
+        # The gradient passes straight through the quantisation.
+        return round_to_grid(rows.flatten(0, -2), None, module.grid).view_as(rows)
 
     @staticmethod
     def backward(ctx, grad_y):
         (ids,) = ctx.saved_tensors
         module = ctx.module
-        left, right = module.pst_U, module.pst_V
+        left = module.pst_U
+        right = module.pst_V
         with sharding.gathered([p for p in (left, right) if sharding.is_released(p)]):
             return None, None, *_gradients(ids, grad_y, left, right, module.beta, module.padding_idx)
 
