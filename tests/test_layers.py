@@ -15,7 +15,18 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "pst_ds"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"core", "atomic_files", "errors", "file_names", "json_text", "plugins", "progress", "text_table", "third_party"},
+    {
+        "core",
+        "atomic_files",
+        "errors",
+        "file_names",
+        "json_text",
+        "plugins",
+        "progress",
+        "remote_folder",
+        "text_table",
+        "third_party",
+    },
     {"config", "formats", "parallel"},
     {"data", "nn", "storage_format", "supervise"},
     {"additions", "checkpoint", "masks", "prune"},

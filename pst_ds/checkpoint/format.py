@@ -319,18 +319,23 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
     """Raise CheckpointError, naming the file, unless SHA256SUMS contains exactly ``sums``."""
-    text = (folder / SUMS).read_bytes()
-    if text == sums_text(sums).encode():
+    if (folder / SUMS).read_bytes() == sums_text(sums).encode():
         return
-    listed: dict[str, str] = {}
-    for line in text.decode(errors="replace").splitlines():
-        digest, separator, name = line.partition("  ")
-        if separator:
-            listed[name] = digest
+    listed = listed_sums(folder)
     for name, digest in sums.items():
         if name in listed and listed[name] != digest:
             raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the one in {SUMS}")
     raise CheckpointError(f"{folder / SUMS} is damaged: it does not list the files of the checkpoint")
+
+
+def listed_sums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file, by name, that SHA256SUMS contains."""
+    sums: dict[str, str] = {}
+    for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, separator, name = line.partition("  ")
+        if separator:
+            sums[name] = digest
+    return sums
 
 
 def listed_files(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ at most a ``.partial`` one. A damaged one is renamed to ``.broken``, and never u
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from pst_ds.atomic_files import OLD, PARTIAL, file_sha256, replace_link, restore_replaced
@@ -92,8 +93,10 @@ def _verified(path: Path) -> tuple[Checkpoint | None, str]:
     return (None if problem else checkpoint), problem
 
 
-def keep(folder: Path, keep_last: int, known: Known | None = None) -> list[str]:
+def keep(folder: Path, keep_last: int, known: Known | None = None, in_use: Collection[str] = frozenset()) -> list[str]:
     """Remove all but the newest ``keep_last`` good checkpoints and the best ones that they name; return the names.
+
+    Those ``in_use``, which are being copied elsewhere, stay as well.
 
     A checkpoint is good if it is in ``known``, or if its manifest is intact and its files have their full length; it is
     then added to ``known``. A bad one is removed only if it is older than ``keep_last`` good ones.
@@ -108,7 +111,7 @@ def keep(folder: Path, keep_last: int, known: Known | None = None) -> list[str]:
             good += 1
             step = known[path.name]
             best |= set() if step is None else {step_name(step)}
-    removed = [path for path in removed if path.name not in best]
+    removed = [path for path in removed if path.name not in best and path.name not in in_use]
     for path in removed:
         doomed = path.with_name(path.name + PARTIAL)  # if rmtree is interrupted, clean_up removes the rest
         path.rename(doomed)
@@ -129,19 +132,26 @@ def _learn(path: Path, known: Known) -> bool:
 
 
 def settle(
-    folder: Path, step: int, *, best_step: int | None, is_last: bool, keep_last: int, known: Known | None = None
+    folder: Path,
+    step: int,
+    *,
+    best_step: int | None,
+    is_last: bool,
+    keep_last: int,
+    known: Known | None = None,
+    in_use: Collection[str] = frozenset(),
 ) -> None:
     """Point the links to the checkpoint of ``step``, and remove checkpoints that are no longer needed.
 
     Also repairs links after a crash between writing a checkpoint and this call. ``known``: checkpoints that this
-    process wrote or verified, which :func:`keep` does not read again.
+    process wrote or verified, which :func:`keep` does not read again. ``in_use``: checkpoints that it keeps.
     """
     for link, of_step in ((LATEST, step), (BEST, best_step), (FINAL, step if is_last else None)):
         if of_step is not None and (folder / step_name(of_step)).is_dir():
             replace_link(folder / link, step_name(of_step))
         elif (folder / link).is_symlink() and not (folder / link).exists():
             (folder / link).unlink()  # its checkpoint was damaged
-    keep(folder, keep_last, known)
+    keep(folder, keep_last, known, in_use)
 
 
 def find(folder: Path, name: str) -> Path:

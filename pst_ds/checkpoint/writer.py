@@ -122,17 +122,24 @@ class CheckpointWriter:
         self._outcome: SaveResult | None = None
 
     def save(
-        self, name: str, state: CheckpointState, *, copies: bool = True, when_written: Callable[[], None] = lambda: None
+        self,
+        name: str,
+        state: CheckpointState,
+        *,
+        copies: bool = True,
+        when_written: Callable[[], None] = lambda: None,
+        when_known: Callable[[], None] = lambda: None,
     ) -> None:
         """Start to write ``folder/name``, after waiting for a save that is still being written. Collective.
 
         Without ``copies`` the engine's tensors are written, and nothing may change them until :meth:`wait` has returned
-        the result. ``when_written`` is called on rank 0, in the thread, once the checkpoint is complete.
+        the result. ``when_written`` is called on rank 0, in the thread, once the checkpoint is complete, and then
+        ``when_known`` on every rank.
         """
         start = time.perf_counter()
         self.wait()
         self._part.update(copies=copies)
-        self._thread = threading.Thread(target=self._write, args=(name, state, when_written), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(name, state, when_written, when_known), daemon=True)
         self._blocked = time.perf_counter() - start
         self._thread.start()
 
@@ -146,7 +153,9 @@ class CheckpointWriter:
         outcome, self._outcome = self._outcome, None
         return outcome
 
-    def _write(self, name: str, state: CheckpointState, when_written: Callable[[], None]) -> None:
+    def _write(
+        self, name: str, state: CheckpointState, when_written: Callable[[], None], when_known: Callable[[], None]
+    ) -> None:
         """Write ``folder/name`` atomically, and note the outcome.
 
         Collective over the threads of all ranks. The checkpoint may be complete even if ``when_written`` failed.
@@ -169,6 +178,8 @@ class CheckpointWriter:
             problem, size = self._group.decide(_write_shard(partial, self._part), finish)
         except Exception as error:  # the exchange failed: another rank is gone, which training will notice
             problem, size = "" if is_complete else _in_words(error), 0
+        if not problem:
+            when_known()
         self._outcome = SaveResult(name, size, self._blocked, problem)
 
     def _finish(

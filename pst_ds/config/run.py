@@ -49,6 +49,15 @@ class CheckpointConfig(Section):
     """Optimizer steps between checkpoints; 0 saves only the best, the last, and on a signal."""
     keep_last: MayDiffer[Positive] = 2
     """Number of newest checkpoints to keep, in addition to the best and the last."""
+    mirror: MayDiffer[str] = ""
+    """Address of a folder to which each checkpoint is copied in the background, such as "s3://bucket/run" or a path on
+    another disk. ``--resume`` continues from it if the run folder has no checkpoint or an older one."""
+
+    def inside(self, name: str) -> CheckpointConfig:
+        """Return the settings of a run inside the run's folder."""
+        if not self.mirror:
+            return self
+        return replace(self, mirror=f"{self.mirror.rstrip('/')}/{name}")
 
 
 @settings
@@ -153,6 +162,11 @@ class RunConfig(Section):
         yield from self.distillation.conflicts(self.task)
         if self.schedule.solves:
             yield from self._conflicts_of_solves()
+            if self.checkpoint.mirror:
+                yield (
+                    f"checkpoint.mirror = {self.checkpoint.mirror!r} does not hold the model folders that "
+                    f"schedule.solves = {self.schedule.solves} writes. Remove one of the two settings"
+                )
         if self.train.expert_parallel > 1:
             yield from self._conflicts_of_experts()
         yield from conflicts_of(self.additions, self)
@@ -324,7 +338,7 @@ class RunConfig(Section):
             deepspeed_config=self.deepspeed_config,
             pst=PSTConfig(**{name: getattr(self.pst, name) for name in _OF_UPDATES}),
             eval=self.eval,
-            checkpoint=self.checkpoint,
+            checkpoint=self.checkpoint.inside(FINETUNED),
         )
 
     @property

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -47,14 +48,18 @@ class StoreGroup:
 
     Every rank has one connection to the store and none to other ranks, and needs no collective to open it. All ranks
     create their groups in the same order, and call the methods of one in the same order, in any thread.
+
+    ``patience_seconds``: how long a rank waits for another; None is the process group's timeout.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience_seconds: float | None = None) -> None:
         from pst_ds.parallel.ranks import rank, world_size
 
         self._rank = rank()
         self._world = world_size()
         self._store = store_connection()
+        if self._store is not None and patience_seconds is not None:
+            self._store.set_timeout(timedelta(seconds=patience_seconds))
         self._name = f"pst_ds/{next(_group_numbers)}"
         self._round = 0
 
@@ -66,7 +71,7 @@ class StoreGroup:
         store, returns once all others have the answer.
 
         Raises:
-            torch.distributed.DistError: a rank is missing after the process group's timeout.
+            torch.distributed.DistError: a rank is missing after the group's patience.
             ValueError: data in the store that no rank has sent.
         """
         own = json.dumps(value)

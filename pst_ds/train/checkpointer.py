@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointState
+from pst_ds.checkpoint.mirror import CheckpointMirror, CopyResult, has_copy
 from pst_ds.checkpoint.restore import base_fingerprint, magnitude_scales
 from pst_ds.checkpoint.retention import step_name
 from pst_ds.checkpoint.writer import CheckpointWriter, SaveResult, size_limit
@@ -18,11 +19,14 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.ds_config import zero_stage
 from pst_ds.parallel.ranks import is_main, of_main, world_size
 from pst_ds.parallel.watchdog import heartbeat
+from pst_ds.remote_folder import RemoteFolder
 from pst_ds.train.loop import Loop, LoopState
 from pst_ds.train.resume import RunProgress, as_table
 from pst_ds.train.solved import planned, remove_unused, write_base
 
 _CLOSE_SECONDS = 60.0
+_BEAT_SECONDS = 5.0
+"""Time between two signs of life while the last copy to a mirror is waited for."""
 
 
 class CheckpointWriteError(RuntimeError):
@@ -36,13 +40,19 @@ class Checkpointer:
         loop: Training loop whose model is evaluated and saved.
         evaluate: Computes the metrics of the model; None for a run without validation data.
         checkpoint: Checkpoint that the run resumes from; None for a new run.
+        mirror: Folder to which checkpoints are copied as well; None for none.
 
     Attributes:
         best_step: Step of the best checkpoint so far; None before the first.
     """
 
     def __init__(
-        self, loop: Loop, *, evaluate: Callable[[], dict[str, float]] | None, checkpoint: Checkpoint | None = None
+        self,
+        loop: Loop,
+        *,
+        evaluate: Callable[[], dict[str, float]] | None,
+        checkpoint: Checkpoint | None = None,
+        mirror: RemoteFolder | None = None,
     ):
         self._loop, self._run = loop, loop.run
         self._folder = Path(loop.run.output_dir) / CHECKPOINTS
@@ -56,6 +66,9 @@ class Checkpointer:
         self._best: float | None = None
         self.best_step: int | None = None
         self._last_evaluated: tuple[int, dict[str, float]] = (-1, {})
+        self._mirror: CheckpointMirror | None = None
+        if mirror is not None:
+            self._mirror = CheckpointMirror(self._folder, mirror, self._keep)
         if checkpoint is None:
             self._note_base(0, loop.run.model.path)
         else:
@@ -69,6 +82,8 @@ class Checkpointer:
             of_main(lambda: planned(loop.context, pst_layers(loop.engine.module)))
         self._writer = CheckpointWriter(self._folder, loop.engine)
         self._size_limit = size_limit(loop.engine.module)
+        if checkpoint is not None and mirror is not None:
+            self._complete_mirror(mirror, checkpoint.folder.name)
 
     def after_step(self, state: LoopState) -> None:
         """Evaluate and save what is due; call it after each applied step.
@@ -77,6 +92,7 @@ class Checkpointer:
         its state is saved without a copy.
         """
         self._report(self._writer.wait(0.0))
+        self._report_copies()
         run, step = self._run, state.step
         is_last, is_best = step == self._loop.num_steps, False
         if self._evaluate is not None and (is_last or (run.eval.interval > 0 and step % run.eval.interval == 0)):
@@ -94,23 +110,52 @@ class Checkpointer:
             if not self._has_base(state):
                 return
             training_continues = not (is_last or state.stopped_by)
-            self._writer.save(step_name(step), self._state(state), copies=training_continues, when_written=settle)
+            self._writer.save(
+                step_name(step),
+                self._state(state),
+                copies=training_continues,
+                when_written=settle,
+                when_known=partial(self._copy_to_mirror, step_name(step)),
+            )
 
     def finish(self, state: LoopState) -> dict[str, float]:
         """Wait for the last save; return the metrics at ``state``. Raises CheckpointWriteError if the save failed."""
         heartbeat("the last checkpoint")
         self._report(self._writer.wait(), is_last=True)
+        self._wait_for_mirror()
         step, metrics = self._last_evaluated
         return metrics if step == state.step else {}
 
     def close(self) -> None:
-        """Give a save in progress time to end, after an error."""
+        """Give a save and a copy in progress time to end, after an error."""
         self._writer.wait(_CLOSE_SECONDS)
+        if self._mirror is not None:
+            self._mirror.wait(_CLOSE_SECONDS)
+            self._report_copies()
 
     def newest(self) -> str:
         """Name the newest checkpoint, for a message."""
         folders = step_folders(self._folder)
         return str(folders[0]) if folders else "the beginning (nothing was saved yet)"
+
+    def _complete_mirror(self, mirror: RemoteFolder, name: str) -> None:
+        """Copy the checkpoint that the run resumes from, if a killed process did not. Collective."""
+        if not of_main(lambda: has_copy(mirror, name)):
+            self._copy_to_mirror(name)
+
+    def _copy_to_mirror(self, name: str) -> None:
+        if self._mirror is not None:
+            self._mirror.add(name)
+
+    def _wait_for_mirror(self) -> None:
+        """Wait until all copies have ended; the run has nothing else to do."""
+        if self._mirror is None:
+            return
+        if not self._mirror.wait(0.0):
+            self._loop.metrics.say(f"waiting until the last checkpoint is copied to {self._mirror.address}")
+            while not self._mirror.wait(_BEAT_SECONDS):
+                heartbeat(f"the copy of the last checkpoint to {self._mirror.address}")
+        self._report_copies()
 
     def _note_base(self, solve: int, path: str) -> None:
         self._base = solve, path, of_main(lambda: base_fingerprint(path))
@@ -147,9 +192,23 @@ class Checkpointer:
         with self._settling:
             self._known[step_name(step)] = best_step
             checkpoints.settle(
-                self._folder, step, best_step=best_step, is_last=is_last, keep_last=keep_last, known=self._known
+                self._folder,
+                step,
+                best_step=best_step,
+                is_last=is_last,
+                keep_last=keep_last,
+                known=self._known,
+                in_use=self._in_use(),
             )
             remove_unused(self._run, self._loop.schedules)
+
+    def _keep(self) -> None:
+        """Remove checkpoints that stayed only until they were copied."""
+        with self._settling:
+            checkpoints.keep(self._folder, self._run.checkpoint.keep_last, self._known, self._in_use())
+
+    def _in_use(self) -> frozenset[str]:
+        return frozenset() if self._mirror is None else self._mirror.in_use()
 
     def _state(self, state: LoopState) -> CheckpointState:
         context, engine, schedules = self._loop.context, self._loop.engine, self._loop.schedules
@@ -204,3 +263,27 @@ class Checkpointer:
             raise CheckpointWriteError(f"{failure} from {self.newest()} with resume = true, once there is room")
         if is_main():
             print(f"WARNING: {failure}; its newest checkpoint is {self.newest()}", file=sys.stderr, flush=True)
+
+    def _report_copies(self) -> None:
+        """Log how copies to the mirror ended. A failure is a warning: the run has its own checkpoints."""
+        if self._mirror is None:
+            return
+        for copy in self._mirror.results():
+            self._report_copy(copy, self._mirror.address)
+
+    def _report_copy(self, copy: CopyResult, address: str) -> None:
+        metrics = self._loop.metrics
+        step = int(copy.name.rpartition("-")[2])
+        where = f"{address}/{copy.name}"
+        if not copy.error:
+            metrics.write(step, {"event": "mirrored", "bytes": copy.bytes, "copy_seconds": copy.seconds})
+            metrics.say(f"copied to {where}: {copy.bytes / 1e6:.2f} MB in {copy.seconds:.1f} s")
+            return
+        metrics.write(step, {"event": "mirror_failed", "error": copy.error})
+        if is_main():
+            print(
+                f"WARNING: {where} could not be written: {copy.error}. The run goes on; its checkpoints are in "
+                f"{self._folder}",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -8,6 +8,7 @@ from typing import Self
 
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError
+from pst_ds.checkpoint.mirror import fetch_newer
 from pst_ds.checkpoint.restore import base_fingerprint, load_optimizer, same_base
 from pst_ds.config.additions import resume_rules_of
 from pst_ds.config.model import QuantizationConfig
@@ -22,6 +23,7 @@ from pst_ds.nn.tables.rounded import round_tables
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.optimizer_state import set_counters
 from pst_ds.parallel.ranks import barrier, is_main, of_main, raise_on_all_ranks
+from pst_ds.remote_folder import RemoteFolder
 from pst_ds.train.loop import LoopState
 
 
@@ -67,14 +69,26 @@ class RunProgress:
             raise CheckpointError(f"{checkpoint.folder} was not written to continue a run: {error}") from None
 
 
-def checkpoint_to_resume(run: RunConfig, data_digest: str, *, quiet: bool) -> Checkpoint | None:
-    """Return the newest valid checkpoint of the run, if it has one. Raises InputError. Collective."""
+def checkpoint_to_resume(
+    run: RunConfig, data_digest: str, *, quiet: bool, mirror: RemoteFolder | None = None
+) -> Checkpoint | None:
+    """Return the newest valid checkpoint of the run or its mirror, if it has one. Raises InputError. Collective."""
     folder = Path(run.output_dir) / CHECKPOINTS
     if is_main():
         checkpoints.clean_up(folder)
     barrier()
     checkpoint, problems = checkpoints.newest_valid(folder)
     messages = [f"WARNING: {problem}. It is set aside as {checkpoints.BROKEN}" for problem in problems]
+    if mirror is not None:
+        step = -1
+        if checkpoint is not None:
+            step = checkpoint.state.step
+        is_newer, not_fetched = fetch_newer(mirror, folder, step)
+        messages += [f"WARNING: {problem}. It was not used" for problem in not_fetched]
+        problems += not_fetched
+        if is_newer:
+            checkpoint, _ = checkpoints.newest_valid(folder)
+            messages.append(f"fetched the newest checkpoint from {mirror.address}")
     if checkpoint is None and problems:
         raise CheckpointError(
             f"no checkpoint in {folder} is valid: {'; '.join(problems)}. Start over with restart = true"

@@ -166,6 +166,7 @@ def train_prepared(
         splits: Result of :func:`load_splits`; None to load them.
     """
     with run_folder.without_other_runs(Path(context.run.output_dir)):
+        mirror = run_folder.open_mirror(context.run, resume=resume)
         if splits is None:
             splits = load_splits(context)
         examples, validation = splits
@@ -174,13 +175,13 @@ def train_prepared(
         run = context.run
         checkpoint = None
         if resume:
-            checkpoint = checkpoint_to_resume(run, examples.digest, quiet=quiet)
+            checkpoint = checkpoint_to_resume(run, examples.digest, quiet=quiet, mirror=mirror)
         if checkpoint is None and not restart:
             run_folder.require_no_checkpoints(Path(run.output_dir))
         loop, state = _build_loop(context, examples, checkpoint, quiet=quiet)
         measure = None if validation is None else partial(evaluate, loop.engine, validation, context)
         try:
-            checkpointer = Checkpointer(loop, evaluate=measure, checkpoint=checkpoint)
+            checkpointer = Checkpointer(loop, evaluate=measure, checkpoint=checkpoint, mirror=mirror)
             return _train_to_the_end(loop, checkpointer, state)
         finally:
             release(loop.engine)  # another run may follow in this process

@@ -14,6 +14,7 @@ from pathlib import Path
 from pst_ds.atomic_files import only_writer, remove_partial, require_writable, write_text_atomic
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError
+from pst_ds.checkpoint.mirror import copies
 from pst_ds.checkpoint.restore import base_fingerprint
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.toml import dump_run
@@ -34,6 +35,7 @@ from pst_ds.file_names import (
     step_folders,
 )
 from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, of_main_at_length, raise_on_all_ranks
+from pst_ds.remote_folder import RemoteFolder
 from pst_ds.train.resolved import ResolvedRun, resolve
 from pst_ds.train.resume import locate_base, require_base
 
@@ -107,6 +109,28 @@ def require_no_checkpoints(folder: Path) -> None:
             f"output_dir = {str(folder)!r} has checkpoints up to {names[0]}: continue them with resume = true, start "
             "over with restart = true, or name another output_dir"
         )
+
+
+def open_mirror(run: RunConfig, *, resume: bool) -> RemoteFolder | None:
+    """Open ``checkpoint.mirror``, if the run has one. Collective.
+
+    Raises InputError on every rank if it cannot be opened or written, or has checkpoints that the run does not resume.
+    """
+    address = run.checkpoint.mirror
+    if not address:
+        return None
+    mirror = raise_on_all_ranks(lambda: RemoteFolder(address, "checkpoint.mirror"))
+
+    def require_ready() -> None:
+        mirror.require_usable(writable=is_main())
+        if is_main() and not resume and (names := copies(mirror)):
+            raise ConfigError(
+                f"checkpoint.mirror = {address!r} has checkpoints up to {names[0]}: continue them with resume = true, "
+                "or name another folder"
+            )
+
+    raise_on_all_ranks(require_ready)
+    return mirror
 
 
 def set_aside_checkpoints(folder: Path) -> None:
