@@ -138,7 +138,7 @@ class PromptVectors(AddedModule):
         self._is_in_sequence = not caches or caches[0].get_seq_length() == 0
         mask = changed.get("attention_mask")
         if mask is not None:
-            changed["attention_mask"] = self._extended_mask(mask)
+            changed["attention_mask"] = self.extended_mask(mask)
         positions = changed.get("position_ids")
         if positions is not None:
             changed["position_ids"] = self._shifted(positions)
@@ -166,7 +166,7 @@ class PromptVectors(AddedModule):
             output["hidden_states"] = tuple(self._without(states) for states in output["hidden_states"])
         return output
 
-    def _extended_mask(self, mask: object) -> Tensor:
+    def extended_mask(self, mask: Tensor) -> Tensor:
         """Return the mask (batch, tokens) with ones for the prompt. Raises InputError for a mask of another shape."""
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise InputError("attention_mask: a model with a prompt needs shape (sequences, tokens). Pass such a mask")

@@ -19,7 +19,7 @@ from pst_ds.config.settings import ConfigError as ConfigError
 from pst_ds.config.settings import Interval, MayDiffer, NotNegative, Positive, Section, Strings, settings
 from pst_ds.config.tasks import TASKS, TaskFacts, task_conflicts
 from pst_ds.config.train import DistillationConfig, FinetuneConfig, TrainConfig
-from pst_ds.config.update_forms import LOW_RANK, update_form
+from pst_ds.config.update_forms import LOW_RANK, only_low_rank, update_form
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.schedule import (
     CubicSchedule,
@@ -198,7 +198,7 @@ class RunConfig(Section):
         if self.method != "pst":
             yield f'{solves} is for method = "pst", not for method = {self.method!r}. Set schedule.solves = 0'
         if pst.update_form != LOW_RANK:
-            yield f'{solves} subtracts the update, as only U V allows. Remove pst.update_form = "{pst.update_form}"'
+            yield only_low_rank(solves, pst.update_form)
         if self.start.method != "none":
             yield f'{solves} starts with all weights, and start.method = "{self.start.method}" prunes. Remove [start]'
         if pst.magnitude != "weight":

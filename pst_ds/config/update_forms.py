@@ -20,6 +20,11 @@ UPDATE_FORMS: "Registry[type[UpdateForm]]" = Registry(
 )
 
 
+def only_low_rank(use: str, form: str) -> str:
+    """Return the message that ``use`` needs the update U V, and not that of the form called ``form``."""
+    return f'{use} needs the update U V, and pst.update_form = "{form}" is another. Set pst.update_form = "{LOW_RANK}"'
+
+
 def update_form(name: str) -> "UpdateForm":
     """Return the form called ``name``. Raises InputError for one that is unknown or cannot be imported."""
     return UPDATE_FORMS.get(name)()

@@ -45,7 +45,10 @@ class MaskSource:
         """Start to collect if the update after one of the next steps needs it. ``step``: applied steps so far."""
 
     def expect(self, inputs: Mapping[str, Tensor]) -> None:
-        """Set the micro-batch that runs next. Its optional ``attention_mask`` is 0 for padding."""
+        """Set the micro-batch that runs next. Its optional ``attention_mask`` is 0 for padding.
+
+        The mask has the positions of additions too (:func:`pst_ds.nn.addition.inputs_of_layers`).
+        """
 
     def observing(self) -> AbstractContextManager[object]:
         """Return a context for the forward pass of a micro-batch."""

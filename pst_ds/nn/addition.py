@@ -53,6 +53,10 @@ class AddedModule(nn.Module):
         """
         return {}
 
+    def extended_mask(self, mask: Tensor) -> Tensor:
+        """Return ``mask`` (sequences, tokens), 0 for padding, with the positions that the module adds."""
+        return mask
+
 
 class ModelAddition(ABC):
     """Base class of additions, made from the table ``[additions.NAME]`` of a run file."""
@@ -146,6 +150,18 @@ def added_modules(model: nn.Module) -> dict[str, AddedModule]:
 def extra_tokens_of(model: nn.Module) -> int:
     """Return the positions that additions take in every sequence of ``model``."""
     return sum(module.extra_tokens for module in added_modules(model).values())
+
+
+def inputs_of_layers(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``batch`` with its optional ``attention_mask`` as the layers of ``model`` see it.
+
+    Sums over the inputs of layers omit padding by this mask, and these inputs have the positions of additions too.
+    """
+    changed = dict(batch)
+    for module in added_modules(model).values():
+        if "attention_mask" in changed:
+            changed["attention_mask"] = module.extended_mask(changed["attention_mask"])
+    return changed
 
 
 # What an export has next to the plain model

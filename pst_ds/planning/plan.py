@@ -16,6 +16,7 @@ from pst_ds.core.documents import is_long
 from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
 from pst_ds.json_text import JsonObject
+from pst_ds.nn.addition import extra_tokens_of
 from pst_ds.nn.base_model import DTYPES, Pretrained
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.tables.embedding import pst_embeddings
@@ -288,6 +289,7 @@ def plan_resolved(resolved: ResolvedRun, options: PlanOptions, data: PlannedData
         trace=trace,
         machine=machine,
         num_steps=num_steps,
+        extra_tokens=extra_tokens_of(model),
         checkpoint_bytes=checkpoint_bytes,
         options=options,
     )
@@ -353,10 +355,15 @@ def _cost(
     trace: Trace | None,
     machine: Machine,
     num_steps: int,
+    extra_tokens: int,
     checkpoint_bytes: int,
     options: PlanOptions,
 ) -> tuple[MemoryPlan, TimePlan, Verdict]:
-    """Predict memory and time. ``groups``: trained parameters of each optimizer group; ``before``: the fine-tuning."""
+    """Predict memory and time.
+
+    ``groups``: trained parameters of each optimizer group; ``before``: the fine-tuning; ``extra_tokens``: positions
+    that additions take in every sequence.
+    """
     teacher_bytes, teacher_weights = _teacher(run, numbers, options.no_data)
     model_bytes = numbers.whole_bytes
     numbers = numbers.divided(run.train.experts_divided_by(zero.world_size))
@@ -372,7 +379,7 @@ def _cost(
         teacher=teacher_bytes,
         solves=run.schedule.solves > 0,
     )
-    batch = _batch(run, ranks, teacher_weights, trace or Trace())
+    batch = _batch(run, ranks, teacher_weights, trace or Trace(), extra_tokens=extra_tokens)
     schedule = run.make_schedules(num_steps).masks
     times = time_plan(numbers, zero, batch, machine)
     peak = memory.peak
@@ -510,10 +517,11 @@ def _trace(model: nn.Module, run: RunConfig, ranks: int, threshold: int, device:
     return trace
 
 
-def _batch(run: RunConfig, ranks: int, teacher_weights: int, trace: Trace) -> Batch:
+def _batch(run: RunConfig, ranks: int, teacher_weights: int, trace: Trace, *, extra_tokens: int) -> Batch:
+    sequence = run.data.max_length + extra_tokens
     return Batch(
-        tokens=run.micro_batch_size(ranks) * run.data.max_length // run.train.sequence_parallel,
-        sequence=run.data.max_length,
+        tokens=run.micro_batch_size(ranks) * sequence // run.train.sequence_parallel,
+        sequence=sequence,
         shared_by=run.train.sequence_parallel,
         element_size=DTYPES[run.train.precision].itemsize,
         micro_batches=run.train.gradient_accumulation_steps,

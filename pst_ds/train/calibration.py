@@ -11,6 +11,7 @@ from pst_ds.atomic_files import write_bytes_atomic
 from pst_ds.config.run import ConfigError
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.masks.mask_source import MaskSource
+from pst_ds.nn.addition import inputs_of_layers
 from pst_ds.nn.inject import bypassed, pst_layers
 from pst_ds.nn.input_sums import InputGatherer, InputSum, squares
 from pst_ds.parallel.engine import Engine
@@ -84,7 +85,7 @@ def observe_calibration(context: RunContext, engine: Engine, examples: ExampleSe
     """Let ``source`` observe the dense model on training examples, before the first step. Collective."""
     drawn, chosen = _sample(context, examples)
     for batch, turns in _batches(engine, context, drawn, chosen):
-        source.expect(batch)
+        source.expect(inputs_of_layers(engine.module, batch))
         with source.observing() if rank() < turns else nullcontext():
             engine(**batch)
     source.after_batch()

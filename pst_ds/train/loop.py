@@ -21,6 +21,7 @@ from pst_ds.masks.choose_source import choose_source
 from pst_ds.masks.layer_stats import measure
 from pst_ds.masks.schedule_driver import SPARSITY_TOLERANCE, update_if_due
 from pst_ds.masks.update import MaskStats
+from pst_ds.nn.addition import inputs_of_layers
 from pst_ds.nn.inject import freeze_scores, persistent_buffers, pst_layers
 from pst_ds.parallel import stop_signals, traffic
 from pst_ds.parallel.engine import Engine
@@ -195,7 +196,7 @@ class Loop:
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         inputs = {name: values.to(self.device, non_blocking=True) for name, values in batch.inputs.items()}
-        self.source.expect(inputs)
+        self.source.expect(inputs_of_layers(self.engine.module, inputs))
         with self.source.observing():
             return self.objective(self.engine, inputs)
 

@@ -21,12 +21,14 @@ from pst_ds.additions.prompt import PromptSettings, PromptVectors
 from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.cli.main import main
 from pst_ds.config.run import ConfigError
+from pst_ds.config.toml import load_run
 from pst_ds.errors import InputError
 from pst_ds.file_names import ADDITIONS_FILE
 from pst_ds.hf import load_additions
 from pst_ds.hf.model_folder import open_model_folder
 from pst_ds.nn.addition import added_modules, attach_additions
 from pst_ds.nn.inject import bypassed
+from pst_ds.planning.plan import PlanOptions, plan
 from tests.train.stopping import train_here
 
 LLAMA = "tests/data/tiny-llama"
@@ -273,6 +275,23 @@ def test_a_prompt_that_does_not_fit_the_run_is_refused(settings, message, tmp_pa
     with pytest.raises(ConfigError) as caught:
         _train(tmp_path, *settings)
     assert message in str(caught.value)
+
+
+def test_a_plan_counts_the_tokens_of_the_prompt():
+    def planned(max_length, *more):
+        settings = ["deepspeed_config=", f"data.max_length={max_length}", *more]
+        return plan(load_run("tests/data/world_size.toml", settings), PlanOptions(machine="cpu"))
+
+    prompted = planned(24, f"additions.prompt.text={json.dumps(TEXT)}", "additions.prompt.length=24")
+    shorter = planned(24)
+    longer = planned(48)
+    assert prompted.trace.activations > 1.5 * shorter.trace.activations
+    assert prompted.trace.activations == pytest.approx(longer.trace.activations, rel=0.1)
+    assert prompted.memory.activations == prompted.trace.activations
+    assert prompted.time.step_compute > 1.2 * shorter.time.step_compute
+    assert prompted.time.step_compute == pytest.approx(longer.time.step_compute, rel=0.1)
+    assert prompted.time.full_step == pytest.approx(longer.time.full_step, rel=0.1)
+    assert prompted.trained_parameters == shorter.trained_parameters + 24 * 32
 
 
 def test_a_prompt_that_exceeds_the_positions_is_refused(tmp_path):

@@ -15,6 +15,7 @@ from pst_ds.checkpoint.format import CheckpointError
 from pst_ds.cli.main import main
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
+from pst_ds.config.update_forms import only_low_rank
 from pst_ds.core.schedule import CubicSchedule
 from pst_ds.errors import InputError
 from pst_ds.formats.safetensors_file import TensorFile
@@ -131,6 +132,7 @@ def test_a_missing_folder_of_a_solve_is_named(solved):
         ('method="gmp"', 'is for method = "pst", not for method = '),
         ('start.method="alps"', r"prunes\. Remove \[start\]"),
         ('pst.magnitude="activation"', "changes scores. Remove it"),
+        ('pst.update_form="spp"', only_low_rank("schedule.solves = 2", "spp")),
         ('pst.pattern="global"', 'pattern "global" pools several'),
         ("model.base_bits=8", "base_bits = 8 quantises"),
         ("distillation.weight=0.5", "Name a dense model in distillation.teacher"),

@@ -12,6 +12,7 @@ from pst_ds.checkpoint.restore import load_into
 from pst_ds.checkpoint.user_store import Common, Form, State, UserStore, UserStoreError
 from pst_ds.config.pst import PSTConfig, name_matches
 from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.config.update_forms import only_low_rank
 from pst_ds.core.factors import SCORE_FACTORS
 from pst_ds.errors import shortened
 from pst_ds.nn.base_model import DTYPES
@@ -203,10 +204,12 @@ def _make_personal(module: nn.Module, run: RunConfig, part: PersonalPart) -> dic
                 dtype=layer.dtype,
                 device=sharding.shard_of(layer.pst_mask).values.device,
             )
-        elif not layer.update_specs or not layer.constants.form.has_kernels:
+        elif not layer.constants.form.has_kernels:
+            refusal = only_low_rank('form = "masked"', config.update_form)
+            raise ConfigError(f'{refusal}, or use form = "beside"')
+        elif not layer.update_specs:
             raise ConfigError(
-                f"method = {run.method!r} with pst.update_rank = {run.pst.update_rank} and pst.update_form = "
-                f"{run.pst.update_form!r} has no U and V that a user "
+                f"method = {run.method!r} with pst.update_rank = {run.pst.update_rank} has no U and V that a user "
                 'could own. Use form = "beside", or a run with updates.'
             )
         else:

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from pst_ds.checkpoint.user_store import UserStore
 from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
+from pst_ds.config.update_forms import only_low_rank
 from pst_ds.core.schedule import default_learning_rates
 from pst_ds.hf.model_folder import open_model_folder
 from pst_ds.train.users.train import (
@@ -211,6 +212,18 @@ def test_a_store_of_another_run_is_refused(run, store, tmp_path, capsys):
     assert main(["train", "tests/data/world_size.toml", "--quiet", *_settings(settings)]) == 0
     assert _train(tmp_path / "run", run / "store", str(run / "rows.jsonl")) == 2
     assert "do not match the masks" in capsys.readouterr().err
+
+
+def test_a_run_of_another_update_form_has_no_update_that_a_user_can_own(run, tmp_path, capsys):
+    """Solves refuse such a form with the same words, in tests/train/test_solved.py."""
+    settings = SETTINGS | {"output_dir": str(tmp_path / "run"), "pst.update_form": "spp", "train.num_steps": 4}
+    assert main(["train", "tests/data/world_size.toml", "--quiet", *_settings(settings)]) == 0
+    assert _train(tmp_path / "run", tmp_path / "store", str(run / "rows.jsonl")) == 2
+    refusal = only_low_rank("--form masked", "spp")
+    assert f"{refusal}, or use --form beside" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+    beside = ("--form", "beside", "--users", "bob")
+    assert _train(tmp_path / "run", tmp_path / "store", str(run / "rows.jsonl"), *beside) == 0
 
 
 def test_a_row_without_a_user_is_refused(run, tmp_path, capsys):
