@@ -158,6 +158,10 @@ class RemoteFolder:
 
         return self._patiently(f"find {self.path(name)}", size)
 
+    def version(self, name: str) -> str:
+        """Return a text that changes with a file, made of its size, time or checksum."""
+        return self._patiently(f"find {self.path(name)}", lambda: str(self._files.ukey(self._full(name))))
+
     def remove(self, *names: str) -> None:
         """Remove files, one after another; those that do not exist are skipped."""
         for name in names:

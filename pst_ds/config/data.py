@@ -19,7 +19,8 @@ class DataSource(Section):
     """One part of a mixture of training data, for task "causal-lm"."""
 
     path: str
-    """A token store of ``pst-ds prepare``, or text: a file, a folder or a pattern."""
+    """A token store of ``pst-ds prepare``, its address such as "s3://bucket/store", token files of Megatron-LM or
+    datatrove, or text: a file, a folder or a pattern."""
     weight: Rate = 0.0
     """Fraction of the training sequences that come from this source; the weights add up to 1. With 0 everywhere, each
     source is read once per epoch."""
@@ -38,7 +39,8 @@ class DataConfig(Section):
 
     train: MayDiffer[str] = ""
     """Training data: a local JSONL, CSV, Parquet or text file, or a slice of its rows such as "reviews.csv[:80%]" (also
-    in the next two settings). Task "causal-lm" also reads a token store, and many text files (docs/how-to/data.md)."""
+    in the next two settings). Task "causal-lm" also reads a token store, here or at an address, token files of other
+    programs, and many text files (docs/how-to/data.md)."""
     sources: MayDiffer[Annotated[tuple[DataSource, ...], Strict(False)]] = ()
     """A mixture to train on instead of ``train``, for task "causal-lm": tables [[data.sources]]."""
     validation: MayDiffer[str] = ""
@@ -82,6 +84,8 @@ class DataConfig(Section):
     """For task "causal-lm": restart positions and attention at each document of a sequence, and do not predict its
     first token. True rejects models that cannot, such as recurrent ones; unset warns instead. False treats the joined
     documents as one text."""
+    cache: MayDiffer[str] = ""
+    """Folder for tokenised text and for fetched token stores. Empty is $PST_DS_CACHE, or else "pst-ds" in $HF_HOME."""
     group_by_length: bool = False
     """Build batches from examples of similar length: less padding, the same examples in another order."""
 

@@ -17,6 +17,7 @@ from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.data.conversations import read_template
 from pst_ds.data.model_limits import positions_of
 from pst_ds.data.tasks import ExampleSet, Task, task_of
+from pst_ds.data.tokens.loading import require_named_tokenizer
 from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.errors import first_line
 from pst_ds.nn.addition import attach_additions, extra_tokens_of
@@ -231,6 +232,8 @@ def resolve(
         labels = task.label_names(run.data)
     elif labels is None:
         labels = ["0", "1"] if task.new_head else []
+    if reads_data and run.task == "causal-lm":
+        require_named_tokenizer(run.data, run.model.tokenizer)
     if tokenizer is None and reads_data:
         tokenizer = load_tokenizer(run)
     return ResolvedRun(run=run, labels=labels, tokenizer=tokenizer, num_shards=num_shards)

@@ -13,6 +13,7 @@ from pst_ds.config.run import RunConfig
 from pst_ds.config.toml import load_run_or_folder
 from pst_ds.core.kernels.host import multiplies_bf16
 from pst_ds.data.tasks import ExampleSet
+from pst_ds.data.tokens.loading import fetch_sources, has_addresses
 from pst_ds.file_names import RESULT_FILE, STALLS
 from pst_ds.json_text import json_of
 from pst_ds.nn.base_model import Pretrained
@@ -205,6 +206,9 @@ def load_splits(context: RunContext) -> Splits:
     Raises InputError on all ranks if a rank cannot read its files, or reads other examples than rank 0.
     """
     run = context.run
+    if run.task == "causal-lm" and has_addresses(run.data):
+        # a download may take longer than a collective waits
+        on_all_ranks_at_length(lambda: fetch_sources(run.data))
     examples = raise_on_all_ranks(lambda: context.load("train"))
     validation = None
     if run.data.validation:

@@ -1,25 +1,25 @@
-"""Open the data of a run as token streams: stores, or text. Text is tokenised once per host
-into a cached store, which all ranks and later runs map."""
+"""Open the data of a run as token streams: stores, token files of other programs, or text. Text is tokenised
+once per host into a cached store, which all ranks and later runs map."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pst_ds.atomic_files import LOCK, atomic_folder, file_sha256, only_writer, require_writable
 from pst_ds.config.data import DataConfig, DataSource
 from pst_ds.config.run import ConfigError
-from pst_ds.core.kernels.library_cache import cache_folder as private_folder
 from pst_ds.data.dataset import DataInMemory, file_and_slice, place_in_split, read_rows, text_column
 from pst_ds.data.preparation.pieces import COMPRESSIONS, Reading
 from pst_ds.data.preparation.prepare import plan_store, write_pieces
+from pst_ds.data.tokens.cache import CACHE, cache_folder, cached_file, local_copy
 from pst_ds.data.tokens.mixed import MixedSequences
 from pst_ds.data.tokens.sequences import Sequences
 from pst_ds.data.tokens.store import (
@@ -32,13 +32,14 @@ from pst_ds.data.tokens.store import (
     open_store,
     stream_of_documents,
 )
+from pst_ds.data.tokens.token_files import open_token_files, token_files
 from pst_ds.data.tokens.tokenize import TokenizerIdentity, identity_of, tokenize
+from pst_ds.remote_folder import is_address
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _ROWS_AT_A_TIME = 100
-CACHE = "PST_DS_CACHE"
 
 
 def load_sequences(data: DataConfig, split: str, tokenizer: Tokenizer) -> Sequences | MixedSequences:
@@ -74,10 +75,63 @@ def _cut(data: DataConfig, split: str, stream: TokenStream, where: str) -> Seque
     return sequences
 
 
-def _stream_of_source(data: DataConfig, source: DataSource, tokenizer: Tokenizer) -> TokenStream:
-    path = Path(source.path)
+def fetch_sources(data: DataConfig) -> None:
+    """Fetch all data for training and validation that lies at an address, so that loading it takes no time.
+
+    Raises InputError.
+    """
+    for setting, where in _settings_with_tokens(data, ("train", "validation")):
+        if is_address(where):
+            local_copy(where, setting, data.cache)
+
+
+def has_addresses(data: DataConfig) -> bool:
+    """Return whether :func:`fetch_sources` has something to fetch."""
+    return any(is_address(where) for _, where in _settings_with_tokens(data, ("train", "validation")))
+
+
+def require_named_tokenizer(data: DataConfig, tokenizer: str) -> None:
+    """Raise ConfigError if the run reads files that do not identify a tokenizer, and names no ``tokenizer``."""
+    if tokenizer:
+        return
+    for setting, where in _settings_with_tokens(data, ("train", "validation", "test")):
+        if is_address(where) or is_store(Path(where)):
+            continue
+        for token_format, path in token_files(where)[:1]:
+            raise ConfigError(
+                f"{setting} = {where!r}: {path.name} is a file of {token_format.name}, which does not say what "
+                "tokenizer made it. Name that tokenizer with model.tokenizer"
+            )
+
+
+def _settings_with_tokens(data: DataConfig, splits: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield (setting, value) for what may name tokens: sources, and splits that are not those of a dataset."""
+    for source in data.sources:
+        yield "data.sources.path", source.path
+    for split in splits:
+        where = getattr(data, split)
+        if where and not data.dataset:
+            yield f"data.{split}", where
+
+
+def _stream_of_tokens(data: DataConfig, setting: str, where: str, tokenizer: Tokenizer) -> TokenStream | None:
+    """Map the tokens at ``where``: a store, or files of another program; None if it has neither."""
+    path = Path(where)
+    if is_address(where):
+        path = local_copy(where, setting, data.cache)
+    identity = identity_of(tokenizer)
     if is_store(path):
-        return open_store(path, identity_of(tokenizer))
+        return open_store(path, identity)
+    files = token_files(str(path))
+    if not files:
+        return None
+    return open_token_files(files, identity, where, partial(cached_file, cache=data.cache))
+
+
+def _stream_of_source(data: DataConfig, source: DataSource, tokenizer: Tokenizer) -> TokenStream:
+    stream = _stream_of_tokens(data, "data.sources.path", source.path, tokenizer)
+    if stream is not None:
+        return stream
     return _stream_of_files(data, source.path, tokenizer, count=False, kind=source.kind)
 
 
@@ -106,15 +160,15 @@ def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> Toke
         file, piece = file_and_slice(where)
     path = Path(file)
     if file and not data.dataset:
-        is_tokens = is_store(path)
+        stream = _stream_of_tokens(data, f"data.{split}", file, tokenizer)
         is_several = _is_several(file)
-        if piece and (is_tokens or is_several):
+        if piece and (stream is not None or is_several):
             raise ConfigError(
                 f"data.{split} = {where!r}: only a single file of text can be sliced, uncompressed. Name two stores or "
                 "two sets of files instead"
             )
-        if is_tokens:
-            return open_store(path, identity_of(tokenizer))
+        if stream is not None:
+            return stream
         if is_several:
             return _stream_of_files(data, file, tokenizer, count=count)
     is_file = not data.dataset and path.is_file()
@@ -124,7 +178,7 @@ def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> Toke
         contents.append(piece)
     if split == "test":
         contents += data.test_rows
-    return _cached_tokens(contents, texts(), tokenizer, count=count, what=where)
+    return _cached_tokens(contents, texts(), tokenizer, count=count, what=where, cache=data.cache)
 
 
 def _is_several(where: str) -> bool:
@@ -155,21 +209,13 @@ def _stream_of_files(
         else:
             files.append(path)
     contents = [*map(_hash_of_file, files), *map(str, asdict(plan.reading).values()), f"count {count}"]
-    return _cached_store(contents, plan.tokenizer, lambda folder: write_pieces(plan, tokenizer, folder), where)
-
-
-def cache_folder() -> Path:
-    """Return the folder of all cached stores: $PST_DS_CACHE/tokens, or pst-ds/tokens next to the hub's cache."""
-    from huggingface_hub.constants import HF_HOME
-
-    try:
-        return Path(os.environ.get(CACHE) or Path(HF_HOME) / "pst-ds").expanduser() / "tokens"
-    except RuntimeError:  # neither HOME nor a passwd entry
-        return private_folder() / "tokens"
+    return _cached_store(
+        contents, plan.tokenizer, lambda folder: write_pieces(plan, tokenizer, folder), where, data.cache
+    )
 
 
 def _cached_tokens(
-    contents: list[str], texts: Iterable[list[str]], tokenizer: Tokenizer, *, count: bool, what: str
+    contents: list[str], texts: Iterable[list[str]], tokenizer: Tokenizer, *, count: bool, what: str, cache: str
 ) -> TokenStream:
     """Return the tokens of ``texts``, which ``contents`` identify, from the cache or tokenised into it."""
     identity = identity_of(tokenizer)
@@ -182,25 +228,25 @@ def _cached_tokens(
             record = shard.finish()
         finish_store(folder, identity, [record], {"sources": [what]})
 
-    return _cached_store([*contents, f"count {count}"], identity, build, what)
+    return _cached_store([*contents, f"count {count}"], identity, build, what, cache)
 
 
 def _cached_store(
-    contents: list[str], identity: TokenizerIdentity, build: Callable[[Path], None], what: str
+    contents: list[str], identity: TokenizerIdentity, build: Callable[[Path], None], what: str, cache: str
 ) -> TokenStream:
     """Return the cached store for ``contents`` and ``identity``; call ``build`` with an empty folder if there is none.
     One process per host builds it and the others wait."""
     about = json.dumps([VERSION, asdict(identity), contents])
-    folder = cache_folder() / hashlib.sha256(about.encode()).hexdigest()[:32]
+    folder = cache_folder(cache) / hashlib.sha256(about.encode()).hexdigest()[:32]
     stream = _complete(folder, identity)
     if stream is not None:
         return stream
-    require_writable(folder, f"the cache of {what} ({CACHE})")
+    require_writable(folder, f"the cache of {what} (data.cache or {CACHE})")
     with only_writer(folder.with_name(f".{folder.name}{LOCK}"), f"tokenize {what}"):
         # again: another process may have built it while this one waited
         if _complete(folder, identity) is None:
-            with atomic_folder(folder) as partial:
-                build(partial)
+            with atomic_folder(folder) as unfinished:
+                build(unfinished)
     return open_store(folder, identity)
 
 

@@ -89,6 +89,16 @@ class Manifest:
         return frozenset(self.shards[0].sha256)  # all shards have the same
 
     @property
+    def files(self) -> dict[str, tuple[int, str]]:
+        """(bytes, SHA-256) of each file but the manifest, by name."""
+        starts_bytes = self.counts["documents"] * _ITEM[STARTS].itemsize
+        files = {STARTS_FILE: (starts_bytes, self.starts_sha256)}
+        for shard in self.shards:
+            for kind, sha256 in shard.sha256.items():
+                files[shard.file(kind)] = (shard.num_file_bytes(kind, self.tokenizer.dtype), sha256)
+        return files
+
+    @property
     def digest(self) -> str:
         """SHA-256 over the tokenizer and the SHA-256 of every file; independent of ``source``."""
         about = [asdict(self.tokenizer), [asdict(shard) for shard in self.shards], self.starts_sha256]
@@ -104,7 +114,26 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a store and check the sizes of its files. Raises ConfigError."""
     path = folder / MANIFEST
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        manifest = manifest_of(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{str(folder)!r} has no {MANIFEST}: it is not a token store, or an unfinished one. {_AGAIN}"
+        ) from None
+    # Sizes only: hashing a store of billions of tokens would delay every start.
+    for name, (size, _) in manifest.files.items():
+        try:
+            num_bytes = (folder / name).stat().st_size
+        except OSError as error:
+            raise ConfigError(f"{folder / name} cannot be read: {error.strerror}. {_AGAIN}") from None
+        if num_bytes != size:
+            raise ConfigError(f"{folder / name} has {num_bytes} bytes, but its manifest says {size}. {_AGAIN}")
+    return manifest
+
+
+def manifest_of(data: bytes, path: str) -> Manifest:
+    """Return the manifest whose file, at ``path``, has the bytes ``data``. Raises ConfigError."""
+    try:
+        table = json.loads(data.decode())
         if not isinstance(table, dict) or table.get("kind") != KIND:
             raise ConfigError(f"{path} is not the manifest of a token store. Name a folder of pst-ds prepare")
         if table.get("version") != VERSION:
@@ -113,28 +142,15 @@ def read_manifest(folder: Path) -> Manifest:
             )
         stated = table["digest"]
         manifest = TypeAdapter(Manifest).validate_python(table)
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{str(folder)!r} has no {MANIFEST}: it is not a token store, or an unfinished one. {_AGAIN}"
-        ) from None
+        for shard in manifest.shards:
+            for kind in set(shard.sha256) - {TOKENS, BYTES, LEARNED}:  # kinds become names of files
+                raise KeyError(kind)
     except ValidationError as error:
         raise ConfigError(f"{path} is damaged ({first_problem(error)}). {_AGAIN}") from None
     except (KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}). {_AGAIN}") from None
     if manifest.digest != stated:
         raise ConfigError(f"{path} was changed: its digest is {manifest.digest}, but it states {stated}. {_AGAIN}")
-    # Sizes only: hashing a store of billions of tokens would delay every start.
-    sizes = {STARTS_FILE: manifest.counts["documents"] * _ITEM[STARTS].itemsize}
-    for shard in manifest.shards:
-        for kind in shard.sha256:
-            sizes[shard.file(kind)] = shard.num_file_bytes(kind, manifest.tokenizer.dtype)
-    for name, size in sizes.items():
-        try:
-            num_bytes = (folder / name).stat().st_size
-        except OSError as error:
-            raise ConfigError(f"{folder / name} cannot be read: {error.strerror}. {_AGAIN}") from None
-        if num_bytes != size:
-            raise ConfigError(f"{folder / name} has {num_bytes} bytes, but its manifest says {size}. {_AGAIN}")
     return manifest
 
 
