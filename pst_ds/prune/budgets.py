@@ -11,6 +11,7 @@ from pst_ds.core.one_shot.budgets import BINS, LEAST_KEPT, saliency_scores, scor
 from pst_ds.core.one_shot.shares import Ranks
 from pst_ds.core.select import prune_count
 from pst_ds.errors import InputError
+from pst_ds.nn.targets import Target
 from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.prune.blocks import BlockSource, Calibration, SourceOf, find_blocks
 from pst_ds.prune.output_gradients import LayerNorms, layer_norms
@@ -48,7 +49,10 @@ def _ranked_together(rule: LayerRule) -> int:
 def _sparsity_of(count: int, size: int) -> float:
     """Return the sparsity that prunes ``count`` of ``size`` units."""
     share = count / size
-    return share if prune_count(share, size) == count else math.nextafter(share, 1.0)
+    if prune_count(share, size) == count:
+        return share
+    # The division was rounded down, so that the floor of the product is one unit short.
+    return math.nextafter(share, 1.0)
 
 
 def rules_by_saliency(
@@ -70,53 +74,72 @@ def rules_by_saliency(
     stack, blocks = find_blocks(model, [rule.target.name for rule in movable])
     by_block = rules_by_block(movable, stack)
     source = source_of(stack, blocks)
-    targets = [{rule.target.name: rule.target for rule in by_block.get(i, [])} for i in range(len(blocks))]
+    targets: list[dict[str, Target]] = []
+    for index in range(len(blocks)):
+        targets.append({rule.target.name: rule.target for rule in by_block.get(index, [])})
     norms = layer_norms(model, source, targets, data)
-    own = raise_on_all_ranks(lambda: _histograms(by_block, source, norms, data.ranks), (FloatingPointError,))
-    counted = data.ranks.sums.all_sum(own)
-    found = dict(zip((r.target.name for of_block in by_block.values() for r in of_block), counted, strict=True))
-    histograms = [found[rule.target.name] for rule in movable]
-    sizes = [_ranked_together(rule) for rule in movable]
-    each = [rule.target.layout.numel // size for rule, size in zip(movable, sizes, strict=True)]
-    wanted = sum(prune_count(r.sparsity, size) * n for r, size, n in zip(movable, sizes, each, strict=True))
+    histograms = _all_histograms(by_block, source, norms, data.ranks)
+    sizes: list[int] = []
+    weights_each: list[int] = []
+    wanted = 0
+    for rule in movable:
+        size = _ranked_together(rule)
+        weights_in_unit = rule.target.layout.numel // size
+        sizes.append(size)
+        weights_each.append(weights_in_unit)
+        wanted += prune_count(rule.sparsity, size) * weights_in_unit  # what equal budgets would prune
     try:
-        counts = zeros_by_saliency(histograms, wanted, sizes, each)
+        counts = zeros_by_saliency(
+            [histograms[rule.target.name] for rule in movable], wanted, sizes=sizes, weights_each=weights_each
+        )
     except ValueError as error:
         raise InputError(
             f'budgets = "saliency": {error}, because it leaves every layer {LEAST_KEPT} of its weights. Lower the '
             "sparsity"
         ) from None
-    moved = {
-        rule.target.name: replace(
-            rule, sparsity=_sparsity_of(count, size), output_factors=_factors(rule, norms[rule.target.name])
-        )
-        for rule, count, size in zip(movable, counts, sizes, strict=True)
-    }
+    moved: dict[str, LayerRule] = {}
+    for rule, count, size in zip(movable, counts, sizes, strict=True):
+        factors = _factors(rule, norms[rule.target.name])
+        moved[rule.target.name] = replace(rule, sparsity=_sparsity_of(count, size), output_factors=factors)
     return [moved.get(rule.target.name, rule) for rule in rules]
 
 
 def _factors(rule: LayerRule, norms: LayerNorms) -> Tensor | None:
     """Return the norms of the output gradients, relative to their mean, if the pattern ranks rows together."""
     mean = norms.outputs.mean()
-    return None if rule.pattern.kind == "row" or not mean else (norms.outputs / mean).clamp_(min=LEAST_FACTOR)
+    # Without gradients, as of a layer behind a closed gate, rows have no order; the factors would be 0 / 0.
+    if rule.pattern.kind == "row" or not mean:
+        return None
+    # Later steps divide by the factors, so none may be 0.
+    return (norms.outputs / mean).clamp_(min=LEAST_FACTOR)
 
 
-def _histograms(
+def _all_histograms(
     by_block: Mapping[int, Sequence[LayerRule]], source: BlockSource, norms: Mapping[str, LayerNorms], ranks: Ranks
-) -> Tensor:
-    """Return the histograms of the layers in the blocks of this rank, (layers, BINS); 0 for the others."""
-    found = torch.zeros(sum(map(len, by_block.values())), BINS, dtype=torch.int64)
-    rows = iter(found)
-    for index, rules in by_block.items():
-        own = [(rule, next(rows)) for rule in rules]
-        if index % ranks.number == ranks.own:
+) -> dict[str, Tensor]:
+    """Return the histogram of every layer, (BINS,) int64, by name; ranks read the blocks in turns. Collective."""
+    names: list[str] = []
+    for rules in by_block.values():
+        names += [rule.target.name for rule in rules]
+    # One sum over ranks for all layers, to which a rank adds 0 for the blocks of others.
+    table = torch.zeros(len(names), BINS, dtype=torch.int64)  # (layers, BINS)
+    row_of = dict(zip(names, table, strict=True))
+
+    def fill() -> None:
+        for index, rules in by_block.items():
+            if index % ranks.number != ranks.own:
+                continue
             with source.loaded(index):
-                for rule, row in own:
-                    row.copy_(_histogram(rule, norms[rule.target.name]))
-    return found
+                for rule in rules:
+                    name = rule.target.name
+                    row_of[name].copy_(_histogram(rule, norms[name]))
+
+    raise_on_all_ranks(fill, (FloatingPointError,))
+    return dict(zip(names, ranks.sums.all_sum(table), strict=True))
 
 
 def _histogram(rule: LayerRule, norms: LayerNorms) -> Tensor:
-    weight, layout = rule.target.weight.data, rule.target.layout
+    weight = rule.target.weight.data
     with naming(rule.target.name):
-        return score_histogram(saliency_scores(weight, norms.inputs, norms.outputs, transposed=layout.transposed))
+        scores = saliency_scores(weight, norms.inputs, norms.outputs, transposed=rule.target.layout.transposed)
+        return score_histogram(scores)

@@ -5,7 +5,7 @@ outputs; the layers before it lose what made these inputs. A block sees the outp
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from pst_ds.config.one_shot import PruneConfig
 from pst_ds.core.one_shot.channels import InputMoments, by_second_order, refitted
 from pst_ds.nn.input_sums import InputGatherer, products, totals
 from pst_ds.nn.model_structure import ExpertsModule, is_conv1d, stack_names, text_config
+from pst_ds.nn.targets import Target
 from pst_ds.parallel.ranks import of_rank, raise_on_all_ranks
 from pst_ds.progress import Progress
 from pst_ds.prune.blocks import BlockReplay, Calibration
@@ -36,159 +37,245 @@ def cut_channels(
     blocks = files.model.get_submodule(plan.stack)
     assert isinstance(blocks, nn.ModuleList)
     replay = BlockReplay(files.model, files.source(plan.stack, blocks), data)
-    cutter, found = _Cutter(replay, plan), list[CutLayer]()
+    cutter = _Cutter(replay, plan)
+    outcomes: list[CutLayer] = []
     for index in range(len(blocks)):
         if replay.source.outcome(index, CutLayer) is not None:
-            _adopt(blocks[index], plan.smaller_block(index), {})  # whose tensors are those in the finished file
+            # The block gets its smaller shapes now; its tensors are loaded from the finished file when it is its turn.
+            _adopt(blocks[index], plan.smaller_block(index), {})
     with replay.in_place(), Progress("prune", len(blocks), "blocks") as shown:
         for index in range(len(blocks)):
-            found += cutter.cut(index)
+            outcomes += cutter.cut(index)
             shown.add(1, f"{plan.stack}.{index}")
     for key, value in plan.settings.items():
         setattr(text_config(files.model), key, value)
-    return found, dict(plan.settings)
+    return outcomes, dict(plan.settings)
 
 
-_Known = tuple[Tensor, Tensor, int]
-"""The :func:`products` and :func:`totals` of a layer's inputs, and the number of tokens."""
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """A stored matrix that loses inputs."""
+
+    weight: Tensor
+    """(O, I)."""
+    has_bias: bool
 
 
-class _Made(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """Sums over the tokens that a matrix gets."""
+
+    gram: Tensor
+    """(I, I) fp64: :func:`products`."""
+    total: Tensor
+    """(I,) fp64: :func:`totals`."""
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _CutMatrix:
     """The outcome for a matrix, on the CPU."""
 
     kept: Tensor
+    """(kept,) int64, ascending."""
     weight: Tensor
-    """(O, kept inputs), in the dtype of the stored weight."""
+    """(O, kept), in the dtype of the stored weight."""
     shift: Tensor
     """(O,), to add to the bias."""
     removed: Tensor
+    """The other inputs, the least important first."""
     scores: Tensor
+    """Error of each removal."""
     error: float
 
 
 class _Cutter:
     def __init__(self, replay: BlockReplay, plan: CutPlan):
-        self._replay, self._plan = replay, plan
+        self._replay = replay
+        self._plan = plan
 
     def cut(self, index: int) -> list[CutLayer]:
         """Cut a block, and run it for the next block's input. Collective."""
-        source, is_last = self._replay.source, index == len(self._plan.cuts) - 1
+        source = self._replay.source
+        is_last = index == len(self._plan.cuts) - 1
         with source.loaded(index):
-            found = source.outcome(index, CutLayer)
-            if found is None:
-                found = self._cut(index) if self._plan.cuts[index] else []
-                source.finish(index, found)
+            outcomes = source.outcome(index, CutLayer)
+            if outcomes is None:
+                outcomes = []
+                if self._plan.cuts[index]:
+                    outcomes = self._cut(index)
+                source.finish(index, outcomes)
             if not is_last:
                 with self._replay.resident(index):
                     self._replay.run(index, keep_output=True)
-        return found
+        return outcomes
 
     def _cut(self, index: int) -> list[CutLayer]:
-        block, smaller = self._replay.blocks[index], self._plan.smaller_block(index)
-        made, chosen = self._computed(index), []
+        block = self._replay.blocks[index]
+        matrices = self._cut_matrices(index)
+        chosen: list[tuple[Cut, Tensor]] = []
         for cut in self._plan.cuts[index]:
-            kept = torch.stack([one.kept for one in made[cut.layer]])
-            chosen.append((cut, kept if cut.of_experts else kept[0]))
-        _adopt(block, smaller, _tensors(block, chosen, made))
+            kept = torch.stack([matrix.kept for matrix in matrices[cut.layer]])  # (experts, kept)
+            if not cut.of_experts:
+                kept = kept[0]
+            chosen.append((cut, kept))
+        _adopt(block, self._plan.smaller_block(index), _tensors(block, chosen, matrices))
         prefix = f"{self._plan.stack}.{index}."
-        return [_outcome(prefix + cut.layer, cut, made[cut.layer]) for cut in self._plan.cuts[index]]
+        return [_outcome(prefix + cut.layer, cut, matrices[cut.layer]) for cut in self._plan.cuts[index]]
 
-    def _computed(self, index: int) -> dict[str, list[_Made]]:
+    def _cut_matrices(self, index: int) -> dict[str, list[_CutMatrix]]:
         """Return what the matrices of a block become, by layer; one for each expert. Collective."""
-        block, cuts = self._replay.blocks[index], self._plan.cuts[index]
+        cuts = self._plan.cuts[index]
         target_of = {cut.layer: self._plan.target(index, cut) for cut in cuts}
-        linear, stacks = ([cut for cut in cuts if cut.of_experts is kind] for kind in (False, True))
-        made: dict[str, list[_Made]] = {cut.layer: [] for cut in cuts}
-        grams, sums = InputGatherer(products), InputGatherer(totals)
-        layouts = [target_of[cut.layer].layout for cut in stacks]
-        for number, group in enumerate(expert_groups(grams, layouts, STATISTICS_BYTES)):
-            of_experts = InputGatherer(products, experts=group), InputGatherer(totals, experts=group)
-            of_linear = [target_of[cut.layer] for cut in linear if not number]
-            of_stacks = [target_of[cut.layer] for cut in stacks]
+        linear = [cut for cut in cuts if not cut.of_experts]
+        stacks = [cut for cut in cuts if cut.of_experts]
+        stack_targets = [target_of[cut.layer] for cut in stacks]
+        matrices: dict[str, list[_CutMatrix]] = {cut.layer: [] for cut in cuts}
+        grams = InputGatherer(products)
+        sums = InputGatherer(totals)
+        groups = expert_groups(grams, [target.layout for target in stack_targets], STATISTICS_BYTES)
+        for number, group in enumerate(groups):
+            linear_targets: list[Target] = []
+            if number == 0:  # one pass is enough for layers whose statistics fit together
+                linear_targets = [target_of[cut.layer] for cut in linear]
+            expert_grams = InputGatherer(products, experts=group)
+            expert_sums = InputGatherer(totals, experts=group)
             with self._replay.resident(index):
-                pairs = [(grams, of_linear), (sums, of_linear)], [(one, of_stacks) for one in of_experts]
-                gather(self._replay, index, *pairs)
+                gather(
+                    self._replay,
+                    index,
+                    linear=[(grams, linear_targets), (sums, linear_targets)],
+                    stacks=[(expert_grams, stack_targets), (expert_sums, stack_targets)],
+                )
             for cut in stacks:
                 name = target_of[cut.layer].name
-                gram, total = (required(one, name) for one in of_experts)
-                for expert in (e for e in group if e < len(gram.expert_tokens)):
-                    tokens = gram.expert_tokens[expert]
-                    known = (gram.of[expert].whole(), total.of[expert].whole(), tokens) if tokens else None
-                    made[cut.layer].append(self._shared(block, cut, known, f"{name}, expert {expert}", expert))
+                gram = required(expert_grams, name)
+                total = required(expert_sums, name)
+                for expert in group:
+                    # Groups are those of the largest stack in the block; another may have fewer experts.
+                    if expert >= len(gram.expert_tokens):
+                        continue
+                    inputs: _Inputs | None = None
+                    if gram.expert_tokens[expert]:
+                        inputs = _Inputs(
+                            gram=gram.of[expert].whole(),
+                            total=total.of[expert].whole(),
+                            tokens=gram.expert_tokens[expert],
+                        )
+                    cut_matrix = self._cut_on_one_rank(index, cut, inputs, expert, name=f"{name}, expert {expert}")
+                    matrices[cut.layer].append(cut_matrix)
         for number, cut in enumerate(linear):
-            gram, total = (required(one, name := target_of[cut.layer].name) for one in (grams, sums))
-            known = gram.of[0].whole(), total.of[0].whole(), gram.num_tokens
-            made[cut.layer] = [self._shared(block, cut, known, name, number)]
-        return made
+            name = target_of[cut.layer].name
+            gram = required(grams, name)
+            total = required(sums, name)
+            inputs = _Inputs(gram=gram.of[0].whole(), total=total.of[0].whole(), tokens=gram.num_tokens)
+            matrices[cut.layer] = [self._cut_on_one_rank(index, cut, inputs, number, name=name)]
+        return matrices
 
-    def _shared(self, block: nn.Module, cut: Cut, known: _Known | None, name: str, number: int) -> _Made:
-        """Compute on one rank what a matrix becomes, for all. Collective.
+    def _cut_on_one_rank(self, index: int, cut: Cut, inputs: _Inputs | None, number: int, *, name: str) -> _CutMatrix:
+        """Compute on one rank what a matrix of block ``index`` becomes, for all. Collective.
 
-        ``known``: None for an expert without tokens, whose inputs then count equally. ``number``: of the expert, or of
+        ``inputs``: None for an expert without tokens, whose inputs then count equally. ``number``: of the expert, or of
         the layer in its block; ranks take turns.
         """
-        weight, has_bias = _matrix(block, cut, number)
+        matrix = _matrix(self._replay.blocks[index], cut, number)
 
-        def compute() -> _Made:
+        def compute() -> _CutMatrix:
             with naming(name):
-                gram, total, tokens = known or (torch.eye(weight.shape[1], dtype=torch.float64), None, 0)
-                return self._made(weight, cut, InputMoments.of(gram, total if has_bias else None, tokens))
+                if inputs is None:
+                    identity = torch.eye(matrix.weight.shape[1], dtype=torch.float64)
+                    moments = InputMoments.of(identity, None, 0)
+                elif matrix.has_bias:
+                    moments = InputMoments.of(inputs.gram, inputs.total, inputs.tokens)
+                else:
+                    moments = InputMoments.of(inputs.gram, None, inputs.tokens)
+                return self._cut_matrix(matrix.weight, cut, moments)
 
         return of_rank(number % self._replay.data.ranks.number, compute, (FloatingPointError,))
 
-    def _made(self, weight: Tensor, cut: Cut, known: InputMoments) -> _Made:
+    def _cut_matrix(self, stored: Tensor, cut: Cut, moments: InputMoments) -> _CutMatrix:
         device = self._replay.data.device
-        own, gram = weight.to(device), known.gram.to(device)
-        kept, removed, scores = by_second_order(own, gram, cut.kept)
-        fitted, shift, error = refitted(own, InputMoments(gram, known.mean.to(device)), kept)
-        stored = fitted.to(weight.dtype).cpu()
-        return _Made(kept.cpu(), stored, shift.cpu(), removed.cpu(), scores.cpu(), error)
+        weight = stored.to(device)
+        moments = InputMoments(moments.gram.to(device), moments.mean.to(device))
+        kept, removed, scores = by_second_order(weight, moments.gram, cut.kept)
+        fitted, shift, error = refitted(weight, moments, kept)
+        return _CutMatrix(
+            kept=kept.cpu(),
+            weight=fitted.to(stored.dtype).cpu(),
+            shift=shift.cpu(),
+            removed=removed.cpu(),
+            scores=scores.cpu(),
+            error=error,
+        )
 
 
-def _matrix(block: nn.Module, cut: Cut, expert: int) -> tuple[Tensor, bool]:
-    """Return the stored matrix (O, I) that loses inputs, and whether its layer has a bias."""
+def _matrix(block: nn.Module, cut: Cut, expert: int) -> _Matrix:
+    """Return the stored matrix that loses inputs; ``expert`` is ignored for a linear layer."""
     module: ExpertsModule = block.get_submodule(cut.layer)
     if cut.of_experts:
-        stack = getattr(module, stack_names(module)[1]).data[expert]
-        return stack.t() if module.is_transposed else stack, module.has_bias
-    weight = module.weight.data
-    return weight.t() if is_conv1d(module) else weight, module.bias is not None
+        weight = getattr(module, stack_names(module)[1]).data[expert]
+        is_transposed = module.is_transposed
+        has_bias = module.has_bias
+    else:
+        weight = module.weight.data
+        is_transposed = is_conv1d(module)
+        has_bias = module.bias is not None
+    if is_transposed:
+        weight = weight.t()
+    return _Matrix(weight, has_bias)
 
 
 def _tensors(
-    block: nn.Module, chosen: Sequence[tuple[Cut, Tensor]], made: Mapping[str, list[_Made]]
+    block: nn.Module, chosen: Sequence[tuple[Cut, Tensor]], matrices: Mapping[str, list[_CutMatrix]]
 ) -> dict[str, Tensor]:
     """Return the tensors of the smaller block, by name."""
-    found = block.state_dict()
+    tensors = block.state_dict()
     for name, (dim, index) in block_selections(block, chosen).items():
         if index.dim() == 1:
-            found[name] = found[name].index_select(dim, index)
-        else:
-            found[name] = torch.stack([one.index_select(dim, i) for one, i in zip(found[name], index, strict=True)])
+            tensors[name] = tensors[name].index_select(dim, index)
+            continue
+        of_experts: list[Tensor] = []  # each expert keeps other channels
+        for tensor, kept in zip(tensors[name], index, strict=True):
+            of_experts.append(tensor.index_select(dim, kept))
+        tensors[name] = torch.stack(of_experts)
     for cut, _ in chosen:
         module: ExpertsModule = block.get_submodule(cut.layer)
+        # (E, O, kept) and (E, O); one matrix of a linear layer
+        fitted = torch.stack([matrix.weight for matrix in matrices[cut.layer]])
+        shift = torch.stack([matrix.shift for matrix in matrices[cut.layer]])
         if cut.of_experts:
             last = stack_names(module)[1]
-            fitted = torch.stack([one.weight.t() if module.is_transposed else one.weight for one in made[cut.layer]])
-            found[f"{cut.layer}.{last}"] = fitted.contiguous()
-            bias, shift = f"{cut.layer}.{last}_bias", torch.stack([one.shift for one in made[cut.layer]])
+            weight_name = f"{cut.layer}.{last}"
+            bias_name = f"{cut.layer}.{last}_bias"
+            is_transposed = module.is_transposed
         else:
-            (one,) = made[cut.layer]
-            found[f"{cut.layer}.weight"] = (one.weight.t() if is_conv1d(module) else one.weight).contiguous()
-            bias, shift = f"{cut.layer}.bias", one.shift
-        if bias in found:
-            found[bias] = (found[bias].double() + shift).to(found[bias].dtype)
-    return found
+            weight_name = f"{cut.layer}.weight"
+            bias_name = f"{cut.layer}.bias"
+            is_transposed = is_conv1d(module)
+            fitted = fitted[0]
+            shift = shift[0]
+        if is_transposed:
+            fitted = fitted.transpose(-2, -1)
+        # Overwrites the columns that were merely selected above.
+        tensors[weight_name] = fitted.contiguous()
+        if bias_name in tensors:
+            bias = tensors[bias_name]
+            tensors[bias_name] = (bias.double() + shift).to(bias.dtype)
+    return tensors
 
 
 def _adopt(block: nn.Module, smaller: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Turn ``block`` into the ``smaller`` one, with these ``tensors`` by name if there are any."""
     if tensors:
         smaller.load_state_dict(tensors, assign=True)
+    # The object stays, because the model and its hooks refer to it. So does its forward, which the replay has replaced.
     vars(block).update({"forward": block.forward, **vars(smaller)})
 
 
-def _outcome(name: str, cut: Cut, made: Sequence[_Made]) -> CutLayer:
-    error = sum(one.error for one in made) / len(made)
-    order = () if cut.of_experts else (tuple(made[0].removed.tolist()), tuple(made[0].scores.tolist()))
-    return CutLayer(name, cut.channels, cut.kept, error, *order)
+def _outcome(name: str, cut: Cut, matrices: Sequence[_CutMatrix]) -> CutLayer:
+    error = sum(matrix.error for matrix in matrices) / len(matrices)
+    outcome = CutLayer(name, channels=cut.channels, kept=cut.kept, error=error)
+    if cut.of_experts:
+        return outcome
+    (matrix,) = matrices
+    return replace(outcome, removed=tuple(matrix.removed.tolist()), scores=tuple(matrix.scores.tolist()))

@@ -30,17 +30,33 @@ def require_free(out: Path, base: str) -> None:
 
 def record_of(layers: Sequence[PrunedLayer], about: Mapping[str, object]) -> dict[str, object]:
     """Return the content of :data:`RECORD_FILE`: the facts ``about`` the run, totals, and facts of each layer."""
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-    names = [field.name for field in fields(PrunedLayer) if field.name != "scales"]
-    facts = [{name: getattr(layer, name) for name in names} for layer in layers]
+    weights = 0
+    zeros = 0
+    pruned = 0
+    for layer in layers:
+        weights += layer.shape[0] * layer.shape[1]
+        zeros += layer.zeros
+        pruned += layer.pruned
     return {
         "format": FORMAT,
         **about,
-        "sparsity_measured": sum(layer.zeros for layer in layers) / weights,
-        "pruned_weights": sum(layer.pruned for layer in layers),
+        "sparsity_measured": zeros / weights,
+        "pruned_weights": pruned,
         "weights": weights,
-        "layers": [{n: v for n, v in one.items() if v or not n.startswith("expert_")} for one in facts],
+        "layers": [_facts_of(layer) for layer in layers],
     }
+
+
+def _facts_of(layer: PrunedLayer) -> dict[str, object]:
+    """Return the facts of a layer for the record, with those of experts for a stack only."""
+    facts: dict[str, object] = {}
+    for field in fields(layer):
+        value = getattr(layer, field.name)
+        # Scales are tensors, and have a file: SCALES_FILE.
+        is_of_record = field.name != "scales" and (value or not field.name.startswith("expert_"))
+        if is_of_record:
+            facts[field.name] = value
+    return facts
 
 
 def scales_name(layer: str) -> str:

@@ -28,11 +28,14 @@ class LayerPruning:
 
     def __init__(self, rule: LayerRule, ranks: Ranks):
         """``ranks``: share the rows of a linear layer, and the experts of a stack."""
-        self.rule, self._ranks = rule, ranks
+        self.rule = rule
+        self._ranks = ranks
+        # Held now: while the block is on the device, the target's parameter is a copy in another dtype.
         self.weight = rule.target.weight.data
         self._kept = 0
-        self._scales: dict[tuple[int, int], Tensor] = {}
-        self.name, self.num_experts = rule.target.name, rule.target.layout.num_experts
+        self._scales: dict[tuple[int, int], Tensor] = {}  # by (expert, matrix); only this rank's rows until exchange
+        self.name = rule.target.name
+        self.num_experts = rule.target.layout.num_experts
         self.num_matrices = rule.target.layout.expert.num_matrices
         """Fused matrices of an expert."""
 
@@ -40,9 +43,11 @@ class LayerPruning:
         """Return a matrix of the stored weight as a view, (O, I)."""
         layout = self.rule.target.layout.expert
         height = layout.shape[0]
-        rows = self.weight.flatten(0, -2)[expert * height : (expert + 1) * height]
+        rows = self.weight.flatten(0, -2)[expert * height : (expert + 1) * height]  # the stored form of the expert
         part = rows[list(layout.matrices())[number].rect.slices]
-        return part.t() if layout.transposed else part
+        if layout.transposed:
+            return part.t()
+        return part
 
     def require_finite(self) -> None:
         """Raise FloatingPointError, on all ranks, for weights that are not finite."""
@@ -54,75 +59,106 @@ class LayerPruning:
         """Return the ranks that share an expert's rows; None if another rank prunes this expert of a stack."""
         if not self.rule.target.is_stack:
             return self._ranks
-        return ALONE if expert % self._ranks.number == self._ranks.own else None
+        if expert % self._ranks.number != self._ranks.own:
+            return None
+        return ALONE
 
-    def take(self, expert: int, number: int, rows: slice, made: Compensated) -> None:
+    def store(self, expert: int, number: int, rows: slice, pruned: Compensated) -> None:
         """Write the outcome for ``rows`` of a matrix into the stored weight."""
-        self.matrix(expert, number)[rows] = made.weight.to(self.weight.device, self.weight.dtype)
-        self._kept += int(made.keep.sum())
-        if made.scales is not None:
-            height = len(self.matrix(expert, number))
-            scales = made.scales.new_zeros(height, made.scales.shape[1])
-            scales[rows] = made.scales
+        matrix = self.matrix(expert, number)
+        matrix[rows] = pruned.weight.to(self.weight.device, self.weight.dtype)
+        self._kept += int(pruned.keep.sum())
+        if pruned.scales is not None:
+            scales = pruned.scales.new_zeros(len(matrix), pruned.scales.shape[1])  # (O, groups)
+            scales[rows] = pruned.scales
             self._scales[expert, number] = scales.cpu()
 
     def exchange(self) -> None:
         """Give every rank the rows of all others. Collective. Raises FloatingPointError, on all."""
-        weight, target = self.weight, self.rule.target.weight.data
         if self._ranks.number > 1:
             self._exchange_rows()
-        if not bool(torch.isfinite(weight).all()):
+        # After the exchange, every rank sees all rows, so that all raise or none.
+        if not bool(torch.isfinite(self.weight).all()):
             with self.naming():
                 raise FloatingPointError("the pruned weights are not finite")
-        if target.data_ptr() != weight.data_ptr():
-            target.copy_(weight)
+        resident = self.rule.target.weight.data
+        if resident.data_ptr() != self.weight.data_ptr():
+            resident.copy_(self.weight)
 
     def _exchange_rows(self) -> None:
-        ranks, every = self._ranks, [(e, n) for e in range(self.num_experts) for n in range(self.num_matrices)]
-        device = self.rule.target.weight.device
-        self._kept = int(ranks.sums.all_sum(torch.tensor(self._kept)))
-        grid, inputs = self.rule.grid, self.rule.target.layout.in_features
-        groups = grid.num_groups(inputs) if grid is not None else 0
-        for expert, number in every:
-            matrix = self.matrix(expert, number)
+        self._kept = int(self._ranks.sums.all_sum(torch.tensor(self._kept)))
+        # The same order of broadcasts on every rank: expert, matrix, source.
+        for expert in range(self.num_experts):
+            for number in range(self.num_matrices):
+                self._exchange_matrix(expert, number)
+
+    def _exchange_matrix(self, expert: int, number: int) -> None:
+        """Broadcast each rank's rows of a matrix and their scales, one source after another. Collective."""
+        matrix = self.matrix(expert, number)
+        device = self.rule.target.weight.device  # collectives of an accelerator need their tensors there
+        grid = self.rule.grid
+        if grid is not None:
+            groups = grid.num_groups(self.rule.target.layout.in_features)
+            # A rank that prunes no row of this matrix has no scales of it yet, and receives them here.
             scales = self._scales.setdefault((expert, number), torch.zeros(len(matrix), groups, dtype=SCALE_DTYPE))
-            for source in range(ranks.number):
-                rows = self._rows_of(source, expert, matrix)
-                if rows.start == rows.stop:
-                    continue
-                matrix[rows] = ranks.broadcast(matrix[rows].contiguous().to(device), source).to(matrix.device)
-                if grid is not None:
-                    scales[rows] = ranks.broadcast(scales[rows].to(device), source).cpu()
-        if grid is None:
-            self._scales.clear()
+        for source in range(self._ranks.number):
+            rows = self._rows_of(source, expert, matrix)
+            if rows.start == rows.stop:
+                continue  # on all ranks: rows follow from the shape
+            received = self._ranks.broadcast(matrix[rows].contiguous().to(device), source)
+            matrix[rows] = received.to(matrix.device)
+            if grid is not None:
+                scales[rows] = self._ranks.broadcast(scales[rows].to(device), source).cpu()
 
     def _rows_of(self, rank: int, expert: int, matrix: Tensor) -> slice:
         """Return the rows of a matrix that ``rank`` prunes."""
-        if self.rule.target.is_stack:
-            return slice(0, len(matrix) if expert % self._ranks.number == rank else 0)
-        return Share.of(matrix, self.rule.pattern, 0.0, replace(self._ranks, own=rank)).rows
+        if not self.rule.target.is_stack:
+            share = Share.of(matrix, self.rule.pattern, sparsity=0.0, ranks=replace(self._ranks, own=rank))
+            return share.rows
+        if expert % self._ranks.number == rank:
+            return slice(0, len(matrix))
+        return slice(0, 0)
 
     def outcome(self, expert_tokens: Sequence[int] = ()) -> PrunedLayer:
         """Return the outcome, after :meth:`exchange`."""
-        rule, layout = self.rule, self.rule.target.layout
-        pruned, experts = layout.numel - self._kept, self.weight if rule.target.is_stack else ()
+        rule = self.rule
+        layout = rule.target.layout
+        pruned = layout.numel - self._kept
+        pattern = str(rule.pattern)
+        sparsity = rule.sparsity
+        if rule.keeps_zeros:  # the weight's zeros decide, and the rule's pattern and sparsity have no effect
+            pattern = "zeros"
+            sparsity = pruned / layout.numel
+        expert_zeros: list[int] = []
+        if rule.target.is_stack:
+            expert_zeros = [_zeros_in(expert) for expert in self.weight]
+        scales = None
+        if self._scales:
+            # Sorted by (expert, matrix), the order in which rows are stored.
+            scales = torch.cat([self._scales[place] for place in sorted(self._scales)])
         return PrunedLayer(
             name=self.name,
             shape=(layout.out_features, layout.in_features),
             matrices=layout.num_matrices,
-            pattern="zeros" if rule.keeps_zeros else str(rule.pattern),
-            sparsity_requested=pruned / layout.numel if rule.keeps_zeros else rule.sparsity,
+            pattern=pattern,
+            sparsity_requested=sparsity,
             pruned=pruned,
-            zeros=layout.numel - int(torch.count_nonzero(self.weight)),
+            zeros=_zeros_in(self.weight),
             dtype=str(self.weight.dtype).removeprefix("torch."),
-            expert_zeros=tuple(one.numel() - int(torch.count_nonzero(one)) for one in experts),
+            expert_zeros=tuple(expert_zeros),
             expert_tokens=tuple(expert_tokens),
-            scales=torch.cat([self._scales[key] for key in sorted(self._scales)]) if self._scales else None,
+            scales=scales,
         )
 
     def naming(self, expert: int = 0) -> AbstractContextManager[None]:
         """Add the layer, the expert and advice to a FloatingPointError."""
-        return naming(f"{self.name}, expert {expert}" if self.rule.target.is_stack else self.name)
+        if self.rule.target.is_stack:
+            return naming(f"{self.name}, expert {expert}")
+        return naming(self.name)
+
+
+def _zeros_in(weight: Tensor) -> int:
+    return weight.numel() - int(torch.count_nonzero(weight))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,32 +182,39 @@ def inputs_of(method: Method, total: Tensor) -> Inputs:
         return Inputs(factor=inverse_factor(total))
     if method == "wanda":
         return Inputs(norms=total.sqrt())
-    return Inputs(gram=unit_gram(total) if method == "alps" else None)
+    if method == "alps":
+        return Inputs(gram=unit_gram(total))
+    return Inputs()
 
 
 def equal_inputs(method: Method, number: int, device: torch.device) -> Inputs:
     """Return statistics for a layer without inputs, which rank its weights by magnitude."""
     if method != "sparsegpt":
         return Inputs()
+    # SparseGPT also quantises, and needs a factor for that. With H = 1, its score w^2 / U_jj^2 ranks by magnitude.
     none_dead = torch.zeros(number, dtype=torch.bool, device=device)
     return Inputs(factor=InverseFactor(torch.eye(number, device=device), none_dead))
 
 
-def prune_together(layers: Sequence[LayerPruning], given: Inputs, expert: int = 0) -> None:
+def prune_together(layers: Sequence[LayerPruning], inputs: Inputs, expert: int = 0) -> None:
     """Prune the matrices of linear ``layers`` with equal inputs, or of one ``expert`` of a stack.
 
     This rank prunes its share; :meth:`LayerPruning.exchange` follows. Rows are ranked as if each were multiplied by its
     ``rule.output_factors``. Collective over the ranks that share the rows.
     """
-    parts = [_Part.of(layer, expert, number, given) for layer in layers for number in range(layer.num_matrices)]
     ranks = layers[0].ranks_of(expert)
     assert ranks is not None, "another rank prunes this expert"
-    if given.gram is not None:
-        made = alps_of_shares([part.share for part in parts], given.gram, ranks)
+    parts: list[_Part] = []
+    for layer in layers:
+        for number in range(layer.num_matrices):
+            parts.append(_Part.of(layer, expert, number, inputs=inputs))
+    if inputs.gram is not None:
+        # Together: ALPS inverts its penalised Gram matrix once for all matrices with these inputs.
+        outcomes = alps_of_shares([part.share for part in parts], inputs.gram, ranks)
     else:
-        made = [part.pruned(given, ranks) for part in parts]
-    for part, found in zip(parts, made, strict=True):
-        part.finish(found, given)
+        outcomes = [part.pruned(inputs, ranks) for part in parts]
+    for part, outcome in zip(parts, outcomes, strict=True):
+        part.finish(outcome, inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,40 +230,54 @@ class _Part:
     """(O, 1)."""
 
     @classmethod
-    def of(cls, layer: LayerPruning, expert: int, number: int, given: Inputs) -> "_Part":
-        rule, weight = layer.rule, layer.matrix(expert, number)
-        statistics = given.gram or given.factor
-        device = weight.device if statistics is None else statistics.dead.device
-        weight, factors = weight.to(device), None
+    def of(cls, layer: LayerPruning, expert: int, number: int, *, inputs: Inputs) -> "_Part":
+        rule = layer.rule
+        weight = layer.matrix(expert, number)
+        statistics = inputs.gram or inputs.factor
+        if statistics is not None:  # the products run where the statistics are; scores are computed where the weight is
+            weight = weight.to(statistics.dead.device)
+        factors = None
         if rule.output_factors is not None:
-            first = number * len(weight)
-            factors = rule.output_factors[first : first + len(weight)].to(device).unsqueeze(1)
+            first = number * len(weight)  # fused matrices follow each other in the outputs, and have equal heights
+            factors = rule.output_factors[first : first + len(weight)].to(weight.device).unsqueeze(1)
             weight = weight.to(torch.float32) * factors
-        share = Share.of(weight, rule.pattern, rule.sparsity, layer.ranks_of(expert) or ALONE)
-        return cls(layer, (expert, number), share, factors)
+        share = Share.of(weight, rule.pattern, rule.sparsity, ranks=layer.ranks_of(expert) or ALONE)
+        return cls(layer, place=(expert, number), share=share, factors=factors)
 
-    def pruned(self, given: Inputs, ranks: Ranks) -> Compensated:
+    def pruned(self, inputs: Inputs, ranks: Ranks) -> Compensated:
         """Prune this rank's rows by SparseGPT, Wanda or magnitude. Collective."""
-        rule, share, dtype = self.layer.rule, self.share, self.layer.weight.dtype
-        if given.factor is None:
-            weight, norms = share.weight.to(torch.float32), given.norms
-            scores = weight.abs() if norms is None else wanda_scores(weight, norms)
-            if not bool(torch.isfinite(scores).all()):  # of all rows, so on all ranks
-                raise FloatingPointError("scores are not finite")
-            masks = keep_by_scores([scores[rows] for rows in share.panels], share, ranks)
-            panels = zip((weight[rows] for rows in share.panels), masks, strict=True)
-            return joined([Compensated(*panel) for panel in panels], share)
+        rule = self.layer.rule
+        stored_dtype = self.layer.weight.dtype
+        if inputs.factor is None:
+            return self._pruned_by_scores(inputs.norms, ranks)
         if rule.keeps_zeros:
             assert rule.grid is not None, "nothing to do"
-            return round_under_mask(share, share.weight != 0, given.factor, rule.grid, dtype=dtype)
-        return sparsegpt_of_share(share, given.factor, ranks, grid=rule.grid, dtype=dtype)
+            keep = self.share.weight != 0
+            return round_under_mask(self.share, keep, inputs.factor, rule.grid, dtype=stored_dtype)
+        return sparsegpt_of_share(self.share, inputs.factor, ranks, grid=rule.grid, dtype=stored_dtype)
 
-    def finish(self, made: Compensated, given: Inputs) -> None:
+    def _pruned_by_scores(self, norms: Tensor | None, ranks: Ranks) -> Compensated:
+        """Prune by Wanda's scores, or by magnitude without ``norms``. Collective."""
+        weight = self.share.weight.to(torch.float32)
+        scores = weight.abs() if norms is None else wanda_scores(weight, norms)
+        # Of all rows, not only of this rank's, so that all ranks raise or none.
+        if not bool(torch.isfinite(scores).all()):
+            raise FloatingPointError("scores are not finite")
+        masks = keep_by_scores([scores[rows] for rows in self.share.panels], self.share, ranks)
+        panels: list[Compensated] = []
+        for rows, keep in zip(self.share.panels, masks, strict=True):
+            panels.append(Compensated(weight[rows], keep))
+        return joined(panels, self.share)
+
+    def finish(self, outcome: Compensated, inputs: Inputs) -> None:
         """Write the outcome of this rank's rows."""
         rows = self.share.rows
-        if given.factor is None and given.gram is None:  # the kept weights stay
-            own = self.layer.matrix(*self.place)[rows].to(made.keep.device, copy=True)
-            made = replace(made, weight=apply_mask_(own.contiguous(), made.keep))
+        expert, number = self.place
+        if inputs.factor is None and inputs.gram is None:
+            # Scores leave the kept weights unchanged. They come from the stored weight, whose bits a product with the
+            # factors and a division by them need not restore.
+            stored = self.layer.matrix(expert, number)[rows].to(outcome.keep.device, copy=True)
+            outcome = replace(outcome, weight=apply_mask_(stored.contiguous(), outcome.keep))
         elif self.factors is not None:
-            made = replace(made, weight=made.weight / self.factors[rows])
-        self.layer.take(*self.place, rows, made)
+            outcome = replace(outcome, weight=outcome.weight / self.factors[rows])
+        self.layer.store(expert, number, rows, outcome)

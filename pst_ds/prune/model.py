@@ -7,9 +7,10 @@ from torch import nn
 from pst_ds.core.one_shot.shares import ALONE
 from pst_ds.errors import InputError
 from pst_ds.nn.input_sums import InputGatherer, InputSum, products, squares
+from pst_ds.nn.targets import Target
 from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.progress import Progress
-from pst_ds.prune.blocks import BlockReplay, BlockSource, Calibration, SourceOf, find_blocks
+from pst_ds.prune.blocks import BlockReplay, BlockSource, Calibration, Compute, SourceOf, find_blocks
 from pst_ds.prune.layer import Inputs, LayerPruning, equal_inputs, inputs_of, prune_together
 from pst_ds.prune.outcome import PrunedLayer
 from pst_ds.prune.reconstruction import BlockFit
@@ -53,11 +54,11 @@ def prune_layers(
     pruner = _BlockPruner(replay, method, reconstruct)
     by_block = rules_by_block(rules, stack)
     done: dict[str, PrunedLayer] = {}
-    last = max(by_block)
+    last = max(by_block)  # blocks after the last with a rule would only compute inputs that nobody needs
     with replay.in_place(), Progress("prune", last + 1, "blocks") as shown:
         for index in range(last + 1):
-            outcome = pruner.prune(index, by_block.get(index, []), is_last=index == last)
-            done |= {layer.name: layer for layer in outcome}
+            for layer in pruner.prune(index, by_block.get(index, []), is_last=index == last):
+                done[layer.name] = layer
             shown.add(1, f"{stack}.{index}")
     return [done[rule.target.name] for rule in rules]
 
@@ -74,9 +75,16 @@ class _BlockPruner:
     """Prunes one block after another on the inputs of its layers."""
 
     def __init__(self, replay: BlockReplay, method: Method, reconstruct: int):
-        self._replay, self._method, self._reconstruct = replay, method, reconstruct
-        self._sum_of = products if method in ("sparsegpt", "alps") else squares
+        self._replay = replay
+        self._method = method
+        self._reconstruct = reconstruct
         self._ranks = replay.data.ranks
+        self._sum_of = squares
+        if method in (
+            "sparsegpt",
+            "alps",
+        ):  # both solve least squares, for which they need X'X; norms need its diagonal
+            self._sum_of = products
 
     def prune(self, index: int, rules: Sequence[LayerRule], *, is_last: bool) -> list[PrunedLayer]:
         """Collect statistics and prune a block; unless it is the last, run it for the next block's input. Collective.
@@ -86,40 +94,32 @@ class _BlockPruner:
         """
         source = self._replay.source
         with source.loaded(index):
-            found = source.outcome(index, PrunedLayer)
-            if found is None:
-                found = self._prune(index, rules, is_last=is_last)
-                source.finish(index, found)
+            outcome = source.outcome(index, PrunedLayer)
+            if outcome is None:
+                outcome = self._prune(index, rules, is_last=is_last)
+                source.finish(index, outcome)
             elif not is_last:
+                # An interrupted run has finished this block, and the source has loaded its pruned values.
                 with self._replay.resident(index):
                     self._replay.run(index, keep_output=True)
-        return found
+        return outcome
 
     def _prune(self, index: int, rules: Sequence[LayerRule], *, is_last: bool) -> list[PrunedLayer]:
         layers = [LayerPruning(rule, self._ranks) for rule in rules]  # before the block moves: they hold stored values
-        linear = [layer for layer in layers if not layer.rule.target.is_stack]
-        stacks = [layer for layer in layers if layer.rule.target.is_stack]
-        tokens = dict[str, list[int]]()
-        fit = BlockFit(self._replay, index, self._reconstruct) if self._reconstruct and rules else None
         for layer in layers:
             layer.require_finite()
+        fit: BlockFit | None = None
+        if self._reconstruct and rules:
+            fit = BlockFit(self._replay, index, self._reconstruct)
+        tokens: dict[str, list[int]] = {}
         with self._replay.resident(index):
-            gatherer = InputGatherer(self._sum_of)
-            layouts = [layer.rule.target.layout for layer in stacks]
-            for number, group in enumerate(expert_groups(gatherer, layouts, STATISTICS_BYTES) if rules else []):
-                of_experts = InputGatherer(self._sum_of, group)
-                remember = fit.remember if fit is not None and not number else None
-                own = [] if number else [layer.rule.target for layer in linear]
-                targets = [layer.rule.target for layer in stacks]
-                gather(self._replay, index, [(gatherer, own)], [(of_experts, targets)], remember)
-                for layer in stacks:
-                    self._prune_experts(layer, required(of_experts, layer.name), group)
-                    tokens[layer.name] = of_experts.sums[layer.name].expert_tokens
-            self._prune_linear(linear, gatherer)
+            if rules:
+                tokens = self._prune_by_statistics(index, layers, fit)
             for layer in layers:
                 layer.exchange()
             if fit is not None:
-                weights, dtypes = [r.target.weight for r in rules], [layer.weight.dtype for layer in layers]
+                weights = [rule.target.weight for rule in rules]
+                dtypes = [layer.weight.dtype for layer in layers]
                 fitted = fit.fit(weights, dtypes, keep_output=not is_last)
                 for layer, values in zip(layers, fitted, strict=True):
                     layer.weight.copy_(values)
@@ -127,32 +127,74 @@ class _BlockPruner:
                 self._replay.run(index, keep_output=True)
         return [layer.outcome(tokens.get(layer.name, ())) for layer in layers]
 
+    def _prune_by_statistics(
+        self, index: int, layers: Sequence[LayerPruning], fit: BlockFit | None
+    ) -> dict[str, list[int]]:
+        """Prune this rank's share of the ``layers`` of a resident block; return each stack's tokens per expert.
+
+        Collective. ``fit``: stores the outputs of the dense block.
+        """
+        linear = [layer for layer in layers if not layer.rule.target.is_stack]
+        stacks = [layer for layer in layers if layer.rule.target.is_stack]
+        stack_targets = [layer.rule.target for layer in stacks]
+        tokens: dict[str, list[int]] = {}
+        of_linear = InputGatherer(self._sum_of)
+        groups = expert_groups(of_linear, [target.layout for target in stack_targets], STATISTICS_BYTES)
+        for number, group in enumerate(groups):
+            # Only the first pass runs the dense block: later ones have pruned experts. It also sees the linear layers,
+            # which stay dense until the last group is done.
+            linear_targets: list[Target] = []
+            remember: Compute | None = None
+            if number == 0:
+                linear_targets = [layer.rule.target for layer in linear]
+                if fit is not None:
+                    remember = fit.remember
+            of_experts = InputGatherer(self._sum_of, group)
+            gather(
+                self._replay,
+                index,
+                linear=[(of_linear, linear_targets)],
+                stacks=[(of_experts, stack_targets)],
+                compute=remember,
+            )
+            for layer in stacks:
+                self._prune_experts(layer, required(of_experts, layer.name), group)
+                tokens[layer.name] = of_experts.sums[layer.name].expert_tokens
+        self._prune_linear(linear, of_linear)
+        return tokens
+
     def _prune_linear(self, layers: Sequence[LayerPruning], gatherer: InputGatherer) -> None:
         """Prune linear layers; those with the same inputs, such as q, k and v, together. Frees their statistics."""
+        # The gatherer gives layers with the same inputs the same sum, so its identity says which layers are alike.
         alike: dict[int, tuple[InputSum, list[LayerPruning]]] = {}
         for layer in layers:
             sums = required(gatherer, layer.name)
-            alike.setdefault(id(sums), (sums, []))[1].append(layer)
+            _, sharing = alike.setdefault(id(sums), (sums, []))
+            sharing.append(layer)
         gatherer.sums.clear()
         for key in list(alike):
             sums, together = alike.pop(key)
             with together[0].naming():
                 assert sums.total is not None
-                given = inputs_of(self._method, sums.total)
-                del sums
-                prune_together(together, given)
+                inputs = inputs_of(self._method, sums.total)
+                del sums  # frees a Gram matrix of (I, I) fp64 before the method allocates its own
+                prune_together(together, inputs)
 
     def _prune_experts(self, layer: LayerPruning, sums: InputSum, group: range) -> None:
         """Prune this rank's experts of ``group``, whose statistics are ``sums``; by magnitude if they had no token."""
-        layout, device = layer.rule.target.layout, self._replay.data.device
+        layout = layer.rule.target.layout
 
         def prune() -> None:
-            for expert in (e for e in group if e < layout.num_experts and layer.ranks_of(e) is not None):
+            for expert in group:
+                # Groups are those of the largest stack in the block; another may have fewer experts.
+                if expert >= layout.num_experts or layer.ranks_of(expert) is None:
+                    continue
                 with layer.naming(expert):
                     if sums.expert_tokens[expert]:
-                        given = inputs_of(self._method, sums.of[expert].whole())
+                        inputs = inputs_of(self._method, sums.of[expert].whole())
                     else:
-                        given = equal_inputs(self._method, layout.in_features, device)
-                    prune_together([layer], given, expert)
+                        inputs = equal_inputs(self._method, layout.in_features, self._replay.data.device)
+                    prune_together([layer], inputs, expert)
 
+        # Each rank prunes other experts, so only one may fail; the rest would wait for it in the next collective.
         raise_on_all_ranks(prune, (InputError, FloatingPointError))

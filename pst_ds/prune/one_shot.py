@@ -99,7 +99,7 @@ class ChannelPlan:
     @classmethod
     def of(cls, model: "PreTrainedModel", config: PruneConfig, pst: PSTConfig) -> "ChannelPlan":
         assert config.ffn is not None
-        cut_config(copy.deepcopy(model.config), config.ffn)
+        cut_config(copy.deepcopy(model.config), config.ffn)  # for its errors; the cut is planned with the data
         return cls(config, pst.exclude_modules)
 
     @property
@@ -135,11 +135,12 @@ class ExpertPlan:
 
     @classmethod
     def of(cls, model: "PreTrainedModel", config: PruneConfig, pst: PSTConfig, final_sparsity: float) -> "ExpertPlan":
-        share = final_sparsity if config.sparsity is None else config.sparsity
+        share = _sparsity_asked(config, final_sparsity)
         if not 0.0 <= share < 1.0:
             hint = percent_hint(share)
             raise InputError(f"sparsity = {share} must be in [0, 1): it is the fraction of experts to drop{hint}")
         _, number = number_of_experts(model, 'method = "reap"')
+        # Both are called for their errors only: pruning computes them again, after the first pass over the data.
         experts_left(number, share, text_config(model), "sparsity =")
         find_blocks(model, list(experts_modules(model)))
         return cls(share, str(pst.exclude_modules))
@@ -179,17 +180,25 @@ class LayerPlan:
     @classmethod
     def of(cls, model: "PreTrainedModel", config: PruneConfig, pst: PSTConfig, final_sparsity: float) -> "LayerPlan":
         method = _method_of(config)
-        share = final_sparsity if config.sparsity is None else config.sparsity
-        effective = settings_for(model, pst, method, config.pattern, budgets=config.budgets, share=share)
-        sparsity = 0.0 if config.keep_zeros else requested_sparsity(effective, config.sparsity, final_sparsity)
-        rules = layer_rules(
-            resolve_targets(model, effective), method, sparsity, grid=_grid_of(config), keeps_zeros=config.keep_zeros
+        effective = settings_for(
+            model,
+            pst,
+            method,
+            pattern=config.pattern,
+            budgets=config.budgets,
+            share=_sparsity_asked(config, final_sparsity),
         )
+        sparsity = 0.0
+        if not config.keep_zeros:
+            sparsity = requested_sparsity(effective, config.sparsity, final_sparsity)
+        targets = resolve_targets(model, effective)
+        rules = layer_rules(targets, method, sparsity, grid=_grid_of(config), keeps_zeros=config.keep_zeros)
+        # Both are called for their errors only, before the calibration data are read.
         if config.budgets == "saliency":
             require_linear(rules)
         if config.needs_data:
             find_blocks(model, [rule.target.name for rule in rules])
-        return cls(config, method, effective, sparsity, rules)
+        return cls(config, method, pst=effective, sparsity=sparsity, rules=rules)
 
     @property
     def settings(self) -> str:
@@ -211,46 +220,60 @@ class LayerPlan:
         return record_of(pruned.layers, {**pruned.facts, **about})
 
 
+def _sparsity_asked(config: PruneConfig, final_sparsity: float) -> float:
+    return final_sparsity if config.sparsity is None else config.sparsity
+
+
 def _by_magnitude(files: ModelFiles, rules: Sequence[LayerRule], data: Calibration) -> list[PrunedLayer]:
+    # Part by part, without running blocks, so that layers outside of blocks can be pruned too.
     by_part: dict[str, list[LayerRule]] = {}
     for rule in rules:
         by_part.setdefault(files.part_of(rule.target.name), []).append(rule)
-    found: dict[str, PrunedLayer] = {}
-    for part, own in by_part.items():
+    outcome_of: dict[str, PrunedLayer] = {}
+    for part, rules_of_part in by_part.items():
         with files.loaded(part):
             layers = files.outcome(part, PrunedLayer)
             if layers is None:
-                layers = prune_layers(files.model, own, "magnitude", data)
+                layers = prune_layers(files.model, rules_of_part, "magnitude", data)
                 files.finish(part, layers)
-        found |= {layer.name: layer for layer in layers}
-    return [found[rule.target.name] for rule in rules]
+        for layer in layers:
+            outcome_of[layer.name] = layer
+    return [outcome_of[rule.target.name] for rule in rules]
 
 
 def _with_budgets(files: ModelFiles, rules: Sequence[LayerRule], data: Calibration) -> list[LayerRule]:
     """Return the rules with their budgets, computed once also for a run that was killed. Collective."""
 
     def compute() -> dict[str, Tensor]:
-        made = rules_by_saliency(files.model, rules, data, source_of=files.source)
-        sparsities = torch.tensor([rule.sparsity for rule in made], dtype=torch.float64)
-        factors = {r.target.name: r.output_factors for r in made if r.output_factors is not None}
-        return {"sparsities": sparsities, **factors}
+        with_budgets = rules_by_saliency(files.model, rules, data, source_of=files.source)
+        # In fp64: a budget is the smallest float that prunes a given count, so fp32 could prune another one.
+        tensors = {"sparsities": torch.tensor([rule.sparsity for rule in with_budgets], dtype=torch.float64)}
+        for rule in with_budgets:
+            if rule.output_factors is not None:
+                tensors[rule.target.name] = rule.output_factors
+        return tensors
 
-    held = files.remember("budgets", compute)
-    pairs = zip(rules, held["sparsities"].tolist(), strict=True)
-    return [replace(r, sparsity=share, output_factors=held.get(r.target.name)) for r, share in pairs]
+    budgets = files.remember("budgets", compute)
+    with_budgets: list[LayerRule] = []
+    for rule, sparsity in zip(rules, budgets["sparsities"].tolist(), strict=True):
+        with_budgets.append(replace(rule, sparsity=sparsity, output_factors=budgets.get(rule.target.name)))
+    return with_budgets
 
 
 def _facts_of(config: PruneConfig, settings: PSTConfig, sparsity: float) -> dict[str, object]:
-    facts: dict[str, object] = {
-        "method": config.method,
-        "pattern": "zeros" if config.keep_zeros else settings.pattern,
-        "sparsity_requested": None if config.keep_zeros else sparsity,
-    }
-    if (grid := _grid_of(config)) is not None:
-        facts |= {"values": grid.values, "group": grid.group or WHOLE_ROW}
+    facts: dict[str, object] = {"method": config.method, "pattern": settings.pattern, "sparsity_requested": sparsity}
+    if config.keep_zeros:
+        facts["pattern"] = "zeros"
+        facts["sparsity_requested"] = None
+    grid = _grid_of(config)
+    if grid is not None:
+        facts["values"] = grid.values
+        facts["group"] = grid.group or WHOLE_ROW
     if config.reconstruct:
         facts["reconstruct"] = config.reconstruct
-    return facts if config.budgets == "equal" else facts | {"budgets": config.budgets}
+    if config.budgets != "equal":
+        facts["budgets"] = config.budgets
+    return facts
 
 
 def _method_of(config: PruneConfig) -> OneShotMethod:

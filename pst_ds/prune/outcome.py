@@ -49,8 +49,11 @@ class CutLayer:
     @property
     def facts(self) -> dict[str, object]:
         """For the pruning record."""
-        found = {"channels": self.channels, "kept": self.kept, "error": self.error}
-        return found | ({"removed": self.removed, "scores": self.scores} if self.removed else {})
+        facts: dict[str, object] = {"channels": self.channels, "kept": self.kept, "error": self.error}
+        if self.removed:
+            facts["removed"] = self.removed
+            facts["scores"] = self.scores
+        return facts
 
 
 Outcome: TypeAlias = PrunedLayer | CutLayer

@@ -30,18 +30,20 @@ class BlockFit:
     """
 
     def __init__(self, replay: BlockReplay, index: int, passes: int):
-        self._replay, self._index, self._passes = replay, index, passes
+        self._replay = replay
+        self._index = index
+        self._passes = passes
         self._ranks = replay.data.ranks
-        self._wanted: list[Tensor] = []
-        self._number = 0
-        self._is_real: Tensor | None = None
+        self._dense_outputs: list[Tensor] = []  # of this rank's pieces, in their order
+        self._number = 0  # index of the current piece among them
+        self._is_real: Tensor | None = None  # (examples, length), False where the current piece is padded
         self.errors: tuple[float, float] = (0.0, 0.0)
         """Sum of squared errors of the block's outputs over all tokens, before and after."""
 
     def remember(self, forward: Forward) -> Output:
         """Run the dense block on the next piece, and store its output as the target."""
         output = forward()
-        self._wanted.append(hidden_of(output).to("cpu"))
+        self._dense_outputs.append(hidden_of(output).to("cpu"))
         return output
 
     def fit(self, weights: Sequence[nn.Parameter], dtypes: Sequence[torch.dtype], *, keep_output: bool) -> list[Tensor]:
@@ -54,33 +56,47 @@ class BlockFit:
             dtypes: those that the values will be stored in.
             keep_output: store the outputs as the inputs of the next block.
         """
-        held = [weight.detach().clone() for weight in weights]
-        kept = [_Kept.of(values, self._ranks) for values in held]
-        groups = [{"params": [k.own], "lr": RATE * _rms_of_kept(v)} for k, v in zip(kept, held, strict=True)]
-        batches = range(len(self._replay.data.batches))
-        optimizer, steps = torch.optim.Adam(groups), self._passes * len(batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
+        previous = [weight.detach().clone() for weight in weights]
+        kept = [_Kept.of(values, self._ranks) for values in previous]
         before = self._error(keep_output=False)
+        self._optimize(weights, kept)
+        fitted: list[Tensor] = []
+        for share, values, dtype in zip(kept, previous, dtypes, strict=True):
+            fitted.append(share.write(values.to(dtype, copy=True)))
+        # The block computes with the rounded values from here on, as a resumed run does, which reads what was stored.
+        _write(weights, fitted)
+        inputs = list(self._replay.outputs)  # the next pass replaces them, and another may follow
+        after = self._error(keep_output=keep_output)
+        if not after < before:  # also if it is NaN
+            fitted = previous
+            after = before
+            _write(weights, previous)
+            self._replay.outputs = inputs
+            if keep_output:
+                self._error(keep_output=True)
+        self.errors = (before, after)
+        return fitted
+
+    def _optimize(self, weights: Sequence[nn.Parameter], kept: "Sequence[_Kept]") -> None:
+        """Move the ``kept`` values of ``weights`` by Adam, a step per batch, with gradients of all ranks. Collective.
+
+        The weights have the values that they were fitted from.
+        """
+        groups = []
+        for weight, share in zip(weights, kept, strict=True):
+            groups.append({"params": [share.own], "lr": RATE * _rms_of_kept(weight.detach())})
+        batches = range(len(self._replay.data.batches))
+        steps = self._passes * len(batches)
+        optimizer = torch.optim.Adam(groups)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
         with _with_gradients(weights):
             for batch in [*batches] * self._passes:
                 self._set_gradients(batch, weights, kept)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-                for weight, one in zip(weights, kept, strict=True):
-                    one.write(weight.data)
-        made = [one.write(v.to(dtype, copy=True)) for one, v, dtype in zip(kept, held, dtypes, strict=True)]
-        _write(weights, made)  # a resumed run continues with what was stored
-        inputs = list(self._replay.outputs)
-        after = self._error(keep_output=keep_output)
-        if not after < before:
-            made, after = held, before
-            _write(weights, held)
-            self._replay.outputs = inputs
-            if keep_output:
-                self._error(keep_output=True)
-        self.errors = before, after
-        return made
+                for weight, share in zip(weights, kept, strict=True):
+                    share.write(weight.data)
 
     def _set_gradients(self, batch: int, weights: Sequence[nn.Parameter], kept: "Sequence[_Kept]") -> None:
         """Give this rank's share of the ``kept`` values the gradient of a batch. Collective."""
@@ -96,7 +112,11 @@ class BlockFit:
                 gradients = torch.autograd.grad(
                     difference.square().sum(), list(weights), allow_unused=True, materialize_grads=True
                 )
-            terms.append([g.flatten().index_select(0, one.places) for g, one in zip(gradients, kept, strict=True)])
+            # Only the kept weights' gradients stay until the batch is done: (kept,) each.
+            of_kept: list[Tensor] = []
+            for gradient, share in zip(gradients, kept, strict=True):
+                of_kept.append(gradient.flatten().index_select(0, share.places))
+            terms.append(of_kept)
             number += difference.numel()
             return output
 
@@ -104,26 +124,31 @@ class BlockFit:
         # of the mean, not the sum: Adam's epsilon then damps the steps of weights that hardly matter
         number_of_all = float(self._ranks.sums.all_sum(torch.tensor(number)))
         device = self._replay.data.device
-        sums = exact_sums(terms, [one.number for one in kept], device, self._ranks, scattered=True)
-        for one, gradient in zip(kept, sums, strict=True):
-            one.own.grad = gradient.div_(number_of_all)
+        sums = exact_sums(terms, [share.number for share in kept], device, self._ranks, scattered=True)
+        for share, gradient in zip(kept, sums, strict=True):
+            share.own.grad = gradient.div_(number_of_all)
 
     def _run(self, compute: Compute, *, keep_output: bool = False, only: int | None = None) -> None:
-        self._number = sum(batch < only for batch, _ in self._replay.pieces) - 1 if only is not None else -1
+        # One before the first piece that runs, since _begin counts up; pieces have the order of their batches.
+        self._number = -1
+        if only is not None:
+            self._number += sum(batch < only for batch, _ in self._replay.pieces)
         self._replay.run(self._index, keep_output=keep_output, before=self._begin, compute=compute, only=only)
 
     def _begin(self, batch: Batch) -> None:
         mask = batch.get("attention_mask")
-        self._number, self._is_real = self._number + 1, None if mask is None else mask.bool()
+        self._number += 1
+        self._is_real = None if mask is None else mask.bool()
 
     def _difference(self, output: Output) -> Tensor:
         """Return the error of the current batch's output, (tokens, width) fp32, without padding."""
-        made = hidden_of(output)
-        wanted = self._wanted[self._number].to(made.device)
-        difference = made.to(torch.float32) - wanted.to(torch.float32)
+        states = hidden_of(output)
+        dense = self._dense_outputs[self._number].to(states.device)
+        # in fp32: near the optimum, both are almost equal, and bf16 would leave little of the difference
+        difference = states.to(torch.float32) - dense.to(torch.float32)
         if self._is_real is None or self._is_real.shape != difference.shape[:-1]:
             return difference.flatten(0, -2)
-        return difference[self._is_real.to(made.device)]
+        return difference[self._is_real.to(states.device)]
 
     def _error(self, *, keep_output: bool) -> float:
         """Run all pieces; return the sum of squared errors over all tokens. Collective."""
@@ -152,9 +177,10 @@ class _Kept:
 
     @classmethod
     def of(cls, weight: Tensor, ranks: Ranks) -> "_Kept":
-        places = weight.flatten().nonzero().flatten().to(torch.int32 if weight.numel() < 1 << 31 else torch.int64)
+        index_dtype = torch.int32 if weight.numel() < 1 << 31 else torch.int64
+        places = weight.flatten().nonzero().flatten().to(index_dtype)
         values = _rows(weight.flatten().index_select(0, places), ranks)[ranks.own]
-        return cls(places, len(places), values.to(torch.float32, copy=True), ranks)
+        return cls(places, number=len(places), own=values.to(torch.float32, copy=True), ranks=ranks)
 
     def write(self, weight: Tensor) -> Tensor:
         """Write the values of all ranks into ``weight``, rounded to its dtype, and return it. Collective."""
@@ -177,22 +203,29 @@ def exact_sums(
     Values are rounded to multiples of the largest of their tensor times 2**-60 times the number of terms: gradients of
     inputs with large activations are many orders of magnitude above the others.
     """
-    largest = [
-        max((float(term[i].abs().amax()) for term in terms if size), default=0.0) for i, size in enumerate(sizes)
-    ]
+    largest_here = [0.0] * len(sizes)
+    for i, size in enumerate(sizes):
+        if size:
+            largest_here[i] = max((float(term[i].abs().amax()) for term in terms), default=0.0)
+    # One row per rank: the largest value of each tensor, and the number of terms. A sum of rows that are 0 elsewhere
+    # gathers them in one collective.
     table = torch.zeros(ranks.number, len(sizes) + 1, dtype=torch.float64)
-    table[ranks.own] = torch.tensor([*largest, len(terms)], dtype=torch.float64)
+    table[ranks.own] = torch.tensor([*largest_here, len(terms)], dtype=torch.float64)
     table = ranks.sums.all_sum(table)
     number = max(1, int(table[:, -1].sum()))
-    found = []
-    for i, (size, most) in enumerate(zip(sizes, table[:, :-1].amax(0).tolist(), strict=True)):
-        step = 2.0 ** (math.frexp(most)[1] + math.frexp(number)[1] - 61) if math.isfinite(most) else 1.0
+    largest = table[:, :-1].amax(0).tolist()
+    sums: list[Tensor] = []
+    for i, size in enumerate(sizes):
+        # Sums of integers are exact in every order. With this power of 2, they stay below 2**61.
+        step = 1.0
+        if math.isfinite(largest[i]):
+            step = 2.0 ** (math.frexp(largest[i])[1] + math.frexp(number)[1] - 61)
         total = torch.zeros(size, dtype=torch.int64, device=device)
         for term in terms:
             total += (term[i].to(torch.float32) / step).round_().to(torch.int64)
         total = ranks.scatter(_rows(total, ranks)) if scattered else ranks.sums.all_sum(total)
-        found.append(total.to(torch.float64).mul_(step).to(torch.float32))
-    return found
+        sums.append(total.to(torch.float64).mul_(step).to(torch.float32))
+    return sums
 
 
 def _rows(values: Tensor, ranks: Ranks) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.layout import WeightLayout
@@ -20,8 +20,10 @@ STATISTICS_BYTES = 4 * 2**30
 def expert_groups(gatherer: InputGatherer, layouts: Sequence[WeightLayout], most_bytes: int) -> list[range]:
     """Return groups of consecutive experts whose statistics fit into memory; one group without stacks."""
     number = max((layout.num_experts for layout in layouts), default=1)
-    of_expert = sum(8 * layout.in_features**2 for layout in layouts)
-    size = number if gatherer.sum_of is squares or not of_expert else max(1, most_bytes // of_expert)
+    bytes_each = sum(8 * layout.in_features**2 for layout in layouts)  # fp64 X'X of one expert of every stack
+    size = number
+    if bytes_each and gatherer.sum_of is not squares:  # squares are I numbers per expert, and fit always
+        size = max(1, most_bytes // bytes_each)
     return [range(first, min(first + size, number)) for first in range(0, number, size)]
 
 
@@ -36,14 +38,16 @@ def gather(
 
     Raises FloatingPointError on all ranks.
     """
-    every, ranks = [*linear, *stacks], replay.data.ranks
+    listeners = [*linear, *stacks]
+    ranks = replay.data.ranks
 
     def begin(batch: Batch) -> None:
-        for gatherer, _ in every:
+        for gatherer, _ in listeners:
             gatherer.begin(batch)
 
+    # After the first piece, so that the steps of the sums suit its values. Every rank takes those of rank 0.
     def settle() -> None:
-        for gatherer, targets in every:
+        for gatherer, targets in listeners:
             gatherer.settle([target.name for target in targets], ranks)
 
     def heard(name: str, inputs: Tensor, routing: Routing, by_token: bool) -> None:
@@ -51,13 +55,17 @@ def gather(
             if any(target.name == name for target in targets):
                 gatherer.add_experts(name, inputs, routing, by_token)
 
-    places = {(target.module, target.parameter): target.name for _, targets in stacks for target in targets}
+    name_of: dict[tuple[nn.Module, str], str] = {}
+    for _, targets in stacks:
+        for target in targets:
+            name_of[target.module, target.parameter] = target.name
     with ExitStack() as stack:
         for gatherer, targets in linear:
             stack.enter_context(gatherer.listening({target.name: target.module for target in targets}))
-        stack.enter_context(experts.listening(places, heard))
+        # One listener for all stacks: experts report their inputs to a single place.
+        stack.enter_context(experts.listening(name_of, heard))
         replay.run(index, keep_output=False, before=begin, compute=compute, after_first=settle)
-    for gatherer, targets in every:
+    for gatherer, targets in listeners:
         sizes = {target.name: target.layout.in_features for target in targets}
         with naming(targets[0].name if targets else ""):
             gatherer.add_ranks(sizes, replay.data.device, ranks)
@@ -76,10 +84,10 @@ def naming(layer: str) -> Iterator[None]:
 
 def required(gatherer: InputGatherer, name: str) -> InputSum:
     """Return the sum of a layer. Raises InputError if it had no input."""
-    found = gatherer.sums.get(name)
-    if found is None or not found.num_tokens:
+    sums = gatherer.sums.get(name)
+    if sums is None or not sums.num_tokens:
         raise InputError(
             f"{name} had no input from the calibration data. Use more samples, or leave it dense with "
             "pst.exclude_modules"
         )
-    return found
+    return sums
