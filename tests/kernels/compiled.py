@@ -57,6 +57,23 @@ def compiled(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, *, loose: tuple[str, ...] = (),
     num_warps: int = 4, fuse: bool = False,
 ) -> Machine:  # fmt: skip
+    """Compile ``kernel`` as :func:`assembly` does, and read its machine code."""
+    made = assembly(kernel, types, constants, capability, loose=loose, num_warps=num_warps, fuse=fuse)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        resources = _RESOURCES.search(_dumped("--dump-resource-usage", file.name))
+        code = _dumped("-sass", file.name)
+    assert resources is not None
+    registers, stack, _, local = map(int, resources.groups())
+    found = Counter(name for name in _INSTRUCTION.findall(code) if name.split(".")[0] not in _PADDING)
+    return Machine(registers, stack + local, made.metadata.shared, found)
+
+
+def assembly(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, *, loose: tuple[str, ...] = (),
+    num_warps: int = 4, fuse: bool = False,
+) -> Any:  # fmt: skip
     """Compile ``kernel`` as a launch would, for pointers and integers divisible by 16 but for those of ``loose``.
 
     ``types``: Triton's of each argument, such as "*bf16"; all others are ``constants``.
@@ -69,16 +86,7 @@ def compiled(
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": num_warps, "enable_fp_fusion": fuse}
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        resources = _RESOURCES.search(_dumped("--dump-resource-usage", file.name))
-        code = _dumped("-sass", file.name)
-    assert resources is not None
-    registers, stack, _, local = map(int, resources.groups())
-    found = Counter(name for name in _INSTRUCTION.findall(code) if name.split(".")[0] not in _PADDING)
-    return Machine(registers, stack + local, made.metadata.shared, found)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def _dumped(option: str, path: str) -> str:

@@ -15,7 +15,7 @@ from pst_ds.core import bracket
 from pst_ds.core.bits import pack_shard, unpack_shard
 from pst_ds.core.bracket import select_bits
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
-from pst_ds.core.kernels.triton import bit_sums, scan, table
+from pst_ds.core.kernels.triton import bit_sums, cut_kernels, scan, table
 from pst_ds.core.kernels.triton.scan import KernelScans, sample_keys
 from pst_ds.core.kernels.triton.table import OwnKeys
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, order_keys, score_keys
@@ -261,3 +261,34 @@ def test_every_rank_refuses_a_score_that_is_not_finite(monkeypatch):
     scores[1][900] = NAN
     found = selected(scores, [100, 100], 2, (30, 31), monkeypatch)
     assert [error.matrices for error in found] == [[1], [1]]
+
+
+FAR = 1 << 31
+"""Bytes before the first that :class:`_Moved` says to have."""
+
+
+class _Moved(torch.Tensor):
+    """The last bytes of a run of more than 2**31: its address is that of the run, of which it has no memory."""
+
+    def data_ptr(self):
+        return super().data_ptr() - FAR
+
+
+@pytest.mark.parametrize("width", [24, 21], ids=["rows", "flat"])
+def test_bits_behind_2_gib_of_those_of_other_matrices_are_written_there(width):
+    """As on a GPU with 17e9 weights, where a product in 32 bits wraps."""
+    own = OwnKeys(random_scores(10 * width, 0), 0, width, WeightLayout(10, width).matrices()[0].rect, TileFactors())
+    keys = order_keys(own.values)
+    cut = int(keys.median())
+    block = 4 * cut_kernels.WORDS  # bytes
+    above = torch.zeros(2 * cut_kernels.WORDS, dtype=torch.int32)
+    inside = torch.zeros_like(above)
+    far = [words.as_subclass(_Moved) for words in (above, inside)]
+    brackets = torch.tensor([[cut, HIGHEST_FINITE]], dtype=torch.int32)
+    blocks = torch.tensor([FAR // block + 1], dtype=torch.int32)
+    counts = torch.zeros(1, 3, dtype=torch.int64)
+    scan._sort(table.Table([own]), brackets, blocks, *far, counts)
+    bits = unpack_shard(inside.view(torch.uint8)[block:], own.count).bool()
+    assert torch.equal(bits, keys >= cut)
+    assert not inside[: cut_kernels.WORDS].any()
+    assert not above.any()

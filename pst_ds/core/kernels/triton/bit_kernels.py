@@ -34,7 +34,7 @@ def place(
     bytes of the units; address of the shard; bit of unit 0 (IN_ORDER: of the first weight); first and last + 1 bit
     to set; weights from the matrix's first row to the shard; first column of the matrix; row length; width.
     """
-    number = tl.load(mask_ptr + tl.program_id(0))
+    number = tl.load(mask_ptr + tl.program_id(0)).to(tl.int64)
     table = table_ptr + number * RUN_COLUMNS
     source = address(table, False, tl.uint8)
     source_bytes = tl.load(table + 1)
@@ -85,15 +85,15 @@ def replace_bits(table_ptr, starts_ptr, mask_ptr, sums_ptr, SIZE: tl.constexpr):
 
     Rows of the table: addresses before and after, bytes, bits, position of the first in the whole mask, seed.
     """
-    number = tl.load(mask_ptr + tl.program_id(0))
+    number = tl.load(mask_ptr + tl.program_id(0)).to(tl.int64)
     table = table_ptr + number * SUM_COLUMNS
     before_ptr = address(table, False, tl.uint8)
     after_ptr = address(table + 1, False, tl.uint8)
-    num_bytes = tl.load(table + 2).to(tl.int32)
+    num_bytes = tl.load(table + 2)
     count = tl.load(table + 3)
     first_byte = tl.load(table + 4) >> 3
     lead = (tl.load(table + 4) & 7).to(tl.int32)
-    at = (tl.program_id(0) - tl.load(starts_ptr + number)).to(tl.int32) * SIZE + tl.arange(0, SIZE)
+    at = (tl.program_id(0) - tl.load(starts_ptr + number)) * SIZE + tl.arange(0, SIZE)
     before = tl.load(before_ptr + at, mask=at < num_bytes, other=0).to(tl.int32)
     after = tl.load(after_ptr + at, mask=at < num_bytes, other=0).to(tl.int32)
     previous = tl.load(after_ptr + at - 1, mask=(at > 0) & (at <= num_bytes), other=0).to(tl.int32)
@@ -101,7 +101,7 @@ def replace_bits(table_ptr, starts_ptr, mask_ptr, sums_ptr, SIZE: tl.constexpr):
     # a byte of the whole mask combines bits of two of our bytes
     value = ((after << lead) | (previous >> (8 - lead))) & 0xFF
     is_byte = at < (lead + count + 7) // 8
-    hashed = _splitmix64((at.to(tl.int64) + first_byte + tl.load(table + 5) + 1).to(tl.uint64))
+    hashed = _splitmix64((at + first_byte + tl.load(table + 5) + 1).to(tl.uint64))
     checksum = tl.where(is_byte, value.to(tl.uint64) * hashed, 0).to(tl.int64)
     sums_ptr += 3 * number
     tl.atomic_add(sums_ptr, tl.sum(popcount(before ^ after), 0).to(tl.int64), sem="relaxed")

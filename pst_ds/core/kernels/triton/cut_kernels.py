@@ -39,7 +39,7 @@ _COLUMNS = tl.constexpr(COLUMNS)
 def collect(matrices_ptr, matrix_of_block_ptr, inside_ptr, index_ptr):
     """Write the index in its matrix of every key inside, in any order, as long as there is room, and count them."""
     block = tl.program_id(0)
-    matrix = matrices_ptr + tl.load(matrix_of_block_ptr + block) * _COLUMNS
+    matrix = matrices_ptr + tl.load(matrix_of_block_ptr + block).to(tl.int64) * _COLUMNS
     lanes = tl.arange(0, _WORDS)
     word = tl.load(inside_ptr + block.to(tl.int64) * _WORDS + lanes)
     number = popcount(word)
@@ -61,7 +61,7 @@ def histogram(
 ):
     """Count (key - low) >> shift of the keys inside that this rank counts into (matrices, BINS), if it is a bin."""
     block = tl.program_id(0)
-    number = tl.load(matrix_of_block_ptr + block)
+    number = tl.load(matrix_of_block_ptr + block).to(tl.int64)
     matrix = matrices_ptr + number * _COLUMNS
     at = (block - tl.load(matrix + _FIRST_KEYS)) * _KEYS + tl.arange(0, _KEYS)
     is_there = at < tl.minimum(tl.load(matrix + _NUM_INSIDE), tl.load(matrix + _ROOM))
@@ -81,7 +81,7 @@ def mark(matrices_ptr, matrix_of_block_ptr, keys_ptr, index_ptr, cuts_ptr, above
     prunes.
     """
     block = tl.program_id(0)
-    number = tl.load(matrix_of_block_ptr + block)
+    number = tl.load(matrix_of_block_ptr + block).to(tl.int64)
     matrix = matrices_ptr + number * _COLUMNS
     lanes = tl.arange(0, _KEYS)
     at = (block - tl.load(matrix + _FIRST_KEYS)) * _KEYS + lanes
@@ -108,7 +108,7 @@ def finish(matrices_ptr, matrix_of_block_ptr, cuts_ptr, equal_ptr, inside_ptr, a
     """Set, among the bits above, the equal keys after the first, which are pruned. Most blocks need no change."""
     block = tl.program_id(0)
     if tl.load(equal_ptr + block) > 0:
-        number = tl.load(matrix_of_block_ptr + block)
+        number = tl.load(matrix_of_block_ptr + block).to(tl.int64)
         matrix = matrices_ptr + number * _COLUMNS
         start = tl.load(matrix + _FIRST_WORDS)
         ties = tl.load(cuts_ptr + 2 * number + 1) + tl.load(matrix + _EQUAL_BEFORE)

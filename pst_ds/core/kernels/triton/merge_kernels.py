@@ -103,7 +103,8 @@ def _start(parts, expert_step, part_step):
     if parts is None:
         return 0
     else:
-        return (tl.program_id(2) // parts).to(tl.int64) * expert_step + (tl.program_id(2) % parts) * part_step
+        expert = (tl.program_id(2) // parts).to(tl.int64)
+        return expert * expert_step + (tl.program_id(2) % parts).to(tl.int64) * part_step
 
 
 @triton.jit
@@ -185,7 +186,7 @@ def gradients(
             if factors_ptr is not None:
                 factor = tl.load(factors_ptr + tl.program_id(2))
             magnitude = tl.abs(wide) * factor
-            norms_at = 0 if parts is None else tl.program_id(2) // parts * norm_step
+            norms_at = 0 if parts is None else (tl.program_id(2) // parts).to(tl.int64) * norm_step
             if row_norms is not None:
                 magnitude = magnitude * tl.load(row_norms + norms_at + row, mask=row < rows, other=0.0)
             if col_norms is not None:

@@ -166,9 +166,10 @@ def _store_bits(
     above = tl.sum(tl.reshape((keys > high).to(tl.int32), (ROWS, COLS // 8, 8)) << places, 2) & valid
     up_from = tl.sum(tl.reshape((keys >= low).to(tl.int32), (ROWS, COLS // 8, 8)) << places, 2) & valid
     inside = up_from ^ above
-    byte = (at >> 3) - (first >> 3) + tl.load(words_ptr + number) * WORD_BYTES
-    tl.store(above_ptr + byte, above.to(tl.uint8), mask=valid > 0)
-    tl.store(inside_ptr + byte, inside.to(tl.uint8), mask=valid > 0)
+    # 64 bits: the bits of all matrices lie in one run, which has more than 2**31 bytes above 17e9 weights
+    start = tl.load(words_ptr + number).to(tl.int64) * WORD_BYTES - (first >> 3)
+    tl.store(above_ptr + start + (at >> 3), above.to(tl.uint8), mask=valid > 0)
+    tl.store(inside_ptr + start + (at >> 3), inside.to(tl.uint8), mask=valid > 0)
     if NEIGHBOURS:  # which other ranks count
         valid = bits_between(at, tl.load(table + OWN_FIRST).to(tl.int32), tl.load(table + OWN_END).to(tl.int32))
         above = above & valid
@@ -195,7 +196,7 @@ def bracket_rows(
     The bits of a matrix start with the byte of its rows that has this rank's first weight, and the bytes with those
     of ``words_ptr``, in words of WORD_BYTES.
     """
-    number = tl.load(matrix_ptr + tl.program_id(0))
+    number = tl.load(matrix_ptr + tl.program_id(0)).to(tl.int64)
     tile = tl.program_id(0) - tl.load(starts_ptr + number).to(tl.int32)
     table = table_ptr + number * COLUMNS
     first = tl.load(table + FIRST).to(tl.int32)
@@ -257,7 +258,7 @@ def bracket_flat(
     WORD_BYTES: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Do the same as :func:`bracket_rows` for matrices of any width. Values of type int32 are the keys themselves."""
-    number = tl.load(matrix_ptr + tl.program_id(0))
+    number = tl.load(matrix_ptr + tl.program_id(0)).to(tl.int64)
     table = table_ptr + number * COLUMNS
     first = tl.load(table + FIRST).to(tl.int32)
     end = tl.load(table + END).to(tl.int32)
@@ -282,7 +283,7 @@ def keys_at(
     The keys of a matrix start at its number in ``slots_ptr``. ``index_ptr`` has the places of their bits. Without it
     the weights are sampled as by :func:`pst_ds.core.bracket.sample_positions`.
     """
-    number = tl.load(matrix_ptr + tl.program_id(0))
+    number = tl.load(matrix_ptr + tl.program_id(0)).to(tl.int64)
     tile = tl.program_id(0) - tl.load(starts_ptr + number).to(tl.int32)
     table = table_ptr + number * COLUMNS
     lanes = tl.arange(0, SIZE)

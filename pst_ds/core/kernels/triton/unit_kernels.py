@@ -119,7 +119,7 @@ def unit_keys(
 
     The keys of a matrix start at its number in ``slots_ptr``.
     """
-    number = tl.load(matrix_ptr + tl.program_id(0))
+    number = tl.load(matrix_ptr + tl.program_id(0)).to(tl.int64)
     table = table_ptr + number * COLUMNS
     tile = tl.program_id(0) - tl.load(starts_ptr + number).to(tl.int32)
     row, col, unit, is_there = _tile(tile, table, UNIT_ROWS, UNIT_COLS, ROWS, COLS)
@@ -150,7 +150,7 @@ def keep_n_of_m(
     ``slots_ptr``: first byte of each matrix. ``units_ptr``: addresses of bits of groups that lose nothing; may be None.
     Adds to ``bad_ptr``, per matrix, how many tiles have scores that are not finite.
     """
-    number = tl.load(matrix_ptr + tl.program_id(0))
+    number = tl.load(matrix_ptr + tl.program_id(0)).to(tl.int64)
     table = table_ptr + number * COLUMNS
     tile = tl.program_id(0) - tl.load(starts_ptr + number).to(tl.int32)
     row, col, unit, is_there = _tile(tile, table, UNIT_ROWS, UNIT_COLS, ROWS, COLS)
@@ -193,7 +193,7 @@ def keep_in_rows(
     """
     scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * longest
     for at in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        number = tl.load(matrix_ptr + at)
+        number = tl.load(matrix_ptr + at).to(tl.int64)
         table = table_ptr + number * COLUMNS
         width = tl.load(table + WIDTH).to(tl.int32)
         prune = tl.load(table + PRUNE).to(tl.int32)

@@ -164,11 +164,12 @@ def packed_vector(
     x: (words / WARP, X_ROWS, WARP) per vector. ``experts_ptr``: the expert of each vector, whose rows start at y_vector
     times its number; None for a single weight.
     """
-    output = tl.program_id(0)
-    vector = tl.program_id(1)
+    # 64 bits: vectors times their length can pass 2**31
+    output = tl.program_id(0).to(tl.int64)
+    vector = tl.program_id(1).to(tl.int64)
     row = output
     if experts_ptr is not None:
-        row += tl.load(experts_ptr + vector).to(tl.int32) * y_vector
+        row += tl.load(experts_ptr + vector).to(tl.int64) * y_vector
     lanes = tl.arange(0, 32)
     offset = tl.load(offsets_ptr + row)
     if BITS:
