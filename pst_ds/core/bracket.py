@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pst_ds.core.bits import pack_shard, set_bits_
 from pst_ds.core.kernels.triton.scan import KernelScans, sample_keys
-from pst_ds.core.kernels.triton.table import OwnKeys
+from pst_ds.core.kernels.triton.table import OwnKeys, fit_together
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, SingleWeights, histograms, keys_of
 from pst_ds.core.select import DIGIT_BITS, MatrixKeys, NonFiniteScoreError, RankSums, Search, select
 
@@ -213,9 +213,9 @@ def _scans(
 
 
 def _own_keys(matrices: Sequence[MatrixKeys]) -> list[OwnKeys]:
-    """Return the inputs of the kernels; none unless every matrix has them."""
+    """Return the inputs of the kernels; none unless every matrix has them, and one launch can serve all."""
     own_keys = [m.own_keys for m in matrices if m.own_keys is not None]
-    if len(own_keys) < len(matrices):
+    if len(own_keys) < len(matrices) or not own_keys or not fit_together(own_keys):
         return []
     return own_keys
 

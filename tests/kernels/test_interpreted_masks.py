@@ -15,7 +15,7 @@ from pst_ds.core import bracket
 from pst_ds.core.bits import pack_shard, unpack_shard
 from pst_ds.core.bracket import select_bits
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
-from pst_ds.core.kernels.triton import bit_sums, cut_kernels, scan, table
+from pst_ds.core.kernels.triton import bit_sums, cut_kernels, scan, score_kernels, table
 from pst_ds.core.kernels.triton.scan import KernelScans, sample_keys
 from pst_ds.core.kernels.triton.table import OwnKeys
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, order_keys, score_keys
@@ -292,3 +292,18 @@ def test_bits_behind_2_gib_of_those_of_other_matrices_are_written_there(width):
     assert torch.equal(bits, keys >= cut)
     assert not inside[: cut_kernels.WORDS].any()
     assert not above.any()
+
+
+def test_matrices_that_fit_one_by_one_need_not_fit_together():
+    """Programs of a launch are numbered through all matrices, in 32 bits."""
+    side = 1 << 14
+    rect = WeightLayout(side, side).matrices()[0].rect
+    values = torch.zeros(1).expand(side * side)  # without memory of its own
+    own = OwnKeys(values, 0, side, rect, TileFactors())
+    most = (1 << 31) * score_kernels.FLAT // own.count
+    assert own.fits
+    assert table.fit_together([own] * (most - 1))
+    assert not table.fit_together([own] * most)
+    matrices = [MatrixKeys(1, lambda: iter(()), own_keys=own)] * most
+    assert bracket._own_keys(matrices) == []
+    assert len(bracket._own_keys(matrices[1:])) == most - 1

@@ -136,6 +136,14 @@ class OwnKeys:
         return self.values.numel() < _MOST and self.rect.numel < 2 * _MOST
 
 
+def fit_together(matrices: Sequence[OwnKeys]) -> bool:
+    """Return whether int32 numbers suffice for the programs and blocks of one search for cuts in all matrices."""
+    from pst_ds.core.kernels.triton.score_kernels import FLAT
+
+    # no kernel of a search has more programs for a matrix: tiles, and blocks of bits and keys, are at least as large
+    return sum(blocks(matrix.num_bits, FLAT) for matrix in matrices) < 2 * _MOST
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """Properties that the matrices of one launch share."""
