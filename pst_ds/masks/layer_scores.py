@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pst_ds.core.coded_weight import CodedRun, OwnWeights
 from pst_ds.core.criteria.criterion import Criterion, WeightSlice
@@ -26,8 +26,6 @@ TILE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Weights scored per tile, by device: on a CPU the keys of a tile fit a core's cache."""
 UNIT_CACHE_BYTES = 256 << 20
 """Most bytes of cached keys of a layer's units of several weights."""
-
-
 MOST_IN_A_UNIT = 1 << 12
 """Weights of the largest block that kernels sum: a thread has 32 of them."""
 EVERY_TERM = LearnedActivation()
@@ -51,26 +49,39 @@ class LayerScores:
         criterion: Criterion | None = None,
         gradient: Tensor | None = None,
     ):
-        self.name, self.layer, self.layout = name, layer, layer.layout
-        self.row_length, self.matrices = self.layout.shape[1], self.layout.matrices()
-        self.rule, self.pattern = layer.rule, layer.rule.pattern
-        self.start, self.stop, self.device = own.start, own.stop, own.device
-        self._own, self._halo = own, halo
+        self.name = name
+        self.layer = layer
+        self.layout = layer.layout
+        self.row_length = self.layout.shape[1]
+        self.matrices = self.layout.matrices()
+        self.rule = layer.rule
+        self.pattern = layer.rule.pattern
+        self.start = own.start
+        self.stop = own.stop
+        self.device = own.device
+        self._own = own
+        self._halo = halo
         self.criterion = EVERY_TERM if criterion is None else criterion
         self._gradient = gradient
         self._shard_numel = layer.split().share
+        """Weights of every rank but the last ones, from which all ranks know where each matrix lies."""
         self._tile_size = TILE_ELEMENTS.get(self.device.type, TILE_ELEMENTS["cuda"])
         self.unit = self.pattern.unit(self.layout)
+        """Rows and columns of the weights that are kept or pruned together."""
         self.region = self.pattern.aligned(self.layout, self.start, self.stop)
+        """Flat range of the units that overlap the shard; what lies outside of the shard is in the halo."""
         self._factors = with_contiguous_columns(factors) if self.layout.transposed else factors
         self._unit_keys: dict[int, list[Tensor]] = {}
+        """Keys of units by the number of their matrix: a selection reads them several times."""
         self.is_elsewhere = False
         """True for experts that other ranks own."""
 
     def lies_whole(self, matrix: StoredMatrix) -> bool:
         """Return whether one rank's shard has all weights of ``matrix``; the same on every rank."""
         rect = matrix.rect
-        first, last = rect.r0 * self.row_length + rect.c0, (rect.r1 - 1) * self.row_length + rect.c1 - 1
+        first = rect.r0 * self.row_length + rect.c0
+        last = (rect.r1 - 1) * self.row_length + rect.c1 - 1
+        # Shards have one size, so the weights of a matrix are in one if its first and last are.
         return first // self._shard_numel == last // self._shard_numel
 
     def of_all_ranks(self) -> "list[LayerScores]":
@@ -78,17 +89,21 @@ class LayerScores:
 
         All ranks thus select the same matrices, of which each may hold none.
         """
-        if (group := self.layer.group) is None:
+        group = self.layer.group
+        if group is None:
             return [self]
         nothing = OwnWeights(self._own.values[:0], 0, self.row_length)
         elsewhere = LayerScores(self.name, self.layer, self._factors, nothing, criterion=self.criterion)
         elsewhere.is_elsewhere = True
-        return [self if position == group.position else elsewhere for position in range(group.degree)]
+        parts = [elsewhere] * group.degree
+        parts[group.position] = self
+        return parts
 
     @property
     def in_order(self) -> bool:
         """True if the matrices are contiguous in the stored weight, one after another."""
-        return all(m.rect.c1 - m.rect.c0 == self.row_length for m in self.matrices)
+        widths = {matrix.rect.c1 - matrix.rect.c0 for matrix in self.matrices}
+        return widths == {self.row_length}
 
     def rects(self, matrix: StoredMatrix) -> Iterator[Rect]:
         """Yield rectangles of whole units that cover this rank's units of ``matrix``, in ascending order."""
@@ -100,9 +115,13 @@ class LayerScores:
 
     def keys(self, matrix: StoredMatrix, rect: Rect) -> Tensor:
         """Return the keys of single weights of a rectangle of ``matrix``, (rows, cols) int32."""
-        factors, scale = self._visible(matrix, rect), self.layer.magnitude_scales[matrix.index]
+        factors = self._visible(matrix, rect)
         if self.criterion.has_kernels:
+            scale = self.layer.magnitude_scales[matrix.index]
             return score_keys(self._values(rect), factors, self.layer.constants, scale)
+        gradient = None
+        if self._gradient is not None:
+            gradient = self._gradient[rect.slices]
         outputs, inputs = matrix.ranges(rect, transposed=self.layout.transposed)
         return self._keys_in_torch(
             matrix,
@@ -110,7 +129,7 @@ class LayerScores:
             factors=factors,
             outputs=_along(outputs, self.device, is_row=self.layout.transposed),
             inputs=_along(inputs, self.device, is_row=not self.layout.transposed),
-            gradient=None if self._gradient is None else self._gradient[rect.slices],
+            gradient=gradient,
         )
 
     def _visible(self, matrix: StoredMatrix, rect: Rect) -> TileFactors:
@@ -132,8 +151,10 @@ class LayerScores:
 
         ``outputs``, ``inputs``: numbers counted from those of the matrix.
         """
-        # A rank that owns some experts of a stack counts outputs from the first expert of the whole stack.
-        first = 0 if self.layer.group is None else self.layer.group.position * self.layout.out_features
+        first = 0
+        if self.layer.group is not None:
+            # A rank that owns some experts of a stack counts outputs from the first expert of the whole stack.
+            first = self.layer.group.position * self.layout.out_features
         part = WeightSlice(
             layer=self.name,
             base=values,
@@ -146,15 +167,20 @@ class LayerScores:
         )
         scores = self.criterion.scores(part)
         if not isinstance(scores, Tensor) or scores.shape != values.shape:
-            shape = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"type {type(scores).__name__}"
+            shape = f"type {type(scores).__name__}"
+            if isinstance(scores, Tensor):
+                shape = f"shape {tuple(scores.shape)}"
             raise InputError(
                 f"{self.name}: the criterion {type(self.criterion).__name__} returned scores of {shape} for weights of "
                 f"shape {tuple(values.shape)}. Return a score for each weight"
             )
+        # Keys have 32 bits, so scores of other types are rounded before they are compared.
         return order_keys(scores.to(torch.float32))
 
     def weight_keys(self, matrix: StoredMatrix) -> Iterator[Tensor]:
-        return (self.keys(matrix, rect) for rect in self.rects(matrix))
+        """Yield the keys of single weights of the :meth:`rects` of ``matrix``, each (rows, cols) int32."""
+        for rect in self.rects(matrix):
+            yield self.keys(matrix, rect)
 
     def unit_keys(self, matrix: StoredMatrix, prune: int) -> Iterator[Tensor]:
         """Yield the keys of units of several weights: blocks, or N:M groups that would lose ``prune`` weights."""
@@ -168,12 +194,15 @@ class LayerScores:
 
     def _keys_of_units(self, matrix: StoredMatrix, rect: Rect, prune: int) -> Tensor:
         keys = self.keys(matrix, rect)
-        return block_keys(keys, self.unit) if self.pattern.kind == "block" else loss_keys(keys, self.unit, prune)
+        if self.pattern.kind == "block":
+            return block_keys(keys, self.unit)
+        return loss_keys(keys, self.unit, prune)
 
     def num_units(self, matrix: StoredMatrix) -> int:
         """Return the number of units in :meth:`rects`, including units that other ranks count."""
         if self.unit == (1, 1):
-            first, last = (positions_before(matrix.rect, self.row_length, index) for index in (self.start, self.stop))
+            first = positions_before(matrix.rect, self.row_length, self.start)
+            last = positions_before(matrix.rect, self.row_length, self.stop)
             return last - first
         return sum(rect.numel for rect in self.rects(matrix)) // (self.unit[0] * self.unit[1])
 
@@ -183,9 +212,12 @@ class LayerScores:
 
     def _units_before(self, matrix: StoredMatrix, index: int) -> int:
         """Return the number of units that start before the flat ``index``."""
-        (rows, cols), length, count = self.unit, self.row_length, 0
+        rows, cols = self.unit
+        length = self.row_length
+        count = 0
         for rect in self.rects(matrix):
             across = (rect.c1 - rect.c0) // cols
+            # a row of units at a time: they start at first, first + cols, ...
             for first in range(rect.r0 * length + rect.c0, rect.r1 * length + rect.c0, rows * length):
                 count += min(max(0, -(-(index - first) // cols)), across)
         return count
@@ -202,47 +234,62 @@ class LayerScores:
             first, last = torch.searchsorted(positions, own).tolist()
             places = slice(first, last)
             return Sampled(places, self._singles(matrix, on_device[places]))
+        # The matrix is a band of columns, so this rank's weights are not a run of its positions.
         flat = self._flat(matrix, positions)
         here = ((flat >= self.start) & (flat < self.stop)).nonzero().flatten().to(self.device)
         return Sampled(here, self._singles(matrix, on_device[here]))
 
     def _flat(self, matrix: StoredMatrix, positions: Tensor) -> Tensor:
-        rect, width = matrix.rect, matrix.rect.c1 - matrix.rect.c0
+        """Return the flat indices in the stored weight of ``positions`` in ``matrix``."""
+        rect = matrix.rect
+        width = rect.c1 - rect.c0
         offset = rect.r0 * self.row_length + rect.c0
         if width != self.row_length:
             positions = positions // width * self.row_length + positions % width
-        return positions + offset if offset else positions
+        if offset == 0:  # no copy of what may be millions of positions
+            return positions
+        return positions + offset
 
     def _singles(self, matrix: StoredMatrix, positions: Tensor) -> Tensor | SingleWeights:
+        """Return the weights at ``positions`` of ``matrix`` as input of the kernels, or their keys, (positions,)."""
         flat = self._flat(matrix, positions)
         values = self._own.at(flat)
         width = matrix.rect.c1 - matrix.rect.c0
         rows = positions // width
         cols = positions % width
-        factors, scale = self._visible(matrix, matrix.rect), self.layer.magnitude_scales[matrix.index]
-        singles = single_weights(values, rows, cols, factors, self.layer.constants, scale)
+        singles = single_weights(
+            values,
+            rows,
+            cols,
+            self._visible(matrix, matrix.rect),
+            self.layer.constants,
+            self.layer.magnitude_scales[matrix.index],
+        )
         if self.criterion.has_kernels:
             return singles
-        outputs, inputs = (cols, rows) if self.layout.transposed else (rows, cols)
+        gradient = None
+        if self._gradient is not None:
+            gradient = self._gradient.flatten()[flat].unsqueeze(1)
+        outputs, inputs = rows, cols
+        if self.layout.transposed:
+            outputs, inputs = cols, rows
         keys = self._keys_in_torch(
             matrix,
             values=singles.weight,
             factors=singles.tile,
             outputs=outputs.unsqueeze(1),
             inputs=inputs.unsqueeze(1),
-            gradient=None if self._gradient is None else self._gradient.flatten()[flat].unsqueeze(1),
+            gradient=gradient,
         )
         return keys.squeeze(1)
 
     def own_keys(self, matrix: StoredMatrix) -> OwnKeys | None:
         """Return this rank's weights of ``matrix`` as input of the kernels; None if the kernels cannot be used."""
         values = self._own.values
-        if (
-            not self.criterion.has_kernels
-            or not serves(self.device)
-            or isinstance(values, CodedRun)
-            or values.element_size() > 4
-        ):
+        if not self.criterion.has_kernels or not serves(self.device):
+            return None
+        # kernels read floating-point weights of at most 32 bits
+        if isinstance(values, CodedRun) or values.element_size() > 4:
             return None
         keys = OwnKeys(
             values,
@@ -253,21 +300,28 @@ class LayerScores:
             constants=self.layer.constants,
             weight_scale=self.layer.magnitude_scales[matrix.index],
         )
-        return keys if keys.fits else None
+        if not keys.fits:
+            return None
+        return keys
 
     def unit_weights(self, matrix: StoredMatrix, lost: int = 0, prune: int = 0) -> OwnKeys | None:
         """Return the same with the units of several weights that overlap the shard.
 
         ``lost``: weights that an N:M group loses; ``prune``: that a row does.
         """
-        own, (rows, cols) = self.own_keys(matrix), self.unit
+        own = self.own_keys(matrix)
+        rows, cols = self.unit
         if self.pattern.kind == "row":
             serves_unit = rows == 1
         else:
-            serves_unit = rows & (rows - 1) == cols & (cols - 1) == 0 and rows * cols <= MOST_IN_A_UNIT
+            # the lanes of a thread block are a power of two
+            are_powers_of_two = rows & (rows - 1) == 0 and cols & (cols - 1) == 0
+            serves_unit = are_powers_of_two and rows * cols <= MOST_IN_A_UNIT
+        # a kernel writes masks in whole bytes
         if own is None or own.width % 8 or not serves_unit:
             return None
-        first, end = (positions_before(matrix.rect, self.row_length, at) // (rows * cols) for at in self.region)
+        first = positions_before(matrix.rect, self.row_length, self.region[0]) // (rows * cols)
+        end = positions_before(matrix.rect, self.row_length, self.region[1]) // (rows * cols)
         none = own.values[:0]
         halo = self._halo or Halo(none, none)
         return replace(own, units=OwnUnits(self.unit, first, end, halo.before, halo.after, lost, prune))
@@ -289,23 +343,24 @@ class LayerScores:
 
     @cached_property
     def _whole_region(self) -> Tensor:
+        """All weights of :attr:`region`, made once: a tall rectangle's range is most of them."""
         return self._region(*self.region)
 
     def _region(self, first: int, last: int) -> Tensor:
+        """Return the flat weights [first, last) of :attr:`region`, from the shard and what other ranks sent."""
         assert self._halo is not None, f"{self.name} needs weights of other ranks"
-        begin, before = self.region[0], self._halo.before
-        pieces = [
-            before[max(0, first - begin) : max(0, last - begin)],
-            self._own.flat(first, last),
-            self._halo.after[max(0, first - self.stop) : max(0, last - self.stop)],
-        ]
-        return torch.cat(pieces)
+        begin = self.region[0]
+        before = self._halo.before[max(0, first - begin) : max(0, last - begin)]
+        after = self._halo.after[max(0, first - self.stop) : max(0, last - self.stop)]
+        return torch.cat([before, self._own.flat(first, last), after])
 
 
 def _along(numbers: slice, device: torch.device, *, is_row: bool) -> Tensor:
     """Return ``numbers`` as a row (1, n) or as a column (n, 1), int64."""
     values = torch.arange(numbers.start, numbers.stop, device=device)
-    return values.unsqueeze(0) if is_row else values.unsqueeze(1)
+    if is_row:
+        return values.unsqueeze(0)
+    return values.unsqueeze(1)
 
 
 def whole_factors(layers: Sequence[PSTLayer], *, with_scores: bool = True) -> list[Factors]:
@@ -316,14 +371,25 @@ def whole_factors(layers: Sequence[PSTLayer], *, with_scores: bool = True) -> li
     A stack that is divided among ranks has the factors of this rank's experts. Collective: under ZeRO-3 one all-gather
     for all layers, or two.
     """
-    held = ((layer, name, param, i) for i, layer in enumerate(layers) for name, param in layer.factor_parameters())
-    owned = [entry for entry in held if with_scores or entry[1] in entry[0].update_specs]
+    places: list[tuple[int, str]] = []  # number of the layer, name of the factor
+    params: list[nn.Parameter] = []
+    for number, layer in enumerate(layers):
+        for name, param in layer.factor_parameters():
+            if with_scores or name in layer.update_specs:
+                places.append((number, name))
+                params.append(param)
     homes = [sharding.shard_of(layer.pst_mask).values.device for layer in layers]
-    masters = sharding.fp32_masters([param for _, _, param, _ in owned], homes[0]) if owned else []
+    masters: list[Tensor] = []
+    if params:
+        # of all layers at once, since each call is a collective
+        masters = sharding.fp32_masters(params, homes[0])
     values: list[dict[str, Tensor]] = [{} for _ in layers]
-    for (_, name, _, i), master in zip(owned, masters, strict=True):
-        values[i][name] = master.to(homes[i])
-    return [layer.factors(own).to(home) for layer, own, home in zip(layers, values, homes, strict=True)]
+    for (number, name), master in zip(places, masters, strict=True):
+        values[number][name] = master.to(homes[number])
+    factors: list[Factors] = []
+    for layer, of_layer, home in zip(layers, values, homes, strict=True):
+        factors.append(layer.factors(of_layer).to(home))
+    return factors
 
 
 def current_base(layer: PSTLayer) -> OwnWeights:
@@ -342,6 +408,8 @@ def with_contiguous_columns(factors: Factors) -> Factors:
     """Return the factors with contiguous transposes of A and U, which a Conv1D reads by columns."""
 
     def columns(by_output: Tensor | None) -> Tensor | None:
-        return None if by_output is None else by_output.t().contiguous().t()
+        if by_output is None:
+            return None
+        return by_output.t().contiguous().t()
 
     return replace(factors, A=columns(factors.A), U=columns(factors.U))

@@ -20,11 +20,19 @@ from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import group_sum
 
+# Places in a layer's sums over its weights, which ranks add up in one tensor.
 _MOMENTS = slice(0, 5)
-_WEIGHT_SQUARES, _UPDATE_SQUARES, _NUM_SUMS = 5, 6, 7
-"""Places in a layer's sums: :func:`pst_ds.core.stats.score_moments` of S and |W|, the square of W0, and that of W - W0
-where the update form has no kernels."""
-_SCORE_NORM, _UPDATE_NORM, _NUM_NORMS = 0, 1, 2
+""":func:`pst_ds.core.stats.score_moments` of S and |W|."""
+_WEIGHT_SQUARES = 5
+"""The square of W0."""
+_UPDATE_SQUARES = 6
+"""The square of W - W0, where the update form has no kernels."""
+_NUM_SUMS = 7
+
+# Places in a layer's norms, which come from factors that each rank has.
+_SCORE_NORM = 0
+_UPDATE_NORM = 1
+_NUM_NORMS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +54,9 @@ class LayerStats:
     def mean_correlation(self) -> float | None:
         """Mean over the layers with a correlation; None without any."""
         known = [value for value in self.correlation if value is not None]
-        return math.fsum(known) / len(known) if known else None
+        if not known:
+            return None
+        return math.fsum(known) / len(known)
 
 
 @torch.no_grad()
@@ -57,25 +67,30 @@ def measure(model: nn.Module, *, with_scores: bool) -> LayerStats:
     exchange for all sums.
     """
     layers = settled_layers(model)
-    parts = [_Part(*each) for each in zip(layers.items(), whole_factors(list(layers.values())), strict=True)]
+    parts = list(map(_Part, layers.items(), whole_factors(list(layers.values()))))
     any_weight = parts[0].layer.pst_mask
-    here = torch.stack([part.sums(with_scores and part.learns_scores) for part in parts])
-    norms = torch.stack([part.norms(with_scores) for part in parts])
-    owned = torch.stack([norm.square() * part.counts_norms for norm, part in zip(norms, parts, strict=True)])
+    here = torch.stack([part.sums(with_scores and part.learns_scores) for part in parts])  # (layers, sums)
+    norms = torch.stack([part.norms(with_scores) for part in parts])  # (layers, norms)
+    is_counted = torch.tensor([part.counts_norms for part in parts], device=norms.device).unsqueeze(1)
+    owned = norms.square() * is_counted
+    # One exchange and one wait for the device: all numbers travel together.
     numbers = torch.cat([group_sum(torch.cat([here, owned], 1), any_weight), norms], 1).cpu()
     sums, owned, norms = numbers.split([_NUM_SUMS, _NUM_NORMS, _NUM_NORMS], 1)
     on_ranks = torch.tensor([part.layer.group is not None for part in parts]).unsqueeze(1)
+    # Norms of stacks are over the experts of all ranks; those of other layers are the same on every rank.
     norms = torch.where(on_ranks, owned.sqrt(), norms)
-    return LayerStats(
-        [
-            stats.correlation(s[_MOMENTS], part.numel) if with_scores and part.learns_scores else None
-            for part, s in zip(parts, sums, strict=True)
-        ],
-        [part.score_norm(n) if with_scores else None for part, n in zip(parts, norms, strict=True)],
-        [part.update_norm(n, s) for part, n, s in zip(parts, norms, sums, strict=True)],
-        [_finite(math.sqrt(s[_WEIGHT_SQUARES])) for s in sums],
-        with_scores,
-    )
+    measured = LayerStats(correlation=[], score_norm=[], update_norm=[], weight_norm=[], with_scores=with_scores)
+    for part, of_layer, norms_of_layer in zip(parts, sums, norms, strict=True):
+        correlation = None
+        score_norm = None
+        if with_scores and part.learns_scores:
+            correlation = stats.correlation(of_layer[_MOMENTS], part.numel)
+            score_norm = part.score_norm(norms_of_layer)
+        measured.correlation.append(correlation)
+        measured.score_norm.append(score_norm)
+        measured.update_norm.append(part.update_norm(norms_of_layer, of_layer))
+        measured.weight_norm.append(_finite(math.sqrt(of_layer[_WEIGHT_SQUARES])))
+    return measured
 
 
 class _Part:
@@ -83,14 +98,20 @@ class _Part:
 
     def __init__(self, named: tuple[str, PSTLayer], factors: Factors):
         name, self.layer = named
-        self._factors = with_contiguous_columns(factors) if self.layer.layout.transposed else factors
+        self._factors = factors
+        if self.layer.layout.transposed:
+            self._factors = with_contiguous_columns(factors)
         self._weight = current_base(self.layer)
         self._updated = updated_base(self.layer, self._weight, factors)
         """With the update of a form without kernels, whose parameters are then not in the factors."""
+        of_keys = factors
         if factors.update:
             self._factors = self._factors.of_scores()
-        base = self._weight if self.layer.constants.frozen_magnitude else self._updated
-        self._keys = LayerScores(name, self.layer, self._factors if factors.update else factors, base)
+            of_keys = self._factors
+        base = self._updated
+        if self.layer.constants.frozen_magnitude:
+            base = self._weight
+        self._keys = LayerScores(name, self.layer, of_keys, base)
         self.numel = self.layer.whole_layout.numel
         self.counts_norms = self.layer.group is not None and sharding.shard_index(self.layer.pst_mask) == 0
         """True on one of the ranks that own the same experts of a stack, whose norms are added up."""
@@ -98,7 +119,9 @@ class _Part:
 
     def sums(self, with_scores: bool) -> Tensor:
         """Return sums over this rank's weights, (_NUM_SUMS,) float64; sums of scores only ``with_scores``."""
-        sums, constants = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=self._weight.device), self.layer.constants
+        # double precision: sums of billions of squares
+        sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=self._weight.device)
+        constants = self.layer.constants
         for matrix, rect in self._rects():
             weight = self._weight.rect(rect)
             sums[_WEIGHT_SQUARES] += stats.square_sum(weight)
@@ -110,24 +133,30 @@ class _Part:
             tile = tile_factors(self._factors, self.layer.layout, matrix, rect)
             scale = self.layer.magnitude_scales[matrix.index]
             updated = updated_weight(start.float(), tile, constants)
-            scored = weight if constants.frozen_magnitude else start
+            scored = start
+            if constants.frozen_magnitude:
+                scored = weight
             sums[_MOMENTS] += stats.score_moments(score_keys(scored, tile, constants, scale), updated, scale)
         return sums
 
     def norms(self, with_scores: bool) -> Tensor:
         """Return the norms of the low-rank part of the scores and of beta U V of own experts, (_NUM_NORMS,) float64."""
         norms = torch.zeros(_NUM_NORMS, dtype=torch.float64, device=self._weight.device)
-        layout, constants = self.layer.layout, self.layer.constants
+        layout = self.layer.layout
+        constants = self.layer.constants
         if with_scores and self.learns_scores:
             norms[_SCORE_NORM] = stats.learned_score_norm(layout, self._factors, constants)
-        if self.layer.update_specs and self.layer.constants.form.has_kernels:
+        # of other forms, the square of W - W0 is summed over weights
+        if self.layer.update_specs and constants.form.has_kernels:
             norms[_UPDATE_NORM] = stats.update_norm(layout, self._factors, constants)
         return norms
 
     def score_norm(self, norms: Tensor) -> float | None:
-        return _finite(float(norms[_SCORE_NORM])) if self.learns_scores else None
+        """Return the norm of the learned part of the scores; None if it is not finite."""
+        return _finite(float(norms[_SCORE_NORM]))
 
     def update_norm(self, norms: Tensor, sums: Tensor) -> float | None:
+        """Return the norm of W - W0; None without an update, or if it is not finite."""
         if not self.layer.update_specs:
             return None
         if self.layer.constants.form.has_kernels:
@@ -135,9 +164,14 @@ class _Part:
         return _finite(math.sqrt(sums[_UPDATE_SQUARES]))
 
     def _rects(self) -> Iterator[tuple[StoredMatrix, Rect]]:
-        return ((matrix, rect) for matrix in self._keys.matrices for rect in self._keys.own_rects(matrix))
+        """Yield the rectangles of this rank's weights, with their matrix."""
+        for matrix in self._keys.matrices:
+            for rect in self._keys.own_rects(matrix):
+                yield matrix, rect
 
 
 def _finite(value: float) -> float | None:
     """Return ``value``, or None for NaN and infinity, which JSON does not have."""
-    return value if math.isfinite(value) else None
+    if not math.isfinite(value):
+        return None
+    return value

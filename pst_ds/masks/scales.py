@@ -37,10 +37,14 @@ from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import group_max, group_sum
 
-_TILE_ELEMENTS, _BAND_ELEMENTS = {"cpu": 1 << 20}, {"cpu": 1 << 17}
-"""Weights per search, of about 400 calls, and weights merged at once."""
-_BATCH_WEIGHTS, _BATCH_SCALES = 1 << 24, 1 << 22
-"""Limits of a batch of layers: weights of cut groups on a rank, and scales per exchange."""
+_TILE_ELEMENTS = {"cpu": 1 << 20}
+"""Weights per search, which makes about 400 calls, by device; other devices take 1 << 24."""
+_BAND_ELEMENTS = {"cpu": 1 << 17}
+"""Weights merged at once, so that they stay in the cache; other devices take 1 << 24."""
+_BATCH_WEIGHTS = 1 << 24
+"""Most weights of cut groups on a rank in a batch of layers."""
+_BATCH_SCALES = 1 << 22
+"""Most scales in the exchange of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,7 @@ class RoundingStats:
     errors: tuple[float, ...]
     """Sum of (M . W - quantised)^2 of each layer with a grid, in model order."""
     squares: tuple[float, ...]
-    """Sum of (M . W)^2 of each."""
+    """Sum of (M . W)^2 of each layer with a grid."""
 
     @property
     def error(self) -> float:
@@ -59,11 +63,14 @@ class RoundingStats:
 
     @property
     def layer_errors(self) -> list[float]:
-        return [_relative(error, square) for error, square in zip(self.errors, self.squares, strict=True)]
+        """Return |M . W - quantised| / |M . W| of each layer with a grid, in model order."""
+        return list(map(_relative, self.errors, self.squares))
 
 
 def _relative(error: float, square: float) -> float:
-    return math.sqrt(error / square) if square else 0.0
+    if square == 0.0:  # all weights are masked
+        return 0.0
+    return math.sqrt(error / square)
 
 
 @torch.no_grad()
@@ -75,12 +82,16 @@ def update_scales(model: nn.Module) -> RoundingStats:
     """
     named = {name: layer for name, layer in settled_layers(model).items() if layer.stored_grid is not None}
     factors = whole_factors(list(named.values()), with_scores=False)
-    weights = [_ShardWeights(*each) for each in zip(named, named.values(), factors, strict=True)]
+    weights = list(map(_ShardWeights, named, named.values(), factors))
     errors: list[float] = []
     squares: list[float] = []
     for batch in _batches(weights):
         scales, losses = _searched(batch)
-        bad = [own.name for own, loss in zip(batch, losses, strict=True) if not all(map(math.isfinite, loss))]
+        bad: list[str] = []
+        for own, loss in zip(batch, losses, strict=True):
+            if not all(map(math.isfinite, loss)):
+                bad.append(own.name)
+        # The losses are sums over all ranks, so that all ranks raise or none.
         if bad:
             raise FloatingPointError(
                 f"weights of {shortened(bad)} are not finite. Lower the learning rate of the updates, or resume from "
@@ -89,8 +100,9 @@ def update_scales(model: nn.Module) -> RoundingStats:
         for own, table in zip(batch, scales, strict=True):
             assert own.layer.pst_scales is not None
             sharding.write_whole(own.layer.pst_scales, bytes_of_scales(table))
-        errors += [error for error, _ in losses]
-        squares += [square for _, square in losses]
+        for error, square in losses:
+            errors.append(error)
+            squares.append(square)
     return RoundingStats(tuple(errors), tuple(squares))
 
 
@@ -99,33 +111,49 @@ class _ShardWeights:
 
     def __init__(self, name: str, layer: PSTLayer, factors: Factors):
         assert layer.stored_grid is not None
-        self.name, self.layer, self.stored, self.grid = name, layer, layer.stored_grid, layer.stored_grid.grid
+        self.name = name
+        self.layer = layer
+        self.stored = layer.stored_grid
+        self.grid = layer.stored_grid.grid
         self._split = layer.split()
-        self.layout, self.row_length = layer.layout, layer.layout.shape[1]
+        self.layout = layer.layout
+        self.row_length = layer.layout.shape[1]
         self._whole_factors = factors
-        kernel_factors = replace(factors, update={})
-        self._factors = with_contiguous_columns(kernel_factors) if self.layout.transposed else kernel_factors
+        # an update without kernels is in the weights that open() makes
+        self._factors = replace(factors, update={})
+        if self.layout.transposed:
+            self._factors = with_contiguous_columns(self._factors)
         self._own: OwnWeights | None = None
 
     def open(self) -> None:
         """Look up the masters and unpack the mask. Collective if :func:`sharding.master_shard` is."""
         self._own = updated_base(self.layer, current_base(self.layer), self._whole_factors)
-        self.start, self.stop, self.device = self._own.start, self._own.stop, self._own.device
+        self.start = self._own.start
+        self.stop = self._own.stop
+        self.device = self._own.device
         self._keep = unpack_shard(self.layer.own_bits(), self.stop - self.start).bool()
         period = self.stored.period
-        first, last = -(-self.start // period) * period, self.stop // period * period
-        self.whole = (first, last) if first < last else (self.stop, self.stop)
+        first = -(-self.start // period) * period
+        last = self.stop // period * period
+        if first >= last:  # a part of one period, or of two
+            first = last = self.stop
+        self.whole = (first, last)
         """Flat range of the periods that lie entirely in this shard."""
 
     def close(self) -> None:
+        """Free the weights and the mask. A batch has one layer open at a time."""
         self._own = None
         del self._keep
 
     @property
     def cut_periods(self) -> list[int]:
         """Numbers of the periods that lie in more than one shard; the same on every rank."""
-        share, period = self._split.share, self.stored.period
-        edges = range(share, self.layout.numel, share) if share else ()
+        share = self._split.share
+        period = self.stored.period
+        if share == 0:
+            return []
+        # where one shard ends and the next starts
+        edges = range(share, self.layout.numel, share)
         return sorted({edge // period for edge in edges if edge % period})
 
     @property
@@ -143,17 +171,19 @@ class _ShardWeights:
     def cut_groups(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (index of the first group among the layer's cut groups, this shard's part of groups as rows, fp32)."""
         number = {period: i * self.stored.groups_per_period for i, period in enumerate(self.cut_periods)}
+        # what lies before and after the whole periods
         for start, stop in ((self.start, self.whole[0]), (self.whole[1], self.stop)):
             for matrix in self.layout.matrices():
                 for rect in self._cut_rects(matrix.rect, start, stop):
                     weight = self._masked(matrix, rect)
                     first = number[(rect.r0 * self.row_length + rect.c0) // self.stored.period]
-                    if self.layout.transposed:
+                    if self.layout.transposed:  # a group is a part of a column
                         yield first + rect.c0, weight.t().contiguous()
                     else:
                         yield first, weight
 
     def _cut_rects(self, matrix: Rect, start: int, stop: int) -> Iterator[Rect]:
+        """Yield the rectangles of a matrix in [start, stop), each within one period."""
         period = self.stored.period
         while start < stop:
             end = min(stop, (start // period + 1) * period)
@@ -176,13 +206,18 @@ class _ShardWeights:
 def _batches(weights: Sequence[_ShardWeights]) -> Iterator[list[_ShardWeights]]:
     """Yield batches of layers, in order, within the limits and held by the same ranks; the same on every rank."""
     batch: list[_ShardWeights] = []
-    cut = scales = 0
+    cut = 0
+    scales = 0
     for own in weights:
-        cut, scales = cut + own.most_cut_weights, scales + own.stored.num_scales
+        cut += own.most_cut_weights
+        scales += own.stored.num_scales
         is_full = cut > _BATCH_WEIGHTS or scales > _BATCH_SCALES
+        # the collectives of a batch are over the ranks that hold its layers
         if batch and (is_full or own.layer.group is not batch[0].layer.group):
             yield batch
-            batch, cut, scales = [], own.most_cut_weights, own.stored.num_scales
+            batch = []
+            cut = own.most_cut_weights
+            scales = own.stored.num_scales
         batch.append(own)
     if batch:
         yield batch
@@ -190,8 +225,11 @@ def _batches(weights: Sequence[_ShardWeights]) -> Iterator[list[_ShardWeights]]:
 
 def _searched(batch: list[_ShardWeights]) -> tuple[list[Tensor], list[list[float]]]:
     """Return the scales of each layer, and its [squared error, sum of squares]. Collective."""
-    any_weight, grid, dtype = batch[0].layer.pst_mask, batch[0].grid, batch[0].layer.dtype
-    tables, sums = [], torch.zeros(len(batch), 2, dtype=torch.float64)
+    any_weight = batch[0].layer.pst_mask
+    grid = batch[0].grid
+    dtype = batch[0].layer.dtype
+    tables: list[Tensor] = []
+    sums = torch.zeros(len(batch), 2, dtype=torch.float64)  # (layers, squared error and square)
     numbers = [len(own.cut_periods) * own.stored.groups_per_period for own in batch]
     firsts = [0, *accumulate(numbers)]
     cut: list[tuple[int, int, Tensor]] = []  # layer, first group among all cut ones, this rank's part of groups
@@ -204,7 +242,8 @@ def _searched(batch: list[_ShardWeights]) -> tuple[list[Tensor], list[list[float
             at = Rect(rect.r0 // tall, rect.r1 // tall, rect.c0 // wide, rect.c1 // wide)
             table[at.slices] = found.view(at.shape)
             sums[i] += _loss(grouped, found.float(), grid)
-        cut += [(i, firsts[i] + first, grouped) for first, grouped in own.cut_groups()]
+        for first, grouped in own.cut_groups():
+            cut.append((i, firsts[i] + first, grouped))
         own.close()
         tables.append(table)
     of_cut = _cut_group_scales([part[1:] for part in cut], firsts[-1], any_weight, grid, dtype)
@@ -221,6 +260,7 @@ def _added_up(tables: list[Tensor], any_weight: nn.Parameter) -> list[Tensor]:
     """Return the sum over the ranks of a layer's tables, in which each has filled its scales. Collective."""
     if sharding.num_shards(any_weight) == 1:
         return tables
+    # Each scale is 0 on all ranks but one, so the sum of its bits as integers is exact; gloo adds no 16-bit ones.
     bits = torch.cat([table.view(torch.int16).flatten() for table in tables]).int()
     bits = group_sum(bits, any_weight, owners=True)
     parts = bits.to(torch.int16).view(SCALE_DTYPE).split([table.numel() for table in tables])
@@ -229,7 +269,8 @@ def _added_up(tables: list[Tensor], any_weight: nn.Parameter) -> list[Tensor]:
 
 def _loss(grouped: Tensor, scales: Tensor, grid: Grid) -> Tensor:
     """Return (squared error, sum of squares) of ``grouped`` quantised with the scales of its rows, (2,) float64."""
-    return torch.stack([each.sum() for each in group_losses(grouped, scales, grid)]).cpu()
+    errors, squares = group_losses(grouped, scales, grid)
+    return torch.stack([errors.sum(), squares.sum()]).cpu()
 
 
 def _cut_group_scales(
@@ -239,7 +280,9 @@ def _cut_group_scales(
     device = sharding.shard_of(any_weight).values.device
     if not total:
         return torch.empty(0, dtype=SCALE_DTYPE, device=device)
-    finite = [(slice(first, first + len(grouped)), _finite(grouped)) for first, grouped in parts]
+    finite: list[tuple[slice, Tensor]] = []  # numbers of the groups, and this rank's part of them as rows
+    for first, grouped in parts:
+        finite.append((slice(first, first + len(grouped)), _finite(grouped)))
     ends = torch.zeros(2, total, device=device)  # the largest weights, and the largest of -w
     for at, grouped in finite:
         ends[:, at] = torch.maximum(ends[:, at], torch.stack([grouped.amax(1), -grouped.amin(1)]))
@@ -259,4 +302,6 @@ def _cut_group_scales(
 
 
 def _finite(grouped: Tensor) -> Tensor:
+    """Return ``grouped`` with 0 for NaN and infinity: all ranks must end the search, whose losses then say what is
+    wrong."""
     return torch.nan_to_num(grouped, 0.0, 0.0, 0.0)
