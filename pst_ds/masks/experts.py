@@ -33,7 +33,9 @@ class ExpertRemoval(MaskSource):
             self._scores.expect(inputs)
 
     def observing(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._scores is None else self._scores.listening()
+        if self._scores is None:
+            return nullcontext()
+        return self._scores.listening()
 
     def after_batch(self) -> None:
         if self._scores is not None:
@@ -63,7 +65,8 @@ def remove_experts(model: nn.Module, scores: ExpertScores, sparsity: float) -> M
     The masks of a removed expert prune all its weights, and its router gives it no token. ``scores`` must be those of
     all ranks. Collective. Raises InputError if fewer experts would be left than a token is routed to.
     """
-    config, written = text_config(model), dict[PSTLayer, Tensor]()
+    config = text_config(model)
+    written: dict[PSTLayer, Tensor] = {}
     for router in pst_routers(model).values():
         left = experts_left(router.num_embeddings, sparsity, config, "schedule.final_sparsity =")
         before = router.kept.cpu()
@@ -80,6 +83,9 @@ def _bits(stack: PSTExpertStack, kept: Tensor) -> Tensor:
     own = stack.own_bits()
     keep = torch.zeros(stop - start, dtype=torch.uint8, device=own.device)
     for expert in kept.tolist():
-        first, last = (min(max(at, start), stop) - start for at in stack.whole_layout.expert_range(expert))
+        first, last = stack.whole_layout.expert_range(expert)
+        # the part of the expert that lies in this rank's shard; empty for most
+        first = min(max(first, start), stop) - start
+        last = min(max(last, start), stop) - start
         keep[first:last] = 1
     return pack_shard(keep, own.numel())

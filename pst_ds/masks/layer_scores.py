@@ -317,7 +317,7 @@ class LayerScores:
             # the lanes of a thread block are a power of two
             are_powers_of_two = rows & (rows - 1) == 0 and cols & (cols - 1) == 0
             serves_unit = are_powers_of_two and rows * cols <= MOST_IN_A_UNIT
-        # a kernel writes masks in whole bytes
+        # the bits of a row start at a byte
         if own is None or own.width % 8 or not serves_unit:
             return None
         first = positions_before(matrix.rect, self.row_length, self.region[0]) // (rows * cols)

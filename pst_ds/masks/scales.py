@@ -260,7 +260,7 @@ def _added_up(tables: list[Tensor], any_weight: nn.Parameter) -> list[Tensor]:
     """Return the sum over the ranks of a layer's tables, in which each has filled its scales. Collective."""
     if sharding.num_shards(any_weight) == 1:
         return tables
-    # Each scale is 0 on all ranks but one, so the sum of its bits as integers is exact; gloo adds no 16-bit ones.
+    # Each scale is 0 on all ranks but one, so the sum of its bits as integers is exact.
     bits = torch.cat([table.view(torch.int16).flatten() for table in tables]).int()
     bits = group_sum(bits, any_weight, owners=True)
     parts = bits.to(torch.int16).view(SCALE_DTYPE).split([table.numel() for table in tables])

@@ -153,7 +153,8 @@ class MaskUpdater:
             FloatingPointError: scores are not finite; raised on every rank.
         """
         optimizer = torch_optimizer(stepper)
-        step, new = applied_steps(stepper, self.step, noted=self._noted), None
+        step = applied_steps(stepper, self.step, noted=self._noted)
+        new = None
         self._noted = steps_noted()
         if step not in (self.step, self.step + 1):
             raise InputError(
@@ -174,7 +175,8 @@ class MaskUpdater:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Resume from the step of ``state`` with the model's current masks. Collective."""
-        self.step, self.masks = state["step"], mask_stats(self._model)
+        self.step = state["step"]
+        self.masks = mask_stats(self._model)
         self._noted = steps_noted()
         freeze_scores(self._model, frozen=self._scores_are_fixed)
         if self.schedules.rounding is not None:
@@ -192,7 +194,8 @@ class MaskUpdater:
 
     def _update(self, step: int) -> MaskStats | None:
         masks, scales = update_if_due(self._model, self.schedules, step, self._source)
-        self.masks, self.rounding_stats = masks or self.masks, scales or self.rounding_stats
+        self.masks = masks or self.masks
+        self.rounding_stats = scales or self.rounding_stats
         return masks
 
     def _begin(self) -> None:
@@ -206,7 +209,9 @@ class MaskUpdater:
                 f"final_sparsity = {self.schedule.final_sparsity}, but {new.sparsity:.4f} of the pruned weights are "
                 f'zero, and initial_mask = "zeros" keeps these. Set final_sparsity = {new.sparsity:.4f}'
             )
-        start = new.sparsity if new else self.schedule.sparsity_at(0)
+        start = self.schedule.sparsity_at(0)
+        if new:
+            start = new.sparsity
         if start + SPARSITY_TOLERANCE < found and is_main():
             warnings.warn(
                 f"the model's masks have a sparsity of {found:.3g}, and the schedule starts at {start:.3g}: pruned "
@@ -262,7 +267,8 @@ def _stop_scores(optimizer: Optimizer, stop: bool) -> None:
 
 def _require_called(model: nn.Module) -> None:
     """Raise InputError on every rank for pruned layers that no rank has called. Collective."""
-    layers, config = list(pst_layers(model)), getattr(model, "pst_config", PSTConfig())
+    layers = list(pst_layers(model))
+    config = getattr(model, "pst_config", PSTConfig())
     idle = set(layers_never_called(model))
     called_by_rank = all_gather_objects(bytes(name not in idle for name in layers))
     called = {name for name, *flags in zip(layers, *called_by_rank, strict=True) if any(flags)}

@@ -91,21 +91,31 @@ class _Problem:
 
     def solve(self) -> tuple[Tensor, Tensor]:
         """Return (W0 in the layer's dtype, mask as uint8 0/1), both in storage shape. Raises InputError."""
-        layout, keep = self.layer.layout, torch.empty(self.weight.shape, dtype=torch.uint8, device=self.weight.device)
-        gram = self.gram if bool(self.gram.any()) else torch.eye(len(self.gram), device=self.gram.device)
+        layout = self.layer.layout
+        keep = torch.empty(self.weight.shape, dtype=torch.uint8, device=self.weight.device)
+        gram = self.gram
+        if not bool(gram.any()):  # the layer got no input, or zeros: prune by magnitude
+            gram = torch.eye(len(gram), device=gram.device)
         inputs = unit_gram(gram)
         for matrix in layout.matrices():
             at = matrix.rect.slices
-            weight = self.weight[at].t() if layout.transposed else self.weight[at]
+            weight = self.weight[at]
+            if layout.transposed:
+                weight = weight.t()
             rows = self.rows[matrix.outputs]
+            # Outputs whose gradient is large count more; the least factor keeps others from losing all their weights.
             factors = (rows / rows.mean().clamp(min=1e-300)).sqrt().clamp_(_LEAST_ROW).float().unsqueeze(1)
             try:
                 made = alps(weight * factors, inputs, self.layer.rule.pattern, self.sparsity)
             except FloatingPointError as error:
                 raise InputError(f"{self.name}: {error}. Lower the learning rates, or beta") from None
             values = made.weight / factors
-            self.weight[at] = values.t() if layout.transposed else values
-            keep[at] = made.keep.t() if layout.transposed else made.keep
+            kept = made.keep
+            if layout.transposed:
+                values = values.t()
+                kept = kept.t()
+            self.weight[at] = values
+            keep[at] = kept
         return ((self.weight - self.change) * keep).to(self.layer.dtype), keep
 
 
@@ -116,17 +126,22 @@ def solve_masks(model: nn.Module, sums: GradientSums, sparsity: float, progress:
     Layers with their own final sparsity have ``progress`` times that. Ranks solve one layer each at a time. Collective.
     Raises InputError on every rank for a weight that is not finite.
     """
-    layers, statistics = pst_layers(model), sums.statistics()
+    layers = pst_layers(model)
+    statistics = sums.statistics()
     factors = dict(zip(layers, whole_factors(list(layers.values())), strict=True))
-    written = {}
+    written: dict[PSTLayer, Tensor] = {}
+    # As many layers at a time as there are ranks: all gather each of them, and then each rank solves one.
     for first in range(0, len(layers), world_size()):
         names = list(layers)[first : first + world_size()]
         problem = None
         for turn, name in enumerate(names):
             heartbeat(f"the masks of {name}")
-            layer, (gram, rows) = layers[name], next(statistics)
-            final = layer.rule.final_sparsity
-            target = sparsity if final is None else final * progress
+            layer = layers[name]
+            # Each rank takes all statistics, since they are exchanged in the order of the layers.
+            gram, rows = next(statistics)
+            target = sparsity
+            if layer.rule.final_sparsity is not None:
+                target = layer.rule.final_sparsity * progress
             assert layer.weight is not None
             with sharding.gathered([layer.weight, layer.pst_mask]):
                 if turn == rank():
@@ -140,12 +155,17 @@ def solve_masks(model: nn.Module, sums: GradientSums, sparsity: float, progress:
 
 
 def _solved(problem: _Problem | None) -> tuple[Tensor, Tensor]:
-    return (torch.empty(0), torch.empty(0)) if problem is None else problem.solve()
+    """Return the solution of this rank's problem; empty tensors on a rank without one."""
+    if problem is None:
+        return torch.empty(0), torch.empty(0)
+    return problem.solve()
 
 
 def _merged(layer: PSTLayer, factors: Factors, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return M . (W0 + beta U V) and beta U V, fp32 in storage shape. The parameters must be gathered."""
-    layout, weight, bits = layer.layout, layer.dense_weight().to(device), layer.pst_mask.detach().to(device)
+    layout = layer.layout
+    weight = layer.dense_weight().to(device)
+    bits = layer.pst_mask.detach().to(device)
     merged = torch.empty(layout.shape, device=device)
     for matrix in layout.matrices():
         at = matrix.rect.slices

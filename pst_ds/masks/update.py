@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pst_ds.core.bits import join_bits, pack_shard
 from pst_ds.core.coded_weight import OwnWeights
 from pst_ds.core.criteria.criterion import Criterion
-from pst_ds.core.kernels.triton.bit_sums import BitsOfShard, ShardBits, placed_bits, replace_bits
+from pst_ds.core.kernels.triton.bit_sums import BitsOfShard, MatrixBits, ShardBits, placed_bits, replace_bits
 from pst_ds.core.kernels.triton.launch import serves
 from pst_ds.masks.layer_scores import LayerScores, current_base, whole_factors
 from pst_ds.masks.sharded_select import Kept, Matrix, as_run, select_kept, weights_kept
@@ -41,10 +41,12 @@ class MaskStats:
 
     @property
     def sparsity(self) -> float:
+        """Share of all weights that is pruned."""
         return self.num_pruned / self.num_weights
 
     @property
     def flip_rate(self) -> float:
+        """Share of all mask bits that changed."""
         return self.num_flipped / self.num_weights
 
     def totals(self) -> dict[str, int | str]:
@@ -76,13 +78,18 @@ def update_masks(
     """
     layers = settled_layers(model)
     keyed = _layer_keys(layers, criterion, gradients or {})
-    own_targets = [k.layer.rule.final_sparsity for k in keyed]
-    targets = [sparsity if own is None else own * progress for own in own_targets]
-    parts = [(part, target) for k, target in zip(keyed, targets, strict=True) for part in k.of_all_ranks()]
-    matrices = [Matrix(part, b, target) for part, target in parts for b in part.matrices]
-    kept, here = select_kept(matrices, next(iter(layers.values())).pst_mask), set(map(id, keyed))
-    own = ((matrix, bits) for matrix, bits in zip(matrices, kept, strict=True) if id(matrix.layer) in here)
-    written = _shard_bits(keyed, own)
+    # Every rank selects in the same matrices and in the same order, also in those of experts that others own.
+    matrices: list[Matrix] = []
+    for layer in keyed:
+        target = sparsity
+        if layer.rule.final_sparsity is not None:
+            target = layer.rule.final_sparsity * progress
+        for part in layer.of_all_ranks():
+            for stored in part.matrices:
+                matrices.append(Matrix(part, stored, target))
+    kept = select_kept(matrices, next(iter(layers.values())).pst_mask)
+    here = ((matrix, bits) for matrix, bits in zip(matrices, kept, strict=True) if not matrix.layer.is_elsewhere)
+    written = _shard_bits(keyed, here)
     return mask_stats(model, written)
 
 
@@ -91,16 +98,23 @@ def mask_stats(model: nn.Module, written: Mapping[PSTLayer, Tensor] | None = Non
 
     Collective: one sum over ranks for all layers.
     """
-    layers = settled_layers(model) if written is None else pst_layers(model)
+    if written is None:
+        written = {}
+        layers = settled_layers(model)
+    else:
+        layers = pst_layers(model)  # the caller has settled them
     any_mask = next(iter(layers.values())).pst_mask
-    shards = []
+    shards: list[ShardBits] = []
     for name, layer in layers.items():
-        before, (start, stop) = layer.own_bits(), layer.own_range()
-        after = before if written is None else written.get(layer, before)
+        before = layer.own_bits()
+        after = written.get(layer, before)
+        start, stop = layer.own_range()
+        # the name in the checksum tells two layers with equal masks apart
         shards.append(ShardBits(before, after, stop - start, start, zlib.crc32(name.encode())))
     sums = replace_bits(shards)
-    for layer, bits in (written or {}).items():
+    for layer, bits in written.items():
         layer.own_bits_changed(bits)
+    # One wait for the device, before any rank gathers a mask.
     sharding.finish_writes(any_mask)
     flips, kept, checksums = group_sum(sums, any_mask).t().tolist()
     num_weights = sum(layer.whole_layout.numel for layer in layers.values())
@@ -110,16 +124,25 @@ def mask_stats(model: nn.Module, written: Mapping[PSTLayer, Tensor] | None = Non
 
 def _shard_bits(keyed: Sequence[LayerScores], kept: Iterator[tuple[Matrix, Kept]]) -> dict[PSTLayer, Tensor]:
     """Return this rank's mask bits of each layer, from the ``kept`` bits of the matrices of one layer after another."""
-    found, by_kernels = dict[PSTLayer, Tensor](), dict[PSTLayer, BitsOfShard]()
+    found: dict[PSTLayer, Tensor] = {}
+    by_kernels: dict[PSTLayer, BitsOfShard] = {}
     for layer in keyed:
-        own = list(islice(kept, len(layer.matrices)))
+        of_layer = list(islice(kept, len(layer.matrices)))
         num_bytes = layer.layer.own_bits().numel()
-        runs = [run for m, bits in own if (run := as_run(m, bits))] if serves(layer.device) else []
-        in_torch = [(m, bits) for m, bits in own if isinstance(bits, Tensor)]
-        if len(runs) == len(own):
+        runs: list[MatrixBits] = []
+        in_torch: list[tuple[Matrix, Tensor]] = []
+        for matrix, bits in of_layer:
+            run = as_run(matrix, bits) if serves(layer.device) else None
+            if run:
+                runs.append(run)
+            if isinstance(bits, Tensor):
+                in_torch.append((matrix, bits))
+        if len(runs) == len(of_layer):
             by_kernels[layer.layer] = BitsOfShard(layer.start, layer.stop, num_bytes, runs)
         elif layer.unit == (1, 1) and layer.in_order:
-            found[layer.layer] = join_bits([(bits, layer.num_units(m.stored)) for m, bits in in_torch], num_bytes)
+            # bits of one matrix follow those of another, so that they are joined without unpacking them
+            pieces = [(bits, layer.num_units(matrix.stored)) for matrix, bits in in_torch]
+            found[layer.layer] = join_bits(pieces, num_bytes)
         else:
             keep = torch.empty(layer.stop - layer.start, dtype=torch.uint8, device=layer.device)
             for matrix, bits in in_torch:
@@ -127,6 +150,7 @@ def _shard_bits(keyed: Sequence[LayerScores], kept: Iterator[tuple[Matrix, Kept]
                     layer.write_own(keep, rect, mask)
             found[layer.layer] = pack_shard(keep, num_bytes)
     if by_kernels:
+        # one launch for all layers
         placed = placed_bits(list(by_kernels.values()), next(iter(by_kernels)).pst_mask.device)
         found.update(zip(by_kernels, placed, strict=True))
     return found
@@ -141,10 +165,13 @@ def _layer_keys(
     own_weights: dict[PSTLayer, OwnWeights] = {}
     for layer, of_layer in zip(layers.values(), factors, strict=True):
         base = current_base(layer)
-        own_weights[layer] = base if layer.constants.frozen_magnitude else updated_base(layer, base, of_layer)
+        if not layer.constants.frozen_magnitude:
+            base = updated_base(layer, base, of_layer)
+        own_weights[layer] = base
     halo_of: dict[PSTLayer, Halo] = {}
     for on_ranks in (False, True):  # fewer ranks hold the same experts
         some = [layer for layer in wide if (layer.group is not None) == on_ranks]
+        # called without layers too: whether there are any is the same on every rank
         halos = fetch_halos(
             [w.pst_mask for w in some],
             [w.split() for w in some],
@@ -152,15 +179,17 @@ def _layer_keys(
             [own_weights[w].values for w in some],
         )
         halo_of |= zip(some, halos, strict=True)
-    return [
-        LayerScores(
+    keyed: list[LayerScores] = []
+    for (name, layer), of_layer in zip(layers.items(), factors, strict=True):
+        scores = LayerScores(
             name,
             layer,
-            factors=replace(own, update={}),
+            # an update without kernels is in the weights already
+            factors=replace(of_layer, update={}),
             own=own_weights[layer],
             halo=halo_of.get(layer),
             criterion=criterion,
             gradient=gradients.get(name),
         )
-        for (name, layer), own in zip(layers.items(), factors, strict=True)
-    ]
+        keyed.append(scores)
+    return keyed
