@@ -16,6 +16,7 @@ from torch import nn
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.masks.update import update_masks
+from pst_ds.nn.flat_factors import flatten_factors
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
@@ -109,6 +110,7 @@ def measure(job: dict[str, Any], memory: Memory) -> dict[str, Any]:
     inject_pst(model, PSTConfig(modules_to_save=()))
     memory.phase("inject")
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}]
+    flatten_factors(model, groups)
     engine = build_engine(model, groups, ds_config=job["ds_config"])
     memory.phase("initialize")
     seconds = {"build": time.perf_counter() - started}
