@@ -1,9 +1,11 @@
 """Sizes of a model, from which the memory and the time of a run are computed."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Literal, Self, TypeAlias
 
 from pst_ds.core.bracket import sample_size
+
+Kind: TypeAlias = Literal["weight", "factor", "mask", "scales"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +16,7 @@ class TensorGroup:
     element_size: int
     count: int = 1
     trainable: bool = False
-    kind: Literal["weight", "factor", "mask", "scales"] = "weight"
+    kind: Kind = "weight"
     """A "factor" belongs to a pruned matrix: every rank gathers its fp32 master for a mask update. "scales" quantise a
     layer's weights during training. Everything else is a "weight"."""
     stands_for: int | None = None

@@ -20,7 +20,7 @@ from pst_ds.nn.model_structure import experts_per_token, is_linear, linear_shape
 from pst_ds.nn.tables.coded import CodedOutput, coded_tables
 from pst_ds.parallel import sharding
 from pst_ds.planning.memory import layer_work_bytes
-from pst_ds.planning.model_numbers import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup
+from pst_ds.planning.model_numbers import Kind, MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup
 from pst_ds.planning.start import BlockSizes, InputGroup
 from pst_ds.prune.blocks import block_of, find_blocks
 
@@ -33,49 +33,84 @@ Group = TypeVar("Group", TensorGroup, ModuleNumbers, MatrixGroup)
 def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
     """Count an injected model, gathered or partitioned, with or without values, for training on "cpu" or "cuda"."""
     layers = pst_layers(model)
-    tables = coded_tables(model).values()
-    sliced = sum(math.prod(table.shape) for table in tables if isinstance(table, CodedOutput))
+    sliced_weights = 0
+    for table in coded_tables(model).values():
+        if isinstance(table, CodedOutput):
+            sliced_weights += math.prod(table.shape)
+    dense_weights = sliced_weights
+    modules: list[ModuleNumbers] = []
+    for module in model.modules():
+        if module._parameters:
+            modules.append(_module_numbers(module, device))
+        if is_linear(module):
+            dense_weights += math.prod(linear_shape(module))
+    matrices: list[MatrixGroup] = []
+    score_rank = 0
+    update_rank = 0
+    updated_weights = 0
+    products = 0
+    for name, layer in layers.items():
+        group = _matrix_group(model, name, layer)
+        matrices.extend([group] * layer.layout.num_matrices)
+        score_rank = max(score_rank, _rank(layer, "B"))
+        if _has_kernels(layer):
+            update_rank = max(update_rank, _rank(layer, "V"))
+        else:
+            updated_weights += layer.layout.numel
+        products += layer.layout.in_features**2
     return ModelNumbers(
         tensors=_tensors(model),
-        modules=_counted(_module_numbers(module, device) for module in model.modules() if module._parameters),
-        matrices=_counted(
-            MatrixGroup(
-                layer.layout.matrix_numel,
-                share=_share_of_tokens(model, name, layer),
-                per_layer=layer.layout.num_matrices if layer.layout.num_experts > 1 else 1,
-                by_kernels=_by_kernels(layer),
-                kind=layer.rule.pattern.kind,
-            )
-            for name, layer in layers.items()
-            for _ in layer.layout.matrices()
-        ),
-        score_rank=max((_rank(layer, "B") for layer in layers.values()), default=0),
-        update_rank=max((_rank(layer, "V") for layer in layers.values() if _has_kernels(layer)), default=0),
-        updated_weights=sum(layer.layout.numel for layer in layers.values() if not _has_kernels(layer)),
-        dense_weights=sliced + sum(math.prod(linear_shape(m)) for m in model.modules() if is_linear(m)),
-        sliced_weights=sliced,
+        modules=_counted(modules),
+        matrices=_counted(matrices),
+        score_rank=score_rank,
+        update_rank=update_rank,
+        updated_weights=updated_weights,
+        dense_weights=dense_weights,
+        sliced_weights=sliced_weights,
         attention_width=_attention_width(model),
         dispatch_width=_dispatch_width(model, layers),
-        products=sum(layer.layout.in_features**2 for layer in layers.values()),
+        products=products,
+    )
+
+
+def _matrix_group(model: nn.Module, name: str, layer: PSTLayer) -> MatrixGroup:
+    """Return one matrix of ``layer``; the layer has ``num_matrices`` of them."""
+    per_layer = 1
+    if layer.layout.num_experts > 1:
+        per_layer = layer.layout.num_matrices
+    return MatrixGroup(
+        layer.layout.matrix_numel,
+        share=_share_of_tokens(model, name, layer),
+        per_layer=per_layer,
+        by_kernels=_by_kernels(layer),
+        kind=layer.rule.pattern.kind,
     )
 
 
 def block_sizes(model: nn.Module, numbers: ModelNumbers) -> BlockSizes:
     """Count the largest block of an injected model with ``numbers``. Raises InputError for layers outside of blocks."""
     layers = pst_layers(model)
-    outputs = Counter[tuple[str, int, int]]()
     stack, blocks = find_blocks(model, list(layers))
+    layers_of_blocks: dict[int, dict[str, PSTLayer]] = {}
     sizes: Counter[int] = Counter()
     for name, layer in layers.items():
-        sizes[block_of(name, stack)] += layer.layout.numel
+        number = block_of(name, stack)
+        layers_of_blocks.setdefault(number, {})[name] = layer
+        sizes[number] += layer.layout.numel
     index, numel = sizes.most_common(1)[0]
-    own = {name: layer for name, layer in layers.items() if block_of(name, stack) == index}
-    for name, layer in own.items():  # the inputs of q, k and v are the same, and those of gate and up
+    own = layers_of_blocks[index]
+    outputs = Counter[tuple[str, int, int]]()  # outputs by what their inputs are: module, width, experts
+    for name, layer in own.items():
         one = layer.layout.expert
-        number = layer.layout.num_experts
-        outputs[name if number > 1 else name.rpartition(".")[0], one.in_features, number] += one.out_features
-    others = (module for module in blocks[index].modules() if not isinstance(module, PSTLayer))
-    numel += sum(sharding.full_numel(param) for module in others for param in module.parameters(recurse=False))
+        experts = layer.layout.num_experts
+        # layers of one parent have the same inputs: q, k and v, or gate and up; stacks are counted separately
+        place = name
+        if experts == 1:
+            place = name.rpartition(".")[0]
+        outputs[place, one.in_features, experts] += one.out_features
+    for module in blocks[index].modules():
+        if not isinstance(module, PSTLayer):
+            numel += sum(map(sharding.full_numel, module.parameters(recurse=False)))
     return BlockSizes(
         blocks=len(blocks),
         numel=numel,
@@ -89,25 +124,35 @@ def block_sizes(model: nn.Module, numbers: ModelNumbers) -> BlockSizes:
 
 
 def _tensors(model: nn.Module) -> tuple[TensorGroup, ...]:
-    layers = pst_layers(model).values()
-    tables = coded_tables(model).values()
-    factors = {id(param) for layer in layers for _, param in layer.factor_parameters()}
-    masks, scales = ({id(getattr(layer, part)) for layer in layers} for part in ("pst_mask", "pst_scales"))
-    coded = [(layer.layout.numel, layer.base_codes) for layer in layers if layer.base_codes is not None]
-    stands_for = {id(base.codes): numel for numel, base in coded} | {id(base.scales): 0 for _, base in coded}
-    stands_for |= {id(table.codes): math.prod(table.shape) for table in tables} | {id(t.scales): 0 for t in tables}
-    in_stacks = {id(p) for layer in layers if isinstance(layer, PSTExpertStack) for p in layer.parameters()}
-    groups = []
+    """Return the parameters of ``model`` in groups of equal ones."""
+    kinds: dict[nn.Parameter, Kind] = {}
+    stands_for: dict[nn.Parameter, int] = {}
+    in_stacks: set[nn.Parameter] = set()
+    for layer in pst_layers(model).values():
+        kinds[layer.pst_mask] = "mask"
+        if layer.pst_scales is not None:
+            kinds[layer.pst_scales] = "scales"
+        for _, factor in layer.factor_parameters():
+            kinds[factor] = "factor"
+        if layer.base_codes is not None:
+            stands_for[layer.base_codes.codes] = layer.layout.numel
+            stands_for[layer.base_codes.scales] = 0
+        if isinstance(layer, PSTExpertStack):
+            in_stacks.update(layer.parameters())
+    for table in coded_tables(model).values():
+        stands_for[table.codes] = math.prod(table.shape)
+        stands_for[table.scales] = 0
+    groups: list[TensorGroup] = []
     for param in model.parameters():
-        key = id(param)
-        group = TensorGroup(sharding.full_numel(param), param.element_size(), 1, param.requires_grad)
-        if key in factors:
-            group = replace(group, kind="factor")
-        elif key in masks:
-            group = replace(group, kind="mask")
-        elif key in scales:
-            group = replace(group, kind="scales")
-        groups.append(replace(group, stands_for=stands_for.get(key), in_stack=key in in_stacks))
+        group = TensorGroup(
+            sharding.full_numel(param),
+            param.element_size(),
+            trainable=param.requires_grad,
+            kind=kinds.get(param, "weight"),
+            stands_for=stands_for.get(param),
+            in_stack=param in in_stacks,
+        )
+        groups.append(group)
     return _counted(groups)
 
 
@@ -121,15 +166,20 @@ def _share_of_tokens(model: nn.Module, name: str, layer: PSTLayer) -> float:
 
 
 def _dispatch_width(model: nn.Module, layers: dict[str, PSTLayer]) -> int:
-    stacks = {name.rpartition(".")[0] for name, layer in layers.items() if isinstance(layer, PSTExpertStack)}
-    chosen = sum(experts_per_token(model.get_submodule(name).config) for name in stacks)
-    return chosen * model_width(model) if stacks else 0
+    """Return values that a token sends to its experts, summed over the blocks with experts."""
+    experts_modules = {name.rpartition(".")[0] for name, layer in layers.items() if isinstance(layer, PSTExpertStack)}
+    if not experts_modules:
+        return 0
+    chosen = sum(experts_per_token(model.get_submodule(name).config) for name in experts_modules)
+    return chosen * model_width(model)
 
 
 def _rank(layer: PSTLayer, factor: str) -> int:
     """Return the rank of the pair that ends in ``factor``; 0 without it."""
     param = dict(layer.factor_parameters()).get(factor)
-    return 0 if param is None else sharding.full_shape(param)[0] // layer.layout.num_matrices
+    if param is None:
+        return 0
+    return sharding.full_shape(param)[0] // layer.layout.num_matrices
 
 
 def _attention_width(model: nn.Module) -> int:
@@ -152,6 +202,7 @@ def _counted(groups: Iterable[Group]) -> tuple[Group, ...]:
 
 
 def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
+    """Return what ZeRO-3 gathers for a module, and the memory of its product."""
     params = [p for p in module._parameters.values() if p is not None]
     by_dtype: Counter[object] = Counter()
     for param in params:
@@ -169,8 +220,11 @@ def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
             work += FORM_BYTES * module.layout.matrix_numel
         bands = _num_bands(module, device)
         if experts > 1 and merges(module.layout, module.dtype, device):
-            at_once = experts_at_once(module.layout, module.dtype.itemsize, module.tile_bytes) if by_kernels else 0
-            groups = -(-experts // at_once) if by_kernels else 0
+            at_once = 0
+            if by_kernels:
+                at_once = experts_at_once(module.layout, module.dtype.itemsize, module.tile_bytes)
+                groups = -(-experts // at_once)
+            # M . W of the whole stack, and gradients of the experts at once
             whole = module.layout.numel + 2 * at_once * module.layout.expert.numel
             work = max(work, module.dtype.itemsize * whole)
     elif isinstance(module, CodedOutput):
@@ -187,19 +241,25 @@ def _has_kernels(layer: PSTLayer) -> bool:
 
 
 def _by_kernels(layer: PSTLayer) -> bool:
-    weight = layer.weight  # None if it is stored quantised
-    if weight is not None and weight.requires_grad:
-        return False
+    """Return whether a GPU's kernels merge the layer's weight."""
     if not _has_kernels(layer):
         return False
-    return supports(None if weight is None else weight.dtype, layer.layout.numel, layer.num_shards)
+    dtype = None  # of a weight that is stored quantised
+    if layer.weight is not None:
+        dtype = layer.weight.dtype
+        if layer.weight.requires_grad:
+            return False
+    return supports(dtype, layer.layout.numel, layer.num_shards)
 
 
 def _num_bands(layer: PSTLayer, device: str) -> int:
     """Count the bands of a backward pass, all experts included: rows that a tile and a fused matrix have in common."""
     one = layer.layout.expert
     tiles = plan_tiles(one, layer.dtype.itemsize, layer.tile_bytes, device_type=device)
-    shared = (tile.meet(matrix.rect) for tile in tiles.rects for matrix in one.matrices())
-    return layer.layout.num_experts * sum(
-        len(list(row_tiles(part, tiles.band_elements))) for part in shared if part is not None
-    )
+    bands = 0
+    for tile in tiles.rects:
+        for matrix in one.matrices():
+            shared = tile.meet(matrix.rect)
+            if shared is not None:
+                bands += len(list(row_tiles(shared, tiles.band_elements)))
+    return layer.layout.num_experts * bands
