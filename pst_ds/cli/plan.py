@@ -179,10 +179,11 @@ def _steps(plan: Plan) -> Iterator[str]:
         yield f"  memory of a rank, parts at different times: {_listed(cost.memory, bytes_text)}"
         yield f"  expected on {plan.machine}: {_listed(cost.time, _seconds)}; {_listed(cost.traffic, bytes_text)}"
     if schedule:
-        yield (
-            f"{schedule.mask_updates} mask updates, steps {schedule.first_update} to {schedule.last_update}: "
-            + ", ".join(f"{step}: {value:.3f}" for step, value in schedule.sparsity_at.items())
-        )
+        sparsities = ", ".join(f"{step}: {value:.3f}" for step, value in schedule.sparsity_at.items())
+        updates = f"{schedule.mask_updates} mask updates, steps {schedule.first_update} to {schedule.last_update}"
+        if schedule.mask_updates == 1:
+            updates = f"masks are chosen once, at step {schedule.first_update}"
+        yield f"{updates}: {sparsities}"
     if rounding:
         yield f"weights rounded to {rounding.grid}, from step {rounding.start} on: {rounding.searches} searches"
 
