@@ -187,7 +187,8 @@ def place_frozen(
     zero = config.get("zero_optimization")
     if not isinstance(zero, dict) or zero_stage(config) != 3:
         return 0
-    stated, offloads = zero.get("zero_hpz_partition_size"), _look_up(zero, "offload_param.device") == "cpu"
+    stated = zero.get("zero_hpz_partition_size")
+    offloads = _look_up(zero, "offload_param.device") == "cpu"
     if wanted == "auto" and stated is not None:
         size = min(_int_or(stated, 1), ranks)
         return size if size > 1 else 0

@@ -60,7 +60,8 @@ class LocalEngine:
     ):
         self.module = module
         self.global_steps = self.skipped_steps = self._micro_steps = 0
-        self._accumulation, self._clipping = gradient_accumulation_steps, gradient_clipping
+        self._accumulation = gradient_accumulation_steps
+        self._clipping = gradient_clipping
         self._applied = False
         self._grad_norm: float | None = None
         params = [param for group in param_groups for param in group["params"]]

@@ -22,4 +22,6 @@ def copy_ranks(wanted: str, frozen_bytes: int, ranks: int, node_size: int, memor
     if wanted == "sharded" or node_size >= ranks or ranks % node_size:
         return 0
     fits = 0 < frozen_bytes / ranks + frozen_bytes / node_size <= MAX_SHARE * memory
-    return node_size if wanted == "node" or fits else 0
+    if wanted == "node" or fits:
+        return node_size
+    return 0

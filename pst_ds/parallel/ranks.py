@@ -230,10 +230,23 @@ def _rank_sums(all_sum: Callable[[Tensor], Tensor], rank: int, number: int) -> R
     return RankSums(all_sum, sum_of_lower_ranks)
 
 
+def _group_size(param: nn.Parameter, *, owners: bool) -> int:
+    """Return the number of ranks of :func:`_group`, also where there is no process group."""
+    if owners:
+        return sharding.num_shards(param)
+    return sharding.num_holders(param)
+
+
+def _group(param: nn.Parameter, *, owners: bool) -> dist.ProcessGroup | None:
+    if owners:
+        return sharding.process_group(param)
+    return sharding.holders(param)
+
+
 def _reduce(values: Tensor, param: nn.Parameter, op: dist.ReduceOp.RedOpType, *, owners: bool) -> Tensor:
-    if (sharding.num_shards(param) if owners else sharding.num_holders(param)) == 1:
+    if _group_size(param, owners=owners) == 1:
         return values
-    group = sharding.process_group(param) if owners else sharding.holders(param)
+    group = _group(param, owners=owners)
     from_host = values.device.type == "cpu"  # the device queues such a copy, so the host need not wait
     on_device = values.to(sharding.shard_of(param).values.device, non_blocking=from_host)
     if dist.get_backend(group) == "nccl":
@@ -257,8 +270,8 @@ def group_max(values: Tensor, param: nn.Parameter, *, owners: bool = False) -> T
 
 def rank_sums(param: nn.Parameter, *, owners: bool = False) -> RankSums:
     """Return the collectives of selection over the ranks of :func:`group_sum`."""
-    number = sharding.num_shards(param) if owners else sharding.num_holders(param)
+    number = _group_size(param, owners=owners)
     if number == 1:
         return RankSums()
-    rank_in_group = dist.get_rank(sharding.process_group(param) if owners else sharding.holders(param))
+    rank_in_group = dist.get_rank(_group(param, owners=owners))
     return _rank_sums(lambda counts: group_sum(counts, param, owners=owners), rank_in_group, number)

@@ -57,7 +57,8 @@ class SequenceParallel:
 
         ``positions``: positions in the whole sequences, (sequences, length) int64, which restart at 0 in each document.
         """
-        self._positions, self._is_sharing = positions, True
+        self._positions = positions
+        self._is_sharing = True
         self._mask = document_mask((positions == 0).cumsum(1)) if self._takes_masks else None
         try:
             yield
