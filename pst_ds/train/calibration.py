@@ -34,6 +34,7 @@ def calibrate(context: RunContext, engine: Engine, examples: ExampleSet, *, resu
     if is_main():
         from safetensors.torch import save
 
+        # in a file next to the checkpoints, which need not repeat them: they never change
         write_bytes_atomic(folder / NORMS_FILE, save({name: values.contiguous() for name, values in norms.items()}))
     set_norms(engine.module, norms)
 
@@ -47,12 +48,13 @@ def activation_norms(
     of experts has (E*I,), divided by the mean of each expert. Where all inputs of an expert are zero, because it saw no
     tokens, the norms are 1, so its weights are ranked by magnitude.
     """
-    layers, found = pst_layers(engine.module), {}
+    layers = pst_layers(engine.module)
+    relative_norms = {}
     for name, sums in summed_squares(engine, context, examples, indices).items():
-        norms = sums.sqrt().view(layers[name].layout.num_experts, -1)
+        norms = sums.sqrt().view(layers[name].layout.num_experts, -1)  # (experts, inputs)
         mean = norms.mean(1, keepdim=True)
-        found[name] = torch.where(mean > 0, norms / mean, 1.0).float().flatten()
-    return found
+        relative_norms[name] = torch.where(mean > 0, norms / mean, 1.0).float().flatten()
+    return relative_norms
 
 
 @torch.no_grad()
@@ -69,10 +71,15 @@ def summed_squares(
     for batch, turns in _batches(engine, context, examples, indices):
         gatherer = InputGatherer(squares)
         gatherer.begin(batch)
-        with bypassed(engine.module), gatherer.listening(layers) if rank() < turns else nullcontext():
+        listening = gatherer.listening(layers) if rank() < turns else nullcontext()
+        with bypassed(engine.module), listening:
             engine(**batch)
-        parts = [gatherer.sums.get(name, InputSum()).total for name in layers]
-        sums = torch.cat([totals.new_zeros(n) if s is None else s.flatten() for n, s in zip(sizes, parts, strict=True)])
+        parts = []
+        for name, size in zip(layers, sizes, strict=True):
+            total = gatherer.sums.get(name, InputSum()).total
+            # None for a layer that was not called, and on a rank whose batch is a repetition
+            parts.append(totals.new_zeros(size) if total is None else total.flatten())
+        sums = torch.cat(parts)
         # Every rank adds the sums of one batch after the other, in the order of the batches, so they are
         # bit-identical on any number of ranks; an all-reduce would not be. Memory does not grow with the ranks.
         for source in range(turns):
@@ -86,14 +93,16 @@ def observe_calibration(context: RunContext, engine: Engine, examples: ExampleSe
     drawn, chosen = _sample(context, examples)
     for batch, turns in _batches(engine, context, drawn, chosen):
         source.expect(inputs_of_layers(engine.module, batch))
-        with source.observing() if rank() < turns else nullcontext():
+        observing = source.observing() if rank() < turns else nullcontext()
+        with observing:
             engine(**batch)
     source.after_batch()
 
 
 def _sample(context: RunContext, examples: ExampleSet) -> tuple[ExampleSet, list[int]]:
     """Draw the run's calibration examples. Collective."""
-    run, count = context.run, min(context.run.pst.calibration_examples, len(examples))
+    run = context.run
+    count = min(run.pst.calibration_examples, len(examples))
     return raise_on_all_ranks(lambda: context.task.sample(examples, count, f"{run.seed}/calibration"))
 
 
@@ -109,9 +118,10 @@ def _batches(
     engine.eval()
     for first in range(0, len(batches), world_size()):
         heartbeat("the calibration pass")
-        own = [indices[i] for i in batches[min(first + rank(), len(batches) - 1)]]
-        batch = context.task.collate(examples, own, context.tokenizer)
-        inputs = {k: v.to(context.device) for k, v in batch.items() if k != "labels"}
+        # a rank that runs out of batches repeats the last one, which its caller must not count
+        positions = batches[min(first + rank(), len(batches) - 1)]
+        batch = context.task.collate(examples, [indices[i] for i in positions], context.tokenizer)
+        inputs = {name: values.to(context.device) for name, values in batch.items() if name != "labels"}
         yield inputs, min(world_size(), len(batches) - first)
     engine.train()
 
@@ -136,6 +146,8 @@ def _load_norms(folder: Path, model: nn.Module) -> dict[str, Tensor]:
             f'{path} cannot be read ({error}): a run with pst.magnitude = "activation" needs the norms it started with'
             ". Restore the file, or start a new run."
         ) from None
-    if {n: tuple(v.shape) for n, v in norms.items()} != {n: (x.layout.num_inputs,) for n, x in layers.items()}:
+    shapes = {name: tuple(values.shape) for name, values in norms.items()}
+    expected = {name: (layer.layout.num_inputs,) for name, layer in layers.items()}
+    if shapes != expected:
         raise ConfigError(f"{path} has the norms of other layers. Restore the file, or start a new run.")
     return norms

@@ -54,7 +54,8 @@ class Checkpointer:
         checkpoint: Checkpoint | None = None,
         mirror: RemoteFolder | None = None,
     ):
-        self._loop, self._run = loop, loop.run
+        self._loop = loop
+        self._run = loop.run
         self._folder = Path(loop.run.output_dir) / CHECKPOINTS
         self._evaluate = evaluate
         self._base = (0, loop.run.model.path, "")
@@ -73,12 +74,16 @@ class Checkpointer:
             self._note_base(0, loop.run.model.path)
         else:
             self._note_base(loop.schedules.last_solve(checkpoint.state.step), checkpoint.state.base_path)
-            progress, step = RunProgress.read(checkpoint), checkpoint.state.step
-            self._best, self.best_step = progress.best_value, progress.best_step
+            progress = RunProgress.read(checkpoint)
+            step = checkpoint.state.step
+            self._best = progress.best_value
+            self.best_step = progress.best_step
             self._last_evaluated = (progress.evaluated_step, checkpoint.state.metrics)
             if is_main():
+                # a run that was killed between writing a checkpoint and settling it left links and old folders
                 self._settle(step, self.best_step, step == loop.num_steps)
         if self._run.schedule.solves:
+            # raises now for a base that cannot be written, rather than after the first solve
             of_main(lambda: planned(loop.context, pst_layers(loop.engine.module)))
         self._writer = CheckpointWriter(self._folder, loop.engine)
         self._size_limit = size_limit(loop.engine.module)
@@ -93,8 +98,10 @@ class Checkpointer:
         """
         self._report(self._writer.wait(0.0))
         self._report_copies()
-        run, step = self._run, state.step
-        is_last, is_best = step == self._loop.num_steps, False
+        run = self._run
+        step = state.step
+        is_last = step == self._loop.num_steps
+        is_best = False
         if self._evaluate is not None and (is_last or (run.eval.interval > 0 and step % run.eval.interval == 0)):
             values = self._evaluate()
             self._loop.engine.train()
@@ -102,10 +109,12 @@ class Checkpointer:
             self._last_evaluated = (step, values)
             is_best = self._is_best(step, values[run.metric])
         is_due = self._is_late or (run.checkpoint.interval and step % run.checkpoint.interval == 0)
-        self._is_late = bool(is_due) and self._loop.source.is_collecting  # checkpoints do not have the sums of a solve
+        # checkpoints do not have the sums of a solve, so one that is due waits until the solve is over
+        self._is_late = bool(is_due) and self._loop.source.is_collecting
         if not self._loop.source.is_collecting and (is_due or is_best or is_last or state.stopped_by):
             heartbeat("saving")
             settle = partial(self._settle, step, self.best_step, is_last)
+            # one save at a time: the writer has one copy of the state
             self._report(self._writer.wait())
             if not self._has_base(state):
                 return
@@ -158,11 +167,13 @@ class Checkpointer:
         self._report_copies()
 
     def _note_base(self, solve: int, path: str) -> None:
-        self._base = solve, path, of_main(lambda: base_fingerprint(path))
+        # on one rank: all have the same files, and reading those of a large base takes seconds
+        self._base = (solve, path, of_main(lambda: base_fingerprint(path)))
 
     def _has_base(self, state: LoopState) -> bool:
         """Write the weights after the last solve, unless that was done. Return False if that failed. Collective."""
-        loop, solve = self._loop, self._loop.schedules.last_solve(state.step)
+        loop = self._loop
+        solve = loop.schedules.last_solve(state.step)
         if solve != self._base[0]:
             try:
                 self._note_base(solve, str(write_base(loop.context, loop.engine.module, solve)))
@@ -180,15 +191,19 @@ class Checkpointer:
         """
         if math.isnan(value) or not self._loop.schedules.is_settled(step):
             return False
-        best = math.nan if self._best is None else self._best
-        is_better = value < best if self._loop.context.task.lower_is_better else value > best
-        if not is_better and not math.isnan(best):
-            return False
-        self._best, self.best_step = value, step
+        if self._best is not None and not math.isnan(self._best):
+            is_better = value > self._best
+            if self._loop.context.task.lower_is_better:
+                is_better = value < self._best
+            if not is_better:
+                return False
+        self._best = value
+        self.best_step = step
         return True
 
     def _settle(self, step: int, best_step: int | None, is_last: bool) -> None:
         keep_last = self._run.checkpoint.keep_last
+        # the thread of a save calls this too, and two would remove each other's folders
         with self._settling:
             self._known[step_name(step)] = best_step
             checkpoints.settle(
@@ -211,7 +226,9 @@ class Checkpointer:
         return frozenset() if self._mirror is None else self._mirror.in_use()
 
     def _state(self, state: LoopState) -> CheckpointState:
-        context, engine, schedules = self._loop.context, self._loop.engine, self._loop.schedules
+        context = self._loop.context
+        engine = self._loop.engine
+        schedules = self._loop.schedules
         evaluated_step, metrics = self._last_evaluated
         groups: dict[str, dict[str, object]] = {
             group["name"]: {"lr": group["lr"], "peak_lr": group["peak_lr"], "betas": list(group["betas"])}
@@ -250,7 +267,8 @@ class Checkpointer:
         if saved is None:
             return
         metrics = self._loop.metrics
-        path, step = self._folder / saved.name, int(saved.name.rpartition("-")[2])
+        path = self._folder / saved.name
+        step = int(saved.name.rpartition("-")[2])
         if not saved.error:
             seconds = round(saved.blocked_seconds, 4)
             metrics.write(step, {"event": "checkpoint", "bytes": saved.bytes, "blocked_seconds": seconds})

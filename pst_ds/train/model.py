@@ -56,8 +56,13 @@ class BuiltModel:
         output_ids = set(map(id, self.outputs))
         groups = []
         for group in parameter_groups(self.module, run):
-            outputs = [param for param in group["params"] if id(param) in output_ids]
-            others = [param for param in group["params"] if id(param) not in output_ids]
+            outputs = []
+            others = []
+            for param in group["params"]:
+                if id(param) in output_ids:
+                    outputs.append(param)
+                else:
+                    others.append(param)
             rate = group["peak_lr"] * self.unit
             if others:
                 groups.append({**group, "params": others})
@@ -90,24 +95,33 @@ def build_model(
     config = load_model_config(run, labels, tokenizer)
     set_dropout(config, dict.fromkeys(dropout_of(config), run.model.dropout))
     task = task_of(run)
-    keep_alive = HfDeepSpeedConfig(zero3_config) if zero3_config is not None else None
+    keep_alive = None
+    if zero3_config is not None:
+        # from here on transformers builds models inside zero.Init, as long as this object lives
+        keep_alive = HfDeepSpeedConfig(zero3_config)
     base = Pretrained(run.model.path, "model.path")
     misfit = "Name one that the config belongs to"
     if task.new_head:
         misfit += f", or the model without that head (the data has {config.num_labels} classes)"
     options = {"config": config, "dtype": DTYPES[run.train.precision]}
     quantises_base = run.mask_method.injects and run.model.base_bits != 16
-    module, missing = raise_on_all_ranks(  # only rank 0 reads what is not read in shards
+    # only rank 0 reads what is not read in shards, so an error may be on one rank
+    module, missing = raise_on_all_ranks(
         lambda: base.load(task.model_class(), misfit, linear_later=quantises_base, **options)
     )
     if not task.new_head:
         base.require_whole(module, missing, "Name a model that was saved with its language modelling head")
     _initialise_missing(module, missing, run)
-    mean, unit = label_scale or (0.0, 1.0)
-    unit = 1.0 if run.mask_method.trains_everything else unit
-    outputs = _scaled_outputs(module, missing, config.num_labels, mean, unit) if label_scale else []
+    outputs: list[nn.Parameter] = []
+    unit = 1.0
+    if label_scale is not None:
+        mean, unit = label_scale
+        if run.mask_method.trains_everything:
+            unit = 1.0  # one rate for every weight, which must not grow with the labels
+        outputs = _scaled_outputs(module, missing, config.num_labels, mean, unit)
     _keep_statistics(module)
-    prepare_for_method(module, run, num_shards=None if keep_alive else 1)
+    num_shards = 1 if keep_alive is None else None  # None: as zero.Init has divided each parameter
+    prepare_for_method(module, run, num_shards=num_shards)
     attach_to_model(module, run, tokenizer)
     _refuse_untrained(module, missing, run)
     module.config.use_cache = False  # no run generates text; a cache would hold every layer's keys and values
@@ -126,15 +140,22 @@ def parameter_groups(module: nn.Module, run: RunConfig) -> Groups:
 
 def frozen_bytes(module: nn.Module, run: RunConfig, ranks: int) -> int:
     """Return the bytes of frozen parameters and masks, unsharded, that a node may copy: without experts on ranks."""
-    stacks = expert_stacks(module).values() if run.train.experts_divided_by(ranks) > 1 else ()
-    on_ranks = {param for stack in stacks for param in stack.parameters()}
-    frozen = (p for p in module.parameters() if not p.requires_grad and p not in on_ranks)
-    return sum(sharding.full_numel(param) * param.element_size() for param in frozen)
+    on_ranks: set[nn.Parameter] = set()
+    if run.train.experts_divided_by(ranks) > 1:
+        for stack in expert_stacks(module).values():
+            on_ranks.update(stack.parameters())
+    total = 0
+    for param in module.parameters():
+        if not param.requires_grad and param not in on_ranks:
+            total += sharding.full_numel(param) * param.element_size()
+    return total
 
 
 def head_names(module: nn.Module, run: RunConfig) -> list[str]:
     """Return the names of modules trained in full."""
-    return ["(every weight)"] if run.mask_method.trains_everything else list(modules_to_save(module, run.pst))
+    if run.mask_method.trains_everything:
+        return ["(every weight)"]
+    return list(modules_to_save(module, run.pst))
 
 
 def _initialise_missing(module: nn.Module, missing: list[str], run: RunConfig) -> None:
@@ -146,13 +167,17 @@ def _initialise_missing(module: nn.Module, missing: list[str], run: RunConfig) -
             f"model.path = {run.model.path!r} lacks {shortened(buffers)}, which training does not change; name a model "
             "that was saved with its buffers"
         )
+    # sorted, so that all ranks gather in the same order: sets of strings differ between processes
     for owner in sorted({name.rpartition(".")[0] for name in missing}):
         part = module.get_submodule(owner)
         params = dict(part.named_parameters(recurse=False))
         read_now(params.values())
+        # rank 0 draws and the others receive its values when the gathered parameters are partitioned again
         with sharding.gathered(params.values(), writer_rank=0), torch.random.fork_rng(), torch.no_grad():
+            # by name, so that a head does not depend on what was drawn before it
             torch.manual_seed(zlib.crc32(f"{run.seed}/{owner}".encode()))
             for name, param in params.items():
+                # transformers' initialisation skips parameters with this mark, which have values from the files
                 param._is_hf_initialized = f"{owner}.{name}" not in missing  # type: ignore[attr-defined]
             module._init_weights(part)  # type: ignore[operator]
 
@@ -165,8 +190,11 @@ def _scaled_outputs(
     Return the parameters of the head's last layer, which has ``num_labels`` outputs. Collective.
     """
     new = {name: param for name, param in module.named_parameters() if name in missing}
-    owners = [name.rpartition(".")[0] for name, param in new.items() if sharding.full_shape(param)[:1] == (num_labels,)]
-    outputs = [param for name, param in new.items() if owners and name.rpartition(".")[0] == owners[-1]]
+    last_layer = None
+    for name, param in new.items():
+        if sharding.full_shape(param)[:1] == (num_labels,):
+            last_layer = name.rpartition(".")[0]
+    outputs = [param for name, param in new.items() if name.rpartition(".")[0] == last_layer]
     with sharding.gathered(outputs, writer_rank=0), torch.no_grad():
         for param in outputs:
             param.mul_(unit)
@@ -185,12 +213,16 @@ def _keep_statistics(module: nn.Module) -> None:
 def _refuse_untrained(module: nn.Module, missing: list[str], run: RunConfig) -> None:
     """Raise ConfigError for modules that the base model lacks and the run freezes: their values would stay random."""
     frozen = {name for name, param in module.named_parameters() if not param.requires_grad}
-    frozen |= {f"{name}.weight" for name in coded_tables(module)}
-    frozen |= {plain_name(name, layer) for name, layer in pst_layers(module).items() if layer.weight is None}
+    # weights that are stored quantised are no longer parameters under their names
+    frozen.update(f"{name}.weight" for name in coded_tables(module))
+    for name, layer in pst_layers(module).items():
+        if layer.weight is None:
+            frozen.add(plain_name(name, layer))
     owners = sorted({name.rpartition(".")[0] for name in missing if name in frozen})
     if owners:
         trained = [*head_names(module, run), *owners]
+        names = ", ".join(f'"{name}"' for name in trained)  # with TOML's quotes, to copy into the run file
         raise ConfigError(
             f"model.path = {run.model.path!r} has no {', '.join(owners)}: it would be random and never trained. "
-            f"Train it in full with pst.modules_to_save = [{', '.join(chr(34) + name + chr(34) for name in trained)}]"
+            f"Train it in full with pst.modules_to_save = [{names}]"
         )

@@ -48,7 +48,9 @@ def prepare(
 
     Raises InputError, on every rank.
     """
-    config = run.run if isinstance(run, ResolvedRun) else run
+    config = run
+    if isinstance(config, ResolvedRun):
+        config = config.run
     config.micro_batch_size(launch.world_size)
     require_engine(config, launch.world_size)
     problem: InputError | None = None
@@ -61,8 +63,11 @@ def prepare(
         problem = error  # possibly on this rank only: the process group has to exist to tell the others
     if config.deepspeed_config:
         timeout = config.train.stall_timeout_seconds
-        until = timeout + longest_wait(timeout) + _AFTER_STALL_SECONDS
-        init_distributed(launch, timeout_seconds=until if timeout else 0.0)
+        collective_timeout = 0.0  # torch's own
+        if timeout:
+            # after the watchdog's verdict, which names the rank that the others wait for; a collective only fails
+            collective_timeout = timeout + longest_wait(timeout) + _AFTER_STALL_SECONDS
+        init_distributed(launch, timeout_seconds=collective_timeout)
     raise_together(problem)
     return _placed(context, run_file)
 
@@ -78,33 +83,41 @@ def require_engine(run: RunConfig, ranks: int) -> None:
 
 def _placed(context: RunContext, run_file: str) -> RunContext:
     """Return ``context`` with the place of frozen weights, the same on every rank. Collective. Raises InputError."""
-    run, launch, config = context.run, context.launch, context.ds_config
+    run = context.run
+    launch = context.launch
+    config = context.ds_config
     if config is None or zero_stage(config) != 3:
         return context
-    sizes, memory = zip(*all_gather_objects((launch.node_size, memory_of_rank(launch))), strict=True)
+    node_sizes, memory = zip(*all_gather_objects((launch.node_size, memory_of_rank(launch))), strict=True)
     ranks = launch.world_size
     wanted = run.model.base_placement
-    uneven = len(set(sizes)) > 1 or ranks % min(sizes[0], ranks) > 0
+    is_uneven = len(set(node_sizes)) > 1 or ranks % min(node_sizes[0], ranks) > 0
+    # DeepSpeed's secondary partitions are groups of equally many ranks, which would cross nodes of unequal sizes
+    node_size = ranks if is_uneven else node_sizes[0]
     chosen = place_frozen(
         config,
         wanted,
         frozen=frozen_bytes(context.resolved.shapes.model, run, ranks),
         ranks=ranks,
-        node_size=ranks if uneven else sizes[0],
+        node_size=node_size,
         memory=min(memory),  # of the rank with the least, so that all ranks choose the same
         names=(run.deepspeed_config, run_file),
     )
+    if not is_uneven or wanted not in ("auto", "node"):
+        return replace(context, copy_ranks=chosen)
     remark = (
         f'model.base_placement = "{wanted}": nodes have different numbers of ranks, so all ranks share the frozen '
         "weights. Start equally many ranks on every node to keep gathers in the node"
     )
-    return replace(context, copy_ranks=chosen, remark=remark if uneven and wanted in ("auto", "node") else "")
+    return replace(context, copy_ranks=chosen, remark=remark)
 
 
 def _checked(resolved: ResolvedRun, launch: LaunchEnvironment, run_file: str) -> RunContext:
     run = resolved.run
     run.tracking.require_installed()
-    raw = load_deepspeed_config(run.deepspeed_config) if run.deepspeed_config else None
+    raw = None
+    if run.deepspeed_config:
+        raw = load_deepspeed_config(run.deepspeed_config)
     ranks = launch.world_size
     resolved = resolved.with_shards(ranks)
     device = device_of(launch)

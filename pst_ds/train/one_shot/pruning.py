@@ -140,7 +140,8 @@ def prune_model(
 
     Raises, on all ranks, InputError, and FloatingPointError for values that are not finite.
     """
-    run = run if isinstance(run, RunConfig) else load_run_or_folder(run)
+    if not isinstance(run, RunConfig):
+        run = load_run_or_folder(run)
     require_task(run, config)
     facts: dict[str, object] = {}
     if config.needs_data:
@@ -183,20 +184,27 @@ def _opened(job: PruneJob) -> ModelFiles:
 def digest_of_ranks(batches: Sequence[Batch], what: str) -> str:
     """Return a SHA-256 of calibration batches. Collective. Raises InputError on all ranks unless they have the same."""
     digest = hashlib.sha256()
-    for name, value in (item for batch in batches for item in sorted(batch.items())):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(tensor_bytes(value.contiguous()))
+    for batch in batches:
+        for name, value in sorted(batch.items()):
+            # dtype and shape too: other tensors may have the same bytes
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(tensor_bytes(value.contiguous()))
     require_same_data(digest.hexdigest(), what)
     return digest.hexdigest()
 
 
 def _facts_of_data(job: PruneJob, batches: Sequence[Batch]) -> dict[str, object]:
     """Return the facts of the calibration data for the record."""
-    tokens = (b["attention_mask"].sum() if "attention_mask" in b else b["input_ids"].numel() for b in batches)
+    tokens = 0
+    for batch in batches:
+        if "attention_mask" in batch:  # without padding
+            tokens += int(batch["attention_mask"].sum())
+        else:
+            tokens += batch["input_ids"].numel()
     return {
         "data": job.data,
         "samples": job.config.samples,
-        "tokens": sum(map(int, tokens)),
+        "tokens": tokens,
         "seed": job.config.seed,
         "precision": job.precision,
     }
@@ -219,12 +227,17 @@ def _calibration(
     if examples is None:
         examples = task.load(run.data, "train", tokenizer, task.label_names(run.data))
     if len(examples) < config.samples:
-        raise InputError(
-            f"samples = {config.samples}: data.train has only {len(examples)} {task.unit}. Set samples = "
-            f"{len(examples)}" + ("" if task.pads else f", or lower data.max_length = {run.data.max_length}")
-        )
+        remedy = f"Set samples = {len(examples)}"
+        if not task.pads:  # examples are pieces of max_length tokens, so shorter ones are more
+            remedy += f", or lower data.max_length = {run.data.max_length}"
+        raise InputError(f"samples = {config.samples}: data.train has only {len(examples)} {task.unit}. {remedy}")
     sample, drawn = task.sample(examples, config.samples, config.seed)
-    lengths, size = sample.lengths, run.eval_batch_size
+    lengths = sample.lengths
+    # sorted, so that a batch has little padding
     drawn.sort(key=lambda i: lengths[i])
-    batches = [task.collate(sample, drawn[at : at + size], tokenizer) for at in range(0, len(drawn), size)]
-    return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+    batches: list[Batch] = []
+    for first in range(0, len(drawn), run.eval_batch_size):
+        batch = task.collate(sample, drawn[first : first + run.eval_batch_size], tokenizer)
+        # given labels, a model would also compute a loss
+        batches.append({name: values for name, values in batch.items() if name != "labels"})
+    return batches

@@ -54,19 +54,26 @@ def start_run(context: RunContext, examples: ExampleSet, *, quiet: bool) -> RunC
     start = _facts_of_start(run, examples.digest)
     if of_main(partial(_is_done, run, start)):
         return run.started()
-    out, asked = Path(run.output_dir) / START, one_shot_config(run, min(run.start.samples, len(examples)))
+    out = Path(run.output_dir) / START
+    config = one_shot_config(run, min(run.start.samples, len(examples)))
     if is_main() and not quiet:
-        what = "" if asked.sparsity is None else f" to {asked.sparsity}"
-        print(f"pruning {run.model.path}{what} by {asked.method}: {out}", file=sys.stderr, flush=True)
+        # a cut has no sparsity: its weights go into smaller matrices
+        sparsity = "" if config.sparsity is None else f" to {config.sparsity}"
+        print(f"pruning {run.model.path}{sparsity} by {config.method}: {out}", file=sys.stderr, flush=True)
     try:
-        facts = {"start": start, "base_model": origin_of(run.model.path)}
         prune_model(
-            run, out, asked, examples=examples, tokenizer=context.tokenizer, more_facts=facts, check=_stop_if_asked
+            run,
+            out,
+            config,
+            examples=examples,
+            tokenizer=context.tokenizer,
+            more_facts={"start": start, "base_model": origin_of(run.model.path)},
+            check=_stop_if_asked,
         )
     except StoppedError as error:
         raise StoppedError(f"{error}. Finished blocks were kept; start the run again to prune the others") from None
     except InputError as error:
-        raise InputError(f'start.method = "{asked.method}": {renamed(str(error), SETTINGS)}') from None
+        raise InputError(f'start.method = "{config.method}": {renamed(str(error), SETTINGS)}') from None
     return run.started()
 
 
@@ -85,13 +92,14 @@ def _model_without_values(run: RunConfig) -> tuple["PreTrainedModel", str]:
     """Return the run's pretrained model without values, and why its files were not looked at, or ""."""
     from transformers import AutoModel
 
-    place, attention = Pretrained(run.model.path, "model.path"), run.model.attn_implementation or None
+    base = Pretrained(run.model.path, "model.path")
+    attention = run.model.attn_implementation or None
     try:
-        return ModelFiles(place.path, None, attn_implementation=attention, reads_values=False).model, ""
+        return ModelFiles(base.path, None, attn_implementation=attention, reads_values=False).model, ""
     except NotDownloadedError as error:
-        config = place.config(**attention_options(run))
-        place.require_dense(config)
-        model = place.shapes(architecture(config) or AutoModel, config)
+        config = base.config(**attention_options(run))
+        base.require_dense(config)
+        model = base.shapes(architecture(config) or AutoModel, config)
         return cast("PreTrainedModel", model), str(error)
 
 
@@ -112,8 +120,9 @@ def _stop_if_asked() -> None:
 def _is_done(run: RunConfig, start: object) -> bool:
     """Return whether the folder has the run's start. Raises ConfigError if checkpoints continue from another one."""
     out = Path(run.output_dir) / START
-    found = pruning_record(out)
-    if found.get("start") == start and found.get("base_fingerprint") == base_fingerprint(run.model.path):
+    record = pruning_record(out)
+    # the fingerprint last: it reads the files of the base
+    if record.get("start") == start and record.get("base_fingerprint") == base_fingerprint(run.model.path):
         return True
     if (Path(run.output_dir) / CHECKPOINTS).exists():
         raise ConfigError(
@@ -127,15 +136,24 @@ def _facts_of_start(run: RunConfig, data_digest: str) -> object:
     """Return what the start depends on besides the base model, as JSON values."""
     layers = {name: getattr(run.pst, name) for name in _OF_LAYERS}
     overrides = [asdict(one) for one in run.pst.overrides]
-    more = {"seed": run.seed, "sparsity": run.start_sparsity, "precision": run.train.precision}
     start = {name: value for name, value in asdict(run.start).items() if value is not None}
-    found = {**start, **more, **layers, "overrides": overrides, "data_digest": data_digest}
-    return json.loads(json.dumps(found))
+    facts = {
+        **start,
+        "seed": run.seed,
+        "sparsity": run.start_sparsity,
+        "precision": run.train.precision,
+        **layers,
+        "overrides": overrides,
+        "data_digest": data_digest,
+    }
+    # through JSON, since tuples are lists in the record that this is compared with
+    return json.loads(json.dumps(facts))
 
 
 def one_shot_config(run: RunConfig, samples: int) -> PruneConfig:
     """Return the settings of the run's ``[start]``, on ``samples`` examples."""
-    start, method = run.start, run.start.method
+    start = run.start
+    method = start.method
     assert method != "none"
     return PruneConfig(
         method=method,
@@ -159,7 +177,8 @@ def remark_on_shares(run: RunConfig) -> str:
     about = pruning_record(run.model.path)
     if "pattern" not in about:
         return ""
-    pattern, budgets = str(about["pattern"]), str(about.get("budgets", "equal"))
+    pattern = str(about["pattern"])
+    budgets = str(about.get("budgets", "equal"))
     if budgets == "equal" and (run.pst.pattern == pattern or run.pst.pattern in _COARSE):
         return ""
     return (
