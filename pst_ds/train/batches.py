@@ -34,19 +34,27 @@ def own_batches(context: RunContext, examples: ExampleSet, first: int) -> Iterat
     weights its mean loss so that the mean over all ranks is the global batch's loss, regardless of how it is split.
     Ranks that share sequences get the same part.
     """
-    run, task, lengths = context.run, context.task, examples.lengths
-    degree, accumulation = run.train.sequence_parallel, run.train.gradient_accumulation_steps
-    group, groups = rank() // degree, world_size() // degree
+    run = context.run
+    task = context.task
+    # ranks that share sequences are neighbours, and count as one that trains
+    group = rank() // run.train.sequence_parallel
+    num_groups = world_size() // run.train.sequence_parallel
+    uses_gpu = context.device.startswith("cuda")
     batches = task.batches(examples, run.train.batch_size, run.seed, group_by_length=run.data.group_by_length)
     for batch in batches.after(first):
-        own = batches.micro_batches(batch, group, groups, accumulation)
-        tokens = int(sum(lengths[i] for i in batch))
-        per_target = len(own) * groups / max(1, task.num_targets(examples, batch))
-        collated = [task.collate(examples, indices, context.tokenizer) for indices in own]
-        if context.device.startswith("cuda"):
-            collated = [{name: values.pin_memory() for name, values in inputs.items()} for inputs in collated]
-        shares = [per_target * task.num_targets(examples, indices) for indices in own]
-        yield OwnBatch(list(map(MicroBatch, collated, shares, own)), tokens)
+        parts = batches.micro_batches(batch, group, num_groups, run.train.gradient_accumulation_steps)
+        # The engine averages over micro-batches and ranks. Times their number, a share is the micro-batch's part of all
+        # targets. A batch without targets has loss 0, with any divisor.
+        share_per_target = len(parts) * num_groups / max(1, task.num_targets(examples, batch))
+        micro_batches = []
+        for indices in parts:
+            inputs = task.collate(examples, indices, context.tokenizer)
+            if uses_gpu:
+                inputs = {name: values.pin_memory() for name, values in inputs.items()}
+            share = share_per_target * task.num_targets(examples, indices)
+            micro_batches.append(MicroBatch(inputs, share, indices))
+        tokens = int(sum(examples.lengths[i] for i in batch))
+        yield OwnBatch(micro_batches, tokens)
 
 
 class Prefetched(Iterator[T]):
@@ -62,8 +70,10 @@ class Prefetched(Iterator[T]):
         self._ready: deque[Future[T]] = deque()
 
     def __enter__(self) -> Self:
+        # the watchdog prints the stack of this thread if a batch does not come
         self._thread = self._pool.submit(threading.current_thread).result()
-        self._ready.extend(self._pool.submit(self._items.__next__) for _ in range(AHEAD))
+        for _ in range(AHEAD):
+            self._ready.append(self._pool.submit(self._items.__next__))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -56,15 +56,16 @@ def fault_of_batch(
 
     Return "" if all outputs are finite. Its inputs are written to ``folder``. Collective.
     """
-    own = ""
+    fault_of_rank = ""
+    # All micro-batches run, also after a fault: under ZeRO-3 passes are collective, and other ranks may have no fault.
     for batch in micro_batches:
         fault = _first_fault(model, batch, run)
-        if fault and not own:
-            own = fault
+        if fault and not fault_of_rank:
+            fault_of_rank = fault
             tensors = {name: values.contiguous() for name, values in batch.inputs.items()}
             numbers = torch.as_tensor([int(number) for number in batch.examples])
             write_bytes_atomic(folder / BAD_BATCH_FILE, save({**tensors, "examples": numbers}))
-    for rank, fault in enumerate(all_gather_objects(own)):
+    for rank, fault in enumerate(all_gather_objects(fault_of_rank)):
         if fault:
             return (
                 f"the first output that is not is that of {fault} (rank {rank}; saved as {folder / BAD_BATCH_FILE}); "
@@ -79,15 +80,18 @@ def _first_fault(model: nn.Module, batch: MicroBatch, run: Callable[[MicroBatch]
     def look(name: str, module: nn.Module, args: object, output: object) -> None:
         for values in tree_leaves(output):
             if not faults and isinstance(values, Tensor) and values.is_floating_point():
-                numbers = [str(batch.examples[row]) for row in _rows_not_finite(values, len(batch.examples))]
-                if numbers:
-                    examples = f"example{'s' if len(numbers) > 1 else ''} {shortened(numbers)}"
-                    faults.append(f"{name}, of {examples} of data.train")
+                rows = _rows_not_finite(values, len(batch.examples))
+                if rows:
+                    word = "example" if len(rows) == 1 else "examples"
+                    numbers = shortened([str(batch.examples[row]) for row in rows])
+                    faults.append(f"{name}, of {word} {numbers} of data.train")
 
-    leaves = [(name, module) for name, module in model.named_modules() if next(module.children(), None) is None]
     with ExitStack() as hooks:
-        for name, module in leaves:
-            hooks.enter_context(module.register_forward_hook(partial(look, name)))
+        for name, module in model.named_modules():
+            # leaves only: a module around the first layer with a fault would be named in its place
+            is_leaf = next(module.children(), None) is None
+            if is_leaf:
+                hooks.enter_context(module.register_forward_hook(partial(look, name)))
         run(batch)
     return faults[0] if faults else ""
 
@@ -99,5 +103,6 @@ def _rows_not_finite(values: Tensor, count: int) -> list[int]:
         return []
     if values.dim() == 0 or values.shape[0] % count:
         return list(range(count))
+    # outputs of layers inside a block may have the tokens of all examples as rows: (examples * length, width)
     rows: list[int] = (~finite.reshape(count, -1).all(1)).nonzero().flatten().tolist()
     return rows

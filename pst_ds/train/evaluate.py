@@ -1,6 +1,7 @@
 """Evaluation on a whole split: every example counts once, and the batches do not depend on the number of ranks."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,9 +32,10 @@ def predict(model: Model, context: RunContext, examples: ExampleSet) -> np.ndarr
     Collective. ``model`` must be in evaluation mode. If a language model's head is known, only the logits of a chunk of
     tokens are in memory.
     """
-    task, head = context.task, head_of(model, context.task)
+    task = context.task
+    head = head_of(model, task)
     batches = evaluation_batches(examples.lengths, context.run.eval_batch_size, mixed=task.pads)
-    own: list[tuple[list[int], np.ndarray]] = []
+    pieces_of_rank: list[Piece] = []
     with Progress("evaluate", len(batches), "batches") as progress:
         for first in range(0, len(batches), world_size()):
             heartbeat("evaluation")
@@ -49,9 +51,9 @@ def predict(model: Model, context: RunContext, examples: ExampleSet) -> np.ndarr
                 sums = loss_sums(model, head, inputs, batch["labels"].to(context.device))
                 outcomes = task.outcomes_of_sums(sums.cpu().numpy(), batch)
             if turn < len(batches):
-                own.append((indices, outcomes))
+                pieces_of_rank.append(Piece(indices, outcomes))
             progress.at(min(first + world_size(), len(batches)))
-    return _in_order([batch for of_rank in all_gather_objects(own) for batch in of_rank])
+    return _in_order(list(chain.from_iterable(all_gather_objects(pieces_of_rank))))
 
 
 @torch.no_grad()
@@ -61,18 +63,33 @@ def kl_divergence(reference: Model, model: Model, context: RunContext, examples:
     Both run on one process, batch by batch, in evaluation mode. A prediction is a distribution over classes, or over
     the next tokens that the loss counts; both models have the same ones.
     """
-    task, kl = context.task, KLDivergence()
-    models = [(one, head_of(one, task)) for one in (reference, model)]
+    task = context.task
+    kl = KLDivergence()
+    reference_head = head_of(reference, task)
+    head = head_of(model, task)
     batches = evaluation_batches(examples.lengths, context.run.eval_batch_size, mixed=task.pads)
     with Progress("KL divergence", len(batches), "batches") as progress:
         for indices in batches:
             batch = task.collate(examples, indices, context.tokenizer)
-            inputs, labels = _inputs(batch, context.device), batch["labels"].to(context.device)
-            (count, of_reference), (_, of_model) = (predictions(one, head, inputs, labels) for one, head in models)
+            inputs = _inputs(batch, context.device)
+            labels = batch["labels"].to(context.device)
+            count, reference_logits = predictions(reference, reference_head, inputs, labels)
+            _, model_logits = predictions(model, head, inputs, labels)
+            # in pieces: the logits of all tokens of a batch, twice, can be larger than the models
             for start in range(0, count, _ROWS):
-                kl.add(*(rows(slice(start, start + _ROWS)) for rows in (of_reference, of_model)))
+                rows = slice(start, start + _ROWS)
+                kl.add(reference_logits(rows), model_logits(rows))
             progress.add(1)
     return kl.result()
+
+
+class Piece(NamedTuple):
+    """Outcomes of one batch."""
+
+    indices: list[int]
+    """Indices of its examples."""
+    outcomes: np.ndarray
+    """(num examples, k), in the order of ``indices``."""
 
 
 class Differences(NamedTuple):
@@ -92,26 +109,40 @@ class Differences(NamedTuple):
 @torch.no_grad()
 def compare(one: Model, other: Model, context: RunContext, examples: ExampleSet) -> Differences:
     """Compare two models on one process. Only one batch of logits of each is in memory; padding is ignored."""
-    task, device = context.task, context.device
-    differing, apart, largest = 0, torch.zeros((), device=device), torch.zeros((), device=device)
-    pieces: list[tuple[list[int], np.ndarray]] = []
+    task = context.task
+    device = context.device
+    num_differing = 0
+    largest_difference = torch.zeros((), device=device)
+    largest_logit = torch.zeros((), device=device)
+    pieces: list[Piece] = []
     batches = evaluation_batches(examples.lengths, context.run.eval_batch_size, mixed=task.pads)
     with Progress("compare", len(batches), "batches") as progress:
         for indices in batches:
             batch = task.collate(examples, indices, context.tokenizer)
-            ours, theirs = (model(**_inputs(batch, device)).logits for model in (one, other))
-            pieces.append((indices, task.outcomes(theirs.float(), batch)))
-            if ours.dim() == 3 and "attention_mask" in batch:  # drop padding
-                real = batch["attention_mask"].to(device).bool()
-                ours, theirs = ours[real], theirs[real]
-            differing += _differing(ours, theirs)
-            apart = torch.maximum(apart, (ours.float() - theirs.float()).abs().max())  # keeps a NaN
-            largest = torch.maximum(largest, ours.float().abs().max())
+            inputs = _inputs(batch, device)
+            ours = one(**inputs).logits
+            theirs = other(**inputs).logits
+            pieces.append(Piece(indices, task.outcomes(theirs.float(), batch)))
+            predicts_tokens = ours.dim() == 3  # (examples, length, vocabulary)
+            if predicts_tokens and "attention_mask" in batch:
+                # the logits of padding depend on how a model attends to it, and nobody reads them
+                is_real = batch["attention_mask"].to(device).bool()
+                ours = ours[is_real]
+                theirs = theirs[is_real]
+            num_differing += _num_differing(ours, theirs)
+            # torch's maximum keeps a NaN, where Python's max would lose it
+            largest_difference = torch.maximum(largest_difference, (ours.float() - theirs.float()).abs().max())
+            largest_logit = torch.maximum(largest_logit, ours.float().abs().max())
             progress.add(1)
-    return Differences(differing, float(apart), float(largest), task.metrics(_in_order(pieces), examples))
+    return Differences(
+        predictions=num_differing,
+        logit=float(largest_difference),
+        largest_logit=float(largest_logit),
+        metrics=task.metrics(_in_order(pieces), examples),
+    )
 
 
-def _differing(ours: Tensor, theirs: Tensor) -> int:
+def _num_differing(ours: Tensor, theirs: Tensor) -> int:
     if ours.shape[-1] > 1:
         return int((ours.argmax(-1) != theirs.argmax(-1)).sum())
     rounding = _ROUNDINGS * torch.finfo(theirs.dtype).eps
@@ -121,15 +152,23 @@ def _differing(ours: Tensor, theirs: Tensor) -> int:
 def evaluation_batches(lengths: Sequence[int] | np.ndarray, batch_size: int, *, mixed: bool) -> list[list[int]]:
     """Return batches of indices, short examples first; unless ``mixed``, all examples of a batch have one length."""
     order = np.argsort(lengths, kind="stable")
-    groups = [order] if mixed else np.split(order, np.flatnonzero(np.diff(np.asarray(lengths)[order])) + 1)
-    return [group[i : i + batch_size].tolist() for group in groups for i in range(0, len(group), batch_size)]
+    groups = [order]
+    if not mixed:
+        sorted_lengths = np.asarray(lengths)[order]
+        groups = np.split(order, np.flatnonzero(np.diff(sorted_lengths)) + 1)  # where the next length starts
+    batches = []
+    for group in groups:
+        for first in range(0, len(group), batch_size):
+            batches.append(group[first : first + batch_size].tolist())
+    return batches
 
 
 def _inputs(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
-    return {k: v.to(device) for k, v in batch.items() if k != "labels"}
+    # given labels, a model would also compute its own loss
+    return {name: values.to(device) for name, values in batch.items() if name != "labels"}
 
 
-def _in_order(pieces: list[tuple[list[int], np.ndarray]]) -> np.ndarray:
-    """Return the outcomes of all ``pieces`` (indices, outcomes), sorted by index."""
-    order = np.argsort(np.concatenate([indices for indices, _ in pieces]))
-    return np.concatenate([outcomes for _, outcomes in pieces])[order]
+def _in_order(pieces: list[Piece]) -> np.ndarray:
+    """Return the outcomes of all ``pieces``, sorted by index."""
+    order = np.argsort(np.concatenate([piece.indices for piece in pieces]))
+    return np.concatenate([piece.outcomes for piece in pieces])[order]

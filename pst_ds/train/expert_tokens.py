@@ -15,13 +15,18 @@ CountsOfExperts = dict[str, dict[str, list[int]]]
 
 def tokens_by_module(model: nn.Module) -> dict[str, Tensor]:
     """Return the tokens of each expert since this process started, over all ranks: {module: (E,) int64}. Collective."""
-    stacks = {name.rpartition(".")[0]: stack for name, stack in expert_stacks(model).items()}  # both saw the same
-    if not stacks:
+    counts = {}
+    device = torch.device("cpu")
+    for name, stack in expert_stacks(model).items():
+        module = name.rpartition(".")[0]
+        # a module has two stacks, through which the same tokens go
+        counts[module] = stack.tokens_of_experts()
+        device = stack.pst_mask.device
+    if not counts:
         return {}
-    counts = [stack.tokens_of_experts() for stack in stacks.values()]
-    device = next(iter(stacks.values())).pst_mask.device
-    total = all_gather_numbers(torch.cat(counts).to(device)).sum(0).cpu()
-    return dict(zip(stacks, total.split([len(count) for count in counts]), strict=True))
+    # one collective for all modules, on the device that the process group exchanges tensors of
+    total = all_gather_numbers(torch.cat(list(counts.values())).to(device)).sum(0).cpu()
+    return dict(zip(counts, total.split([len(count) for count in counts.values()]), strict=True))
 
 
 def token_figures(model: nn.Module) -> dict[str, float]:
@@ -41,12 +46,15 @@ def counts_of_experts(model: nn.Module) -> CountsOfExperts:
     """Return the counts for result.json, over all ranks; {} for a model without stacks of experts. Collective."""
     tokens = {name: counts.tolist() for name, counts in tokens_by_module(model).items()}
     pruned = {name: stack.pruned_of_experts().tolist() for name, stack in expert_stacks(model).items()}
-    return {"expert_tokens": tokens, "expert_zeros": pruned} if tokens else {}
+    if not tokens:
+        return {}
+    return {"expert_tokens": tokens, "expert_zeros": pruned}
 
 
 def warning_of_unused(tokens: Mapping[str, Sequence[int]], first_step: int) -> str:
     """Return a warning that names experts without tokens since ``first_step``; "" if all had some."""
     since = f" since step {first_step}" if first_step else ""
     unused = unused_experts(tokens, since)
-    advice = "which leaves their masks to their weights. Train on more text, or on text that they are for"
-    return f"{unused}, {advice}" if unused else ""
+    if not unused:
+        return ""
+    return f"{unused}, which leaves their masks to their weights. Train on more text, or on text that they are for"

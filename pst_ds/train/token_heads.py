@@ -17,14 +17,14 @@ from pst_ds.nn.language_head import LanguageHead, UnknownHeadError, language_hea
 def head_of(model: object, task: Task) -> LanguageHead | None:
     """Return the head that predicts the tokens of ``task``, in ``model`` or the engine around it; None for other tasks,
     and if the loss needs all logits (see :func:`why_all_logits`)."""
-    found = _head_or_reason(model, task)
-    return found if isinstance(found, LanguageHead) else None
+    head_or_reason = _head_or_reason(model, task)
+    return head_or_reason if isinstance(head_or_reason, LanguageHead) else None
 
 
 def why_all_logits(model: object, task: Task) -> str:
     """Return why the loss of a language model needs the logits of a whole micro-batch; "" if it does not."""
-    found = _head_or_reason(model, task)
-    return found if isinstance(found, str) else ""
+    head_or_reason = _head_or_reason(model, task)
+    return head_or_reason if isinstance(head_or_reason, str) else ""
 
 
 def _head_or_reason(model: object, task: Task) -> LanguageHead | str | None:
@@ -61,16 +61,17 @@ def predictions(
 
     With the ``head`` of a language model, only those that are asked for are computed.
     """
-    if labels.dim() == 1:
+    if labels.dim() == 1:  # (examples,): one class per example
         logits = model(**inputs).logits
         return len(logits), logits.__getitem__
     places, _ = predicted(following(labels))
     if head is None:
         logits = model(**inputs).logits.flatten(0, 1)[places]
         return len(places), logits.__getitem__
-    with head.reading(lambda hidden: hidden.flatten(0, 1)[places]) as found:
+    # hidden: (examples, length, width); kept: (predicted tokens, width), far smaller than their logits
+    with head.reading(lambda hidden: hidden.flatten(0, 1)[places]) as kept:
         model(**inputs)
-    return len(places), lambda part: head.readout.final(head.readout.output(found[0][part]))
+    return len(places), lambda part: head.readout.final(head.readout.output(kept[0][part]))
 
 
 @torch.no_grad()
@@ -80,6 +81,7 @@ def loss_sums(model: Callable[..., object], head: LanguageHead, inputs: dict[str
 
     def read(hidden: Tensor) -> Tensor:
         losses = token_losses(hidden.flatten(0, 1), head.readout, targets, places)
+        # fp64, so that the sum over a long text hardly depends on the order in which a GPU adds
         sums = torch.zeros(labels.shape[0], dtype=torch.float64, device=losses.device)
         return sums.index_add_(0, places // labels.shape[1], losses.double())
 

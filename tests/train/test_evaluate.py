@@ -13,7 +13,7 @@ from pst_ds.data.tasks.classification import classification_metrics
 from pst_ds.errors import InputError
 from pst_ds.export.reference import kl_from_folder
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.evaluate import _differing, compare, kl_divergence, predict
+from pst_ds.train.evaluate import _num_differing, compare, kl_divergence, predict
 from pst_ds.train.run import build, prepare
 
 
@@ -54,11 +54,11 @@ def test_metrics_are_those_of_their_definitions():
 def test_a_number_differs_beyond_its_rounding():
     """Of a single output there is no largest one to compare."""
     ours = torch.tensor([[1.0], [200.0], [0.0], [float("nan")]])
-    assert _differing(ours, ours) == 1  # a NaN is not the same
-    assert _differing(ours[:3], ours[:3] * 1.01) == 2
-    assert _differing(ours[:3], ours[:3] * (1 + 2**-22)) == 0
-    assert _differing(ours[:3].bfloat16(), (ours[:3] * (1 + 2**-7)).bfloat16()) == 0
-    assert _differing(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.5]])) == 1
+    assert _num_differing(ours, ours) == 1  # a NaN is not the same
+    assert _num_differing(ours[:3], ours[:3] * 1.01) == 2
+    assert _num_differing(ours[:3], ours[:3] * (1 + 2**-22)) == 0
+    assert _num_differing(ours[:3].bfloat16(), (ours[:3] * (1 + 2**-7)).bfloat16()) == 0
+    assert _num_differing(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.5]])) == 1
 
 
 def test_padding_has_no_predictions_to_compare():

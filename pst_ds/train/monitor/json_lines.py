@@ -19,14 +19,19 @@ class JsonLines:
     step 0 the file starts empty. ``head`` is a first line without a step."""
 
     def __init__(self, path: Path, step: int, head: Mapping[str, object] | None = None):
-        first = [json_of(head)] if head is not None else []
-        kept = [json_of(line) for line in lines_until(path, step)] if step else []
-        write_text_atomic(path, "".join(f"{line}\n" for line in [*first, *kept]))
+        lines: list[str] = []
+        if head is not None:
+            lines.append(json_of(head))
+        if step:
+            # Lines after the checkpoint come again, from the steps that are repeated.
+            lines.extend(json_of(line) for line in lines_until(path, step))
+        # atomically: a kill while the file is written again would lose the history of the run
+        write_text_atomic(path, "".join(line + "\n" for line in lines))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, object]) -> None:
         self._file.write(json_of(line) + "\n")
-        self._file.flush()
+        self._file.flush()  # so that a killed process loses no line, and others can follow the run
 
     def close(self) -> None:
         self._file.close()
@@ -39,9 +44,9 @@ def lines_until(path: Path, step: int) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
-                found = json.loads(line)
-                is_kept = found["step"] <= step
+                values = json.loads(line)
+                is_kept = values["step"] <= step
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue
             if is_kept:
-                yield found
+                yield values

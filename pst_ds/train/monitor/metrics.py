@@ -50,7 +50,9 @@ class MetricsWriter:
         self.layers: LayerLog | None = None
         self._file: JsonLines | None = None
         self._board: TensorBoardWriter | None = None
-        self._shown = Progress("step", num_steps, done=step, line_seconds=0.0) if is_main and not quiet else None
+        self._shown: Progress | None = None
+        if is_main and not quiet:
+            self._shown = Progress("step", num_steps, done=step, line_seconds=0.0)
         self._trackers = trackers
         self._started = time.monotonic() - seconds
         if is_main:
@@ -71,21 +73,34 @@ class MetricsWriter:
         if self._file is None or self._board is None:
             return
         self._file.write({"step": step, "seconds": round(self.seconds, 3), **values})
-        group = f"{values['event']}/" if values.get("event") in _GROUPS else ""
-        numbers = {group + name: value for name, value in values.items() if isinstance(value, int | float)}
+        event = values.get("event")
+        group = f"{event}/" if event in _GROUPS else ""
+        numbers = {}
+        for name, value in values.items():
+            if isinstance(value, int | float):  # not the names of events, nor lists
+                numbers[group + name] = value
         self._board.scalars(numbers, step)
         if self._trackers is not None:
             self._trackers.log(step, numbers)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write and show the metrics of an evaluation."""
-        self.write(step, {"event": "evaluation", **{f"{EVALUATION}{name}": value for name, value in metrics.items()}})
-        self.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        line: dict[str, object] = {"event": "evaluation"}
+        shown = []
+        for name, value in metrics.items():
+            # a prefix, since a task's metric may have the name of a figure of training, such as "loss"
+            line[f"{EVALUATION}{name}"] = value
+            shown.append(f"{name} {value:.4g}")
+        self.write(step, line)
+        self.say(f"step {step}: {', '.join(shown)}")
 
     def progress(self, step: int, values: Mapping[str, object]) -> None:
         """Show the progress of the run with ``values``, first the mean loss."""
         if self._shown is not None:
-            parts = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+            parts = []
+            for name, value in values.items():
+                number = f"{value:.4g}" if isinstance(value, float) else str(value)
+                parts.append(f"{name} {number}")
             self._shown.at(step, " | ".join(parts))
 
     def say(self, text: str) -> None:
@@ -103,4 +118,4 @@ def peak_memory_bytes(device: str) -> int:
     """Return the peak memory of this rank: the accelerator's, or the resident memory of the process on CPU."""
     if device != "cpu":
         return int(torch.accelerator.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB

@@ -46,7 +46,9 @@ def evaluate_users(
 ) -> list[UserScores]:
     """Score each of ``users`` on its rows with the shared state, its own, and up to ``others`` other users' states.
     Collective. Raises InputError."""
-    scores, names, context = [], store.names, model.context
+    scores = []
+    names = store.names
+    context = model.context
     with Progress("evaluate users", len(users), "users") as progress:
         for user in users:
             heartbeat("the evaluation of users")
@@ -54,11 +56,15 @@ def evaluate_users(
             examples = raise_on_all_ranks(load)
             following = names.index(user) + 1
             followers = [*names[following:], *names[: following - 1]][:others]
-            found = []
-            for state in (None, user, *followers):
-                model.activate(None if state is None else store.state(state))
-                found.append(_score(model, examples))
-            scores.append(UserScores(user, len(examples), found[0], found[1], tuple(found[2:])))
+            model.activate(None)
+            shared = _score(model, examples)
+            by_state = []
+            for name in (user, *followers):
+                model.activate(store.state(name))
+                by_state.append(_score(model, examples))
+            scores.append(
+                UserScores(user, rows=len(examples), shared=shared, own=by_state[0], others=tuple(by_state[1:]))
+            )
             progress.add(1)
     model.activate(None)
     return scores
@@ -78,7 +84,9 @@ def summary(scores: Sequence[UserScores], *, lower_is_better: bool) -> dict[str,
     for name in ("shared", "other"):
         gains = [sign * (score.own - getattr(score, name)) for score in scores]
         facts[f"gain_over_{name}"] = fmean(gains)
-        spread = float(np.std(gains, ddof=1)) if len(gains) > 1 else math.nan
+        spread = math.nan  # of one user; numpy would warn of a division by 0
+        if len(gains) > 1:
+            spread = float(np.std(gains, ddof=1))
         facts[f"gain_over_{name}_standard_error"] = spread / math.sqrt(len(gains))
         facts[f"share_better_than_{name}"] = fmean([float(gain > 0.0) for gain in gains])
         facts[f"share_worse_than_{name}"] = fmean([float(gain < 0.0) for gain in gains])
