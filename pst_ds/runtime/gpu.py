@@ -49,10 +49,11 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
 
     Vectors are multiplied with codes, and sums of a group with its scale.
     """
-    rows, columns = weight.row_offsets.shape[0], x.shape[-1]
-    flat = x.reshape(-1, columns)
+    rows = weight.row_offsets.shape[0]
+    columns = x.shape[-1]
+    flat = x.reshape(-1, columns)  # (vectors, I)
     y = x.new_empty(len(flat), rows)
-    packed_experts(flat, weight, None, y, bias)
+    packed_experts(flat, weight, experts=None, y=y, bias=bias)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -65,12 +66,18 @@ def packed_experts(
     """
     from pst_ds.core.kernels.triton import vector_kernels as kernels
 
-    (vectors, rows), columns = y.shape, x.shape[1]
-    per_block = kernels.WARP * _WORD
-    spread = x.new_zeros((vectors, blocks(columns, per_block) * per_block), dtype=torch.float32)
-    spread[:, :columns] = x
-    by_place = x.new_zeros((vectors, blocks(columns, per_block), kernels.X_ROWS, kernels.WARP), dtype=torch.float32)
-    by_place[:, :, 1:] = spread.view(vectors, -1, kernels.WARP, _WORD).transpose(2, 3)
+    vectors, rows = y.shape
+    columns = x.shape[1]
+    # a step of a warp reads one word of 32 columns per lane; zeros fill the last step
+    per_step = kernels.WARP * _WORD
+    steps = blocks(columns, per_step)
+    padded = x.new_zeros((vectors, steps * per_step), dtype=torch.float32)
+    padded[:, :columns] = x
+    # (vectors, steps, places in a word, lanes): lanes at the same place read neighbouring addresses. The first row
+    # stays zero, for lanes whose word has no bits left
+    by_place = x.new_zeros((vectors, steps, kernels.X_ROWS, kernels.WARP), dtype=torch.float32)
+    by_place[:, :, 1:] = padded.view(vectors, steps, kernels.WARP, _WORD).transpose(2, 3)
+    # the kernel loads codes as aligned words, so it takes the distance of the first code from such an address
     launch(
         kernels.packed_vector, (rows, vectors), by_place, by_place.stride(0), experts, weight.values,
         weight.values.data_ptr() % 4, _bits(weight, columns), columns, weight.row_offsets, weight.scales, bias, y, rows,
@@ -84,11 +91,18 @@ def _bits(weight: PackedWeight, columns: int) -> Tensor | None:
     if bits is None:
         return None
     bits = bits.contiguous()
-    return bits.view(torch.int32) if columns % _WORD == 0 and bits.data_ptr() % 4 == 0 else bits
+    # a view, such as the rows of one expert, may start at any byte
+    if columns % _WORD == 0 and bits.data_ptr() % 4 == 0:
+        return bits.view(torch.int32)
+    return bits
 
 
 def _grid_of(weight: PackedWeight, columns: int) -> dict[str, int]:
     """Return bits per code (0 for floats), mask words per scale (0 for per-row scales) and scales per row."""
-    groups = 1 if weight.scales is None else weight.scales.shape[1]
-    words = 0 if groups == 1 else columns // groups // _WORD
+    groups = 1
+    if weight.scales is not None:
+        groups = weight.scales.shape[1]
+    words = 0
+    if groups > 1:
+        words = columns // groups // _WORD
     return {"BITS": _CODES.get(weight.values.dtype, 0), "GROUP_WORDS": words, "GROUPS": groups}

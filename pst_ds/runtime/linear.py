@@ -46,6 +46,7 @@ class SparseLinear(nn.Module):
         self._dtype = dtype
         for name, (part_dtype, shape) in self.format.parts((out_features, in_features), nonzero, dtype).items():
             part = torch.empty(shape, dtype=part_dtype, device=device)
+            # float values count as parameters, as those of nn.Linear do; masks and codes are not weights by themselves
             if part_dtype.is_floating_point and name == self.format.values_name:
                 self.register_parameter(name, nn.Parameter(part, requires_grad=False))
             else:
@@ -83,6 +84,7 @@ class SparseLinear(nn.Module):
         bias = self.bias
         dtype = self.dtype
         shape = (self.out_features,)
+        # the C++ kernel reads the bias by address, without strides
         if bias is not None and (bias.dtype != dtype or tuple(bias.shape) != shape or not bias.is_contiguous()):
             raise FormatError(
                 f"{name}: bias must be a contiguous {dtype} of shape {shape}, found {bias.dtype} of shape "
@@ -98,6 +100,7 @@ class SparseLinear(nn.Module):
             self.register_buffer("row_offsets", form.row_starts(self.parts()), persistent=False)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        # kernels trust the parts, and other parts could make them read beyond the tensors
         self._is_checked = False
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -110,6 +113,7 @@ class SparseLinear(nn.Module):
         had_values = not before.is_meta
         super()._apply(fn, recurse)
         values = getattr(self, self.format.values_name)
+        # a layer that leaves the meta device has parts without content
         self._is_checked = self._is_checked and had_values
         if self._is_checked and values.dtype != dtype:
             with torch.no_grad():
@@ -123,7 +127,9 @@ class SparseLinear(nn.Module):
         super()._apply(fn, recurse)
         self._is_checked = self._is_checked and had_values
         if self.scales.dtype != scales.dtype:
+            # from the values before the cast, which may have rounded them
             self.scales = scales.to(self.scales.device)
+        # ``fn`` tells its dtype only by what it returns
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=scales.device)).dtype
         return self
 
@@ -139,23 +145,35 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) in the weight's dtype, also under autocast, where x may have another dtype."""
-        if not self._is_checked:
+        if not self._is_checked:  # here too, because the call of a method takes time
             self._refuse_unchecked()
         form = self.format
-        values: Tensor = self.codes if self.is_quantized else self._parameters[form.values_name]  # type: ignore[assignment]
-        x = self._accepted(x, self._dtype if self.is_quantized else values.dtype)
+        values: Tensor
+        if self.is_quantized:
+            values = self.codes
+            dtype = self._dtype
+        else:
+            values = self._parameters[form.values_name]  # type: ignore[assignment]
+            dtype = values.dtype
+        x = self._accepted(x, dtype)
         has_kernel = form.has_row_bits or self.is_quantized
         if not has_kernel or (x.requires_grad and torch.is_grad_enabled()):
             return ops.dense_linear(x, self.dense_weight().to(x.device), self.bias)
+        # compilers trace operators, and subclasses of Tensor such as fake tensors intercept them; neither sees through
+        # the Python functions, which take addresses of data
         in_eager = type(x) is Tensor and not torch.compiler.is_compiling()
         if isinstance(form, QuantizedFormat):
             product = ops.quantized_linear if in_eager else torch.ops.pst_ds.quantized_linear
-            bits = None if form.is_dense else self.bitmask
+            bits = None
+            if not form.is_dense:
+                bits = self.bitmask
             return product(x, values, self.scales, bits, self.row_offsets, self.bias, form.packing)
         if in_eager:
             # read the dictionaries directly: four look-ups of nn.Module take as long as a small product
             buffers = self._buffers
-            flat = values if values.dim() == 1 else values.view(-1)
+            flat = values
+            if values.dim() != 1:
+                flat = values.view(-1)
             return ops.bitmask_linear(x, flat, buffers["bitmask"], buffers["row_offsets"], self._parameters["bias"])  # type: ignore[arg-type]
         return torch.ops.pst_ds.bitmask_linear(x, values.view(-1), self.bitmask, self.row_offsets, self.bias)
 

@@ -49,19 +49,34 @@ def bitmask_linear(
     """
     native = library()
     assert native is not None
-    x = x.contiguous()
-    columns, rows = x.shape[-1], bitmask.shape[0]
+    x = x.contiguous()  # C++ gets addresses, no strides
+    columns = x.shape[-1]
+    rows = bitmask.shape[0]
+    # C++ trusts these sizes, and would read beyond the tensors
     if bitmask.shape[1] != (columns + 7) // 8 or row_offsets.shape[0] != rows or values.dtype != x.dtype:
         raise ValueError(
             f"x is {x.dtype} {tuple(x.shape)}; the weight has {values.dtype} values, a bitmask of "
             f"{tuple(bitmask.shape)} bytes and {row_offsets.shape[0]} row offsets"
         )
     y = x.new_empty((*x.shape[:-1], rows))
+    bias_pointer = 0
+    if bias is not None:
+        bias_pointer = bias.data_ptr()
     failed = native.pst_bitmask_linear(
-        values.data_ptr(), bitmask.data_ptr(), row_offsets.data_ptr(), rows, columns, values.numel(),
-        x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), x.numel() // columns,
-        x.element_size(), torch.get_num_threads(), level,
-    )  # fmt: skip
+        values.data_ptr(),
+        bitmask.data_ptr(),
+        row_offsets.data_ptr(),
+        rows,
+        columns,
+        values.numel(),
+        x.data_ptr(),
+        bias_pointer,
+        y.data_ptr(),
+        x.numel() // columns,  # vectors
+        x.element_size(),  # tells bf16 from fp32
+        torch.get_num_threads(),
+        level,
+    )
     if failed:
         raise MemoryError(f"not enough memory to multiply {tuple(x.shape)} with a sparse weight of {rows} x {columns}")
     return y
@@ -84,20 +99,31 @@ def bitmask_experts(
     native = library()
     assert native is not None
     x = x.contiguous()
-    columns, rows = x.shape[-1], bitmask.shape[0] // (len(starts) - 1)
+    columns = x.shape[-1]
+    rows = bitmask.shape[0] // (len(starts) - 1)
     assert bitmask.shape[1] == (columns + 7) // 8
     assert values.dtype == x.dtype
     y = x.new_empty(x.shape[0], rows)
-    numbers = [
-        number
-        for expert, of in runs
-        for number in (expert, starts[expert], starts[expert + 1] - starts[expert], of.start, of.stop - of.start)
-    ]
+    # five numbers per run: the expert, its first value, how many it has, its first vector, how many it has
+    table: list[int] = []
+    for expert, vectors in runs:
+        start = starts[expert]
+        stop = starts[expert + 1]
+        table += [expert, start, stop - start, vectors.start, vectors.stop - vectors.start]
     failed = native.pst_bitmask_experts(
-        values.data_ptr(), bitmask.data_ptr(), expert_offsets.data_ptr(), rows, columns,
-        (c_int64 * len(numbers))(*numbers), len(runs), x.data_ptr(), y.data_ptr(), x.element_size(),
-        torch.get_num_threads(), level,
-    )  # fmt: skip
+        values.data_ptr(),
+        bitmask.data_ptr(),
+        expert_offsets.data_ptr(),
+        rows,
+        columns,
+        (c_int64 * len(table))(*table),
+        len(runs),
+        x.data_ptr(),
+        y.data_ptr(),
+        x.element_size(),  # tells bf16 from fp32
+        torch.get_num_threads(),
+        level,
+    )
     if failed:
         raise MemoryError(f"not enough memory to multiply {tuple(x.shape)} with experts of {rows} x {columns}")
     return y

@@ -101,7 +101,9 @@ def best_level() -> int:
 def narrowed(values: Tensor) -> Tensor:
     """Return float ``values`` in bf16 if that is lossless, else in fp32."""
     narrow = values.to(torch.bfloat16)
-    return narrow if torch.equal(narrow.to(values.dtype), values) else values.float()
+    if torch.equal(narrow.to(values.dtype), values):
+        return narrow
+    return values.float()
 
 
 class Matrix:
@@ -206,14 +208,15 @@ class Adapter:
         self._keep: list[Tensor] = []
         is_bf16 = all(factor.dtype == torch.bfloat16 for pair in updates.values() for factor in pair)
         bits = 16 if is_bf16 else 32
+        dtype = torch.bfloat16 if is_bf16 else torch.float32
         # eight numbers of each update, which pst_adapter_new reads in this order
         table: list[int] = []
         for place, (left, right) in updates.items():
             rank = right.shape[0]
             assert left.shape == (place.rows, rank)
             assert right.shape == (rank, place.columns)
-            down = _in_sixteens(right if is_bf16 else right.float())
-            up = _in_sixteens(left.t() if is_bf16 else left.t().float())
+            down = _in_sixteens(right.to(dtype))  # (rank, columns + zeros)
+            up = _in_sixteens(left.t().to(dtype))  # (rank, rows + zeros)
             self._keep += [down, up]
             table += [place.layer, LINEARS.index(place.product), down.data_ptr(), up.data_ptr()]
             table += [rank, place.columns, place.rows, place.first]
@@ -234,7 +237,9 @@ def _in_sixteens(rows: Tensor) -> Tensor:
 
 def _num_groups(columns: int, group: int) -> int:
     """Return the number of scales per row, for ``group`` columns each; 0 is one group."""
-    return -(-columns // group) if group else 1
+    if not group:
+        return 1
+    return -(-columns // group)  # rounded up: the last group may be narrower
 
 
 def _require(holds: bool, message: str) -> None:
@@ -324,7 +329,9 @@ class Loop:
         _require(bias is None or bias.numel() == rows, f"layer {layer}, {name}: a bias not of {rows} numbers")
         handles = (ctypes.c_void_p * len(matrices))(*(matrix.handle for matrix in matrices))
         self._keep += matrices
-        which = -1 if name == "head" else LINEARS.index(name)
+        which = -1  # the output layer, which belongs to no layer
+        if name != "head":
+            which = LINEARS.index(name)
         self._library.pst_decoder_linear(self.handle, layer, which, handles, len(matrices), self._pointer(bias))
 
     def set_norm(self, layer: int, name: str, norm: Norm) -> None:
@@ -333,7 +340,9 @@ class Loop:
         for part, values in (("gain", norm.gain), ("bias", norm.bias)):
             fits = values is None or values.numel() == width
             _require(fits, f"layer {layer}, norm {name}: a {part} not of {width} numbers")
-        which = -1 if name == "last" else NORMS.index(name)
+        which = -1  # the norm after all layers
+        if name != "last":
+            which = NORMS.index(name)
         gain = self._pointer(norm.gain)
         bias = self._pointer(norm.bias)
         self._library.pst_decoder_norm(self.handle, layer, which, gain, bias, norm.epsilon)
@@ -402,7 +411,10 @@ class Loop:
         _assert_below(shape["sequences"], sequences)
         _assert_below(shape["context"], positions)
         _assert_below(count, wanted)
-        handles = (ctypes.c_void_p * count)(*(None if adapter is None else adapter.handle for adapter in adapters))
+        handles = (ctypes.c_void_p * count)()  # null for tokens without an adapter
+        for token, adapter in enumerate(adapters):
+            if adapter is not None:
+                handles[token] = adapter.handle
         logits = torch.empty(len(wanted), shape["vocabulary"])
         failed = self._library.pst_decoder_run(
             self.handle,

@@ -36,6 +36,7 @@ def bitmask_linear(
     x: Tensor, compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, backend: str = ""
 ) -> Tensor:
     """Compute x W' + bias, (..., I) to (..., O), with parts of the bitmask format that have passed its check."""
+    # a backend is only named by tests and benchmarks, which compare the two for the CPU
     if not backend and gpu.takes(x, compressed):
         return gpu.packed_linear(x, gpu.PackedWeight(compressed, bitmask, row_offsets), bias)
     backend = backend or backend_for(x.dtype, x.device.type, x.numel() // max(1, x.shape[-1]))
@@ -70,18 +71,34 @@ def quantized_linear(
         return gpu.packed_linear(x, gpu.PackedWeight(codes, bitmask, row_offsets, scales), bias)
     rows = scales.shape[0]
     columns = x.shape[-1]
-    flat = codes.view(-1)
     if x.device.type != "cpu":
         return dense_linear(x, expand_codes(codes, scales, bitmask, columns, packing, x.dtype), bias)
 
     def expand(first: int, last: int) -> Tensor:
-        start = int(row_offsets[first]) if first < rows else 0  # a weight without rows has no offsets
-        stop = int(row_offsets[last]) if last < rows else flat.numel()
-        codes_of_rows = codes[first:last] if codes.dim() == 2 else flat[start:stop]
-        bits = None if bitmask is None else bitmask[first:last]
+        if codes.dim() == 2:
+            codes_of_rows = codes[first:last]
+        else:
+            # rows that omit pruned codes have different lengths
+            codes_of_rows = codes[_values_of_rows(row_offsets, first, last, codes.numel())]
+        bits = None
+        if bitmask is not None:
+            bits = bitmask[first:last]
         return expand_codes(codes_of_rows, scales[first:last], bits, columns, packing, x.dtype)
 
     return _by_panels(x, rows, bias, expand)
+
+
+def _values_of_rows(row_offsets: Tensor, first: int, last: int, total: int) -> slice:
+    """Return where the values of rows [first, last) are among all ``total`` values."""
+    # offsets name the start of each row only: the last row ends with the values, and a weight may have no rows
+    rows = row_offsets.numel()
+    start = 0
+    if first < rows:
+        start = int(row_offsets[first])
+    stop = total
+    if last < rows:
+        stop = int(row_offsets[last])
+    return slice(start, stop)
 
 
 def _by_panels(x: Tensor, rows: int, bias: Tensor | None, expand: Callable[[int, int], Tensor]) -> Tensor:
@@ -119,13 +136,16 @@ def expand_codes(
 def codes_on_device(form: QuantizedFormat, codes: Tensor, bitmask: Tensor | None, columns: int) -> Tensor:
     """Return the codes of every position, (O, I) int8, using torch operators only."""
     has_nibbles = form.grid.bits == 4  # two codes per byte
+    if bitmask is None and has_nibbles:
+        return unpack_nibbles(codes, columns).contiguous()
     if bitmask is None:
-        return unpack_nibbles(codes, columns).contiguous() if has_nibbles else codes
+        return codes
     keep = _kept(bitmask, columns)
     flat = codes.reshape(-1)
     if has_nibbles:
         flat = unpack_nibbles(flat, 2 * codes.numel())
     if form.pads_rows:
+        # each row starts at a byte, so a row with an odd number of codes ends with half a byte of padding
         flat = without_padding(flat, keep.sum(1))
     return torch.zeros(keep.shape, dtype=torch.int8, device=codes.device).masked_scatter_(keep, flat)
 
@@ -146,12 +166,11 @@ def _expand_rows(
     compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, columns: int, first: int, last: int
 ) -> Tensor:
     """Return rows [first, last) of the dense weight, (last - first, I)."""
-    start = int(row_offsets[first]) if first < row_offsets.numel() else 0  # a weight without rows has no offsets
-    stop = int(row_offsets[last]) if last < row_offsets.numel() else compressed.numel()
+    values = _values_of_rows(row_offsets, first, last, compressed.numel())
     parts = {
-        "compressed": compressed[start:stop],
+        "compressed": compressed[values],
         "bitmask": bitmask[first:last],
-        "row_offsets": row_offsets[first:last] - start,
+        "row_offsets": row_offsets[first:last] - values.start,  # from the first value of these rows
         "shape": torch.tensor([last - first, columns]),
     }
     return BitmaskFormat().unpack(parts)

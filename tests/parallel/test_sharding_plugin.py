@@ -162,7 +162,7 @@ def test_masks_in_halves_are_those_of_whole_weights(pattern):
 
 @pytest.mark.usefixtures("halves_are_installed")
 def test_a_plugin_is_asked_before_the_shardings_of_pst_ds():
-    assert [type(each).__name__ for each in sharding.shardings()] == ["Halves", "FSDP2", "ZeRO3", "Whole"]
+    assert [type(each).__name__ for each in sharding.shardings()] == ["Halves", "InFlat", "FSDP2", "ZeRO3", "Whole"]
     param = nn.Parameter(torch.zeros(3))
     assert not sharding.is_partitioned(param)
     param.own_half = torch.zeros(2)

@@ -160,8 +160,11 @@ def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> Toke
         file, piece = file_and_slice(where)
     path = Path(file)
     if file and not data.dataset:
-        stream = _stream_of_tokens(data, f"data.{split}", file, tokenizer)
         is_several = _is_several(file)
+        stream = None
+        # a folder with a slice is refused before its content is read
+        if not (piece and is_several):
+            stream = _stream_of_tokens(data, f"data.{split}", file, tokenizer)
         if piece and (stream is not None or is_several):
             raise ConfigError(
                 f"data.{split} = {where!r}: only a single file of text can be sliced, uncompressed. Name two stores or "
