@@ -30,7 +30,7 @@ class LayerPruning:
         """``ranks``: share the rows of a linear layer, and the experts of a stack."""
         self.rule = rule
         self._ranks = ranks
-        # Held now: while the block is on the device, the target's parameter is a copy in another dtype.
+        # Held now: while the block is on the device, the parameter's data may be a copy, perhaps in another dtype.
         self.weight = rule.target.weight.data
         self._kept = 0
         self._scales: dict[tuple[int, int], Tensor] = {}  # by (expert, matrix); only this rank's rows until exchange

@@ -80,10 +80,7 @@ class _BlockPruner:
         self._reconstruct = reconstruct
         self._ranks = replay.data.ranks
         self._sum_of = squares
-        if method in (
-            "sparsegpt",
-            "alps",
-        ):  # both solve least squares, for which they need X'X; norms need its diagonal
+        if method in ("sparsegpt", "alps"):  # both solve least squares, for which they need all of X'X
             self._sum_of = products
 
     def prune(self, index: int, rules: Sequence[LayerRule], *, is_last: bool) -> list[PrunedLayer]:

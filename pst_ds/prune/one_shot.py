@@ -140,7 +140,7 @@ class ExpertPlan:
             hint = percent_hint(share)
             raise InputError(f"sparsity = {share} must be in [0, 1): it is the fraction of experts to drop{hint}")
         _, number = number_of_experts(model, 'method = "reap"')
-        # Both are called for their errors only: pruning computes them again, after the first pass over the data.
+        # Both are called for their errors only, before the calibration data are read; pruning computes them again.
         experts_left(number, share, text_config(model), "sparsity =")
         find_blocks(model, list(experts_modules(model)))
         return cls(share, str(pst.exclude_modules))
@@ -246,7 +246,7 @@ def _with_budgets(files: ModelFiles, rules: Sequence[LayerRule], data: Calibrati
 
     def compute() -> dict[str, Tensor]:
         with_budgets = rules_by_saliency(files.model, rules, data, source_of=files.source)
-        # In fp64: a budget is the smallest float that prunes a given count, so fp32 could prune another one.
+        # In fp64: a budget is a float that prunes an exact count, and rounded to fp32 it could prune another.
         tensors = {"sparsities": torch.tensor([rule.sparsity for rule in with_budgets], dtype=torch.float64)}
         for rule in with_budgets:
             if rule.output_factors is not None:
@@ -283,7 +283,9 @@ def _method_of(config: PruneConfig) -> OneShotMethod:
 
 
 def _grid_of(config: PruneConfig) -> Grid | None:
+    if not config.bits:
+        return None
     try:
-        return grid_of(f"int{config.bits}", config.group) if config.bits else None
+        return grid_of(f"int{config.bits}", config.group)
     except ValueError as error:
         raise InputError(f"bits = {config.bits} and group = {config.group!r}: {error}") from None
