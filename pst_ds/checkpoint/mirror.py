@@ -21,7 +21,7 @@ from pst_ds.parallel.store import StoreGroup
 from pst_ds.remote_folder import RemoteFolder
 
 _PATIENCE_SECONDS = 3600.0
-"""How long a rank waits for another to copy its files. A rank that is gone ends the run much earlier."""
+"""How long a rank waits for another to copy its files. A lost rank ends the run much earlier."""
 
 
 @dataclass(frozen=True, slots=True)

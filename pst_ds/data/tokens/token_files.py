@@ -165,7 +165,7 @@ def _learned_of(file: TokenFile) -> np.ndarray:
 
 
 def starts_of_lengths(starts: np.ndarray, num_tokens: int) -> np.ndarray:
-    """Return ascending document starts without those of empty documents: int64."""
+    """Return the document starts, int64 in ascending order, without those of empty documents."""
     ends = np.append(starts[1:], num_tokens)
     return np.asarray(starts[ends > starts], dtype=np.int64)
 

@@ -2,7 +2,7 @@
 
 A run flattens its factors (:mod:`pst_ds.nn.flat_factors`), since every tensor costs DeepSpeed's hooks and the optimizer
 time on the host. A factor is then a view of a copy of the flat parameter, whole on every rank, and its master and
-moments are ranges of those of the flat parameter, which a rank may hold a part of.
+moments are ranges of those of the flat parameter, of which a rank may hold a part.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pst_ds.parallel.sharding.base import Fragment, Sharding
+from pst_ds.parallel.sharding.base import Fragment
 from pst_ds.parallel.sharding.registry import sharding_of
+from pst_ds.parallel.sharding.whole import Whole
 
 _PLACE = "pst_place_in_flat"
 """Attribute of a factor in a flat parameter: its :class:`PlaceInFlat`."""
@@ -32,28 +33,11 @@ def put_into_flat(param: nn.Parameter, place: PlaceInFlat) -> None:
     setattr(param, _PLACE, place)
 
 
-class InFlat(Sharding):
+class InFlat(Whole):
     """Factors in a flat parameter, whole on every rank, with masters wherever the flat parameter has its own."""
-
-    is_partitioned = False
 
     def owns(self, param: Tensor) -> bool:
         return hasattr(param, _PLACE)
-
-    def ranks(self, param: nn.Parameter) -> int:
-        return 1
-
-    def rank(self, param: nn.Parameter) -> int:
-        return 0
-
-    def local(self, param: nn.Parameter) -> Tensor:
-        return param.detach().view(-1)
-
-    def gather(self, param: nn.Parameter) -> Tensor:
-        return param.detach()
-
-    def own_master(self, param: nn.Parameter) -> Tensor:
-        return self.masters([param], None)[0].view(-1)
 
     def masters(self, params: Sequence[nn.Parameter], device: torch.device | None) -> list[Tensor]:
         """Return the full fp32 masters. Collective: those of each flat parameter are gathered at once."""
