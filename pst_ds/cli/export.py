@@ -57,7 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Mapping[str, object]:
-    from pst_ds.export.export_run import ExportSettings, export_model_folder, export_run, is_model_folder
+    from pst_ds.export.export_run import (
+        ExportSettings,
+        export_model_folder,
+        export_run,
+        is_model_folder,
+        require_run_fits,
+    )
     from pst_ds.train.run_folder import open_trained
 
     source = Path(args.run)
@@ -75,8 +81,11 @@ def run(args: argparse.Namespace) -> Mapping[str, object]:
             raise InputError(f"{source}: a model folder has no settings or checkpoints. Remove --set and --checkpoint")
         report = export_model_folder(source, args.out, settings)
     else:
+        config = load_run_or_folder(args)
+        # before the checkpoint is read, which takes long for a large model
+        require_run_fits(config, args.out, settings)
         # opened once: a run that is training may have a newer checkpoint when the loss is measured
-        resolved, checkpoint = open_trained(load_run_or_folder(args), args.checkpoint or "best")
+        resolved, checkpoint = open_trained(config, args.checkpoint or "best")
         report = export_run(resolved, args.out, settings, checkpoint=checkpoint)
         if args.target and (settings.values in VALUE_BITS or settings.embeddings):
             report["quantisation_loss"], measured = _measured(args, resolved, checkpoint, settings)

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from pst_ds.train.users.personal import PersonalPart
     from pst_ds.writing.manifest import Facts
 
-FLAGS = {"names": "--users", **flags_of_fields(["min_rows", "again", "form", "layers", "rank", "checkpoint"])}
-"""Flags of the fields of :class:`Choice`, :class:`PersonalPart` and :func:`train_users`."""
+FLAGS = {
+    "names": "--users",
+    **flags_of_fields(["min_rows", "again", "form", "layers", "rank", "checkpoint", "out", "format"]),
+}
+"""Flags of the fields of :class:`Choice`, :class:`PersonalPart`, :func:`train_users` and :func:`export_run`."""
 _SHOWN = 20
 """Users that a table has; --json has all."""
 _NAME_WIDTH = 40
@@ -188,14 +191,16 @@ def _list(args: argparse.Namespace) -> Facts:
 def _export(args: argparse.Namespace) -> Facts:
     config = load_run_or_folder(args)
     from pst_ds.checkpoint.user_store import UserStore
-    from pst_ds.export.export_run import ExportSettings, export_run
+    from pst_ds.export.export_run import ExportSettings, export_run, require_run_fits
     from pst_ds.train.run_folder import open_checkpoint
     from pst_ds.train.users.personal import user_checkpoint
 
-    checkpoint = open_checkpoint(config, args.checkpoint)
-    own = user_checkpoint(checkpoint, config, UserStore(Path(args.store)), args.user)
     settings = ExportSettings(format=args.format, dtype=args.dtype)
-    written = export_run(config, args.out, settings, checkpoint=own)
+    # before the checkpoint and the store are read
+    require_run_fits(config, args.out, settings)
+    checkpoint = open_checkpoint(config, args.checkpoint)
+    checkpoint_of_user = user_checkpoint(checkpoint, config, UserStore(Path(args.store)), args.user)
+    written = export_run(config, args.out, settings, checkpoint=checkpoint_of_user)
     print(
         f"wrote {args.out} of {args.user}: sparsity {written['sparsity_measured']:.6f} measured, as the base; "
         f"{bytes_text(written['file_bytes'])}"

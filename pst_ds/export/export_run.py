@@ -23,6 +23,7 @@ from pst_ds.data.vocabulary import Vocabulary, trim
 from pst_ds.errors import InputError
 from pst_ds.export.export_checks import require_place, require_pruned, require_representable, require_vocabulary
 from pst_ds.file_names import RUN_FILE
+from pst_ds.formats.hub import downloaded
 from pst_ds.nn.addition import read_additions
 from pst_ds.storage_format import StorageFormat, listed_formats, storage_format
 from pst_ds.train.evaluate import evaluation_batches
@@ -33,7 +34,7 @@ from pst_ds.writing.from_folder import CONFIG_FILE, model_of
 from pst_ds.writing.manifest import Facts
 from pst_ds.writing.plan import SHARD_BYTES
 from pst_ds.writing.to_folder import ExportOptions, export_checkpoint, export_folder, options_as_trained
-from pst_ds.writing.trimmed_vocabulary import ids_of_model
+from pst_ds.writing.trimmed_vocabulary import ids_of_model, require_no_other_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -139,6 +140,16 @@ class ExportSettings(Section):
         )
 
 
+def require_run_fits(run: RunConfig, out: str | Path, settings: ExportSettings) -> None:
+    """Check what :func:`export_run` can check without a checkpoint, for callers that open one first.
+
+    Raises InputError if ``out`` cannot be written, or if ``settings`` do not fit ``run``.
+    """
+    require_place(Path(out), settings.format)
+    require_vocabulary(settings.vocabulary, SEEN)
+    require_pruned(run, settings.format, plain=settings.plain)
+
+
 def export_run(
     run: RunConfig | str | Path | ResolvedRun,
     out: str | Path,
@@ -160,11 +171,13 @@ def export_run(
     if isinstance(run, str | Path):
         run = load_run_or_folder(run)
     config = run.run if isinstance(run, ResolvedRun) else run
-    require_place(Path(out), settings.format)
-    require_vocabulary(settings.vocabulary, SEEN)
-    require_pruned(config, settings.format, plain=settings.plain)
+    require_run_fits(config, out, settings)
     resolved, opened = open_trained(run, checkpoint)
-    require_representable(resolved.shapes.model_to_export(), settings.format)
+    model = resolved.shapes.model_to_export()
+    require_representable(model, settings.format)
+    if settings.vocabulary:
+        # the weights are written from the same folder later, so a download for this check is not in vain
+        require_no_other_part(model, downloaded(opened.state.base_path))
     settings.storage.require_additions_fit(config.additions, opened.folder)
     export = partial(_export_resolved, resolved, opened)
     if _is_converted(settings):

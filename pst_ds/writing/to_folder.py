@@ -36,7 +36,7 @@ from pst_ds.writing.model_card import model_card
 from pst_ds.writing.plan import SHARD_BYTES, PlannedFile, Source, TensorJob, plan_files, require_packed, require_space
 from pst_ds.writing.pruning_record import zeros_in_record
 from pst_ds.writing.refilled import measured_sparsity, refilled_weights
-from pst_ds.writing.trimmed_vocabulary import with_fewer_rows, write_vocabulary
+from pst_ds.writing.trimmed_vocabulary import require_no_other_part, with_fewer_rows, write_vocabulary
 from pst_ds.writing.write import write_tensors
 
 if TYPE_CHECKING:
@@ -116,11 +116,8 @@ def export_checkpoint(
     encoding = Encoding(options.packing, options.values, options.embeddings)
     encoding.storage.require_free(out)
     base = BaseWeights(checkpoint.state.base_path, getattr(model, "base_model_prefix", ""))
-    if vocabulary and is_text_part(model, base.folder):
-        raise ExportError(
-            f"vocabulary: {base.folder} has more than the text part, so its vocabulary must stay complete. Keep all "
-            "tokens"
-        )
+    if vocabulary:
+        require_no_other_part(model, base.folder)
     if whole is not None and is_text_part(model, base.folder):
         raise ExportError(
             f"{base.folder} has more than the text part, of which experts cannot be removed. Train its text part only"

@@ -12,7 +12,7 @@ from torch import nn
 from pst_ds.core.packings import DENSE
 from pst_ds.data.vocabulary import Vocabulary, ids_in, renumbered
 from pst_ds.formats import row_bits
-from pst_ds.formats.base_weights import names_in_files
+from pst_ds.formats.base_weights import is_text_part, names_in_files
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.model_structure import is_inside_block
 from pst_ds.nn.tables.embedding import PSTEmbedding
@@ -81,6 +81,17 @@ def take_rows(model: nn.Module, kept: Sequence[int]) -> None:
         table.pst_U.data = table.pst_U.data[rows.to(table.pst_U.device)]
     if getattr(table, "padding_idx", None) is not None:
         table.padding_idx = list(kept).index(table.padding_idx)
+
+
+def require_no_other_part(model: nn.Module, base: Path) -> None:
+    """Raise ExportError if ``model`` is the text part of the model in the folder ``base``.
+
+    The other parts place tokens of images or sounds, by ids that only the complete vocabulary has.
+    """
+    if is_text_part(model, base):
+        raise ExportError(
+            f"vocabulary: {base} has more than the text part, so its vocabulary must stay complete. Keep all tokens"
+        )
 
 
 def _row_per_token(model: nn.Module, kept: Sequence[int]) -> dict[str, nn.Parameter]:

@@ -14,12 +14,13 @@ LORA = ("--set", "method=lora", "--set", "schedule.final_sparsity=0.0")
 
 @pytest.fixture
 def no_work(monkeypatch):
-    """Let every reader of weights and of data, and every writer, fail the test."""
+    """Let every reader of checkpoints, weights and data, and every writer, fail the test."""
 
     def never(*args, **kwargs):
         raise AssertionError("work before the checks")
 
     for name in (
+        "pst_ds.train.run_folder.open_checkpoint",
         "pst_ds.writing.to_folder.BaseWeights",
         "pst_ds.writing.from_folder.BaseWeights",
         "pst_ds.export.export_run.kept_experts",
@@ -70,6 +71,14 @@ def test_a_place_with_other_files_is_refused_before_any_work(sources, tmp_path, 
     (tmp_path / "notes.txt").write_text("mine")
     options = () if (source, options) == ("dense", ("--vocabulary", "seen")) else options
     assert main(["export", str(sources[source]), *options, "--out", str(tmp_path)]) == 2
+    assert f"--out {tmp_path} " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_users_model_is_refused_a_place_with_other_files_before_any_work(sources, tmp_path, capsys, no_work):
+    (tmp_path / "notes.txt").write_text("mine")
+    users = ["--store", str(tmp_path / "store"), "--user", "bob"]
+    assert main(["users", "export", str(sources["run"]), *users, "--out", str(tmp_path)]) == 2
     assert f"--out {tmp_path} " in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -106,6 +106,26 @@ def test_the_text_part_is_trained_and_the_rest_is_kept_bit_for_bit(tmp_path, mak
     assert (tmp_path / "dense/preprocessor_config.json").is_file()
 
 
+def test_a_smaller_vocabulary_of_a_text_part_is_refused_before_a_corpus_is_tokenised(
+    tmp_path, capsys, monkeypatch, verb
+):
+    torch.manual_seed(1)
+    _base(_qwen3_5(), tmp_path / "base")
+    verb("train", *_arguments(tmp_path))
+
+    def never(*args, **kwargs):
+        raise AssertionError("work before the checks")
+
+    for name in ("_tokens_of_file", "_tokens_of_splits", "trim", "kept_experts", "_convert"):
+        monkeypatch.setattr(f"pst_ds.export.export_run.{name}", never)
+    (tmp_path / "some.txt").write_text("a film\n")
+    for vocabulary, format_name in (("seen", "dense"), (tmp_path / "some.txt", "bitmask")):
+        words = ["--vocabulary", str(vocabulary), "--format", format_name, "--out", str(tmp_path / "out")]
+        assert main(["export", str(tmp_path / "run"), *words]) == 2
+        assert f"vocabulary: {tmp_path / 'base'} has more than the text part" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tower_that_text_does_not_call_is_refused_by_name(tmp_path, capsys):
     torch.manual_seed(1)
     _base(_gemma3(), tmp_path / "base")
