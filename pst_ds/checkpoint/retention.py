@@ -6,7 +6,7 @@ at most a ``.partial`` one. A damaged one is renamed to ``.broken``, and never u
 
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from pst_ds.atomic_files import OLD, PARTIAL, file_sha256, replace_link, restore_replaced
@@ -41,8 +41,10 @@ def clean_up(folder: Path) -> None:
     """Remove incomplete checkpoints that a killed process left. No process may be writing."""
     if not folder.is_dir():
         return
+    # First, since a checkpoint that was being replaced may exist under its old name only.
     for path in list(folder.glob(f"step-*{OLD}")):
         restore_replaced(path.with_name(path.name.removesuffix(OLD)))
+    # Folders of checkpoints, and links that were being replaced: their temporary names start with a dot.
     for path in [*folder.glob(f"step-*{PARTIAL}"), *folder.glob(f".*{PARTIAL}")]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -56,6 +58,7 @@ def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     Damaged ones are renamed. Every rank verifies a share of the files.
     """
     problems: list[str] = []
+    # Rank 0's list for all: another host may still see an older state of a shared folder.
     names = of_main(lambda: [path.name for path in step_folders(folder)])
     for name in names:
         checkpoint, problem = _verified(folder / name)
@@ -66,13 +69,15 @@ def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             broken = folder / (name + BROKEN)
             shutil.rmtree(broken, ignore_errors=True)
             (folder / name).rename(broken)
-        barrier()
+        barrier()  # no rank continues while the damaged checkpoint still has its name
     return None, problems
 
 
 def _verified(path: Path) -> tuple[Checkpoint | None, str]:
     """Return the verified checkpoint, or the first problem that a rank found. Collective."""
-    checkpoint, sums, problem = None, {}, ""
+    checkpoint = None
+    sums: dict[str, str] = {}
+    problem = ""
     try:
         names = of_main(lambda: listed_files(path))
         checkpoint = open_checkpoint(path, names)
@@ -81,16 +86,27 @@ def _verified(path: Path) -> tuple[Checkpoint | None, str]:
             checkpoint.check_file(file)
     except (CheckpointError, OSError) as error:
         problem = str(error)
+    # Every rank gets here, with or without a problem, since the others wait in the exchange.
     gathered = all_gather_objects((problem, sums))
-    problem = next((of_rank for of_rank, _ in gathered if of_rank), "")
+    problem = _first_problem(problem_of_rank for problem_of_rank, _ in gathered)
     if not problem:
+        all_sums: dict[str, str] = {}
+        for _, sums_of_rank in gathered:
+            all_sums |= sums_of_rank
         try:
-            check_sums(path, {name: digest for _, of_rank in gathered for name, digest in of_rank.items()})
+            check_sums(path, all_sums)
         except (CheckpointError, OSError) as error:
             problem = str(error)
         # all ranks have read the folder before rank 0 renames it, and all report the same problem
-        problem = next(filter(None, all_gather_objects(problem)), "")
-    return (None if problem else checkpoint), problem
+        problem = _first_problem(all_gather_objects(problem))
+    if problem:
+        return None, problem
+    return checkpoint, ""
+
+
+def _first_problem(problems: Iterable[str]) -> str:
+    """Return the first of the problems of ranks that is not empty, or ""."""
+    return next(filter(None, problems), "")
 
 
 def keep(folder: Path, keep_last: int, known: Known | None = None, in_use: Collection[str] = frozenset()) -> list[str]:
@@ -101,22 +117,28 @@ def keep(folder: Path, keep_last: int, known: Known | None = None, in_use: Colle
     A checkpoint is good if it is in ``known``, or if its manifest is intact and its files have their full length; it is
     then added to ``known``. A bad one is removed only if it is older than ``keep_last`` good ones.
     """
-    known = {} if known is None else known
+    if known is None:
+        known = {}
     best: set[str] = set()
-    removed, good = [], 0
-    for path in step_folders(folder):
-        if good == keep_last:
-            removed.append(path)
+    older: list[Path] = []
+    num_good = 0
+    for path in step_folders(folder):  # the newest first
+        if num_good == keep_last:
+            older.append(path)
         elif path.name in known or _learn(path, known):
-            good += 1
-            step = known[path.name]
-            best |= set() if step is None else {step_name(step)}
-    removed = [path for path in removed if path.name not in best and path.name not in in_use]
-    for path in removed:
+            num_good += 1
+            best_step = known[path.name]
+            if best_step is not None:
+                best.add(step_name(best_step))
+    removed: list[str] = []
+    for path in older:
+        if path.name in best or path.name in in_use:
+            continue
         doomed = path.with_name(path.name + PARTIAL)  # if rmtree is interrupted, clean_up removes the rest
         path.rename(doomed)
         shutil.rmtree(doomed)
-    return [path.name for path in removed]
+        removed.append(path.name)
+    return removed
 
 
 def _learn(path: Path, known: Known) -> bool:
@@ -146,12 +168,14 @@ def settle(
     Also repairs links after a crash between writing a checkpoint and this call. ``known``: checkpoints that this
     process wrote or verified, which :func:`keep` does not read again. ``in_use``: checkpoints that it keeps.
     """
-    for link, of_step in ((LATEST, step), (BEST, best_step), (FINAL, step if is_last else None)):
-        if of_step is not None and (folder / step_name(of_step)).is_dir():
-            replace_link(folder / link, step_name(of_step))
+    step_of_link = {LATEST: step, BEST: best_step, FINAL: step if is_last else None}
+    for link, linked_step in step_of_link.items():
+        if linked_step is not None and (folder / step_name(linked_step)).is_dir():
+            replace_link(folder / link, step_name(linked_step))
         elif (folder / link).is_symlink() and not (folder / link).exists():
             (folder / link).unlink()  # its checkpoint was damaged
-    keep(folder, keep_last, known, in_use)
+    # Last: a crash in between leaves a checkpoint too many, and no link to a removed one.
+    keep(folder, keep_last, known=known, in_use=in_use)
 
 
 def find(folder: Path, name: str) -> Path:
@@ -159,9 +183,12 @@ def find(folder: Path, name: str) -> Path:
 
     Raises UnknownCheckpointError.
     """
-    path = folder / (FINAL if name == BEST and not (folder / BEST).exists() else name)
+    path = folder / name
+    if name == BEST and not path.exists():
+        path = folder / FINAL
     if path.is_symlink():
         target = path.readlink()
+        # A run makes no other links. One that leads elsewhere came with a copied folder, and is not followed.
         if not STEP_FOLDER.fullmatch(str(target)) or (folder / target).is_symlink():
             raise UnknownCheckpointError(
                 f"{path} is a link to {str(target)!r}; it must name a checkpoint in the same folder"
@@ -186,13 +213,16 @@ def read(folder: Path, name: str) -> Checkpoint:
         except UnknownCheckpointError as error:
             if not _is_link_to_step(folder, name):
                 raise
-            problem = error
+            problem = error  # the link's checkpoint is gone: the run is about to move the link
             continue
         try:
             return read_checkpoint(path)
-        except (CheckpointError, OSError) as error:
+        except CheckpointError:
             if path.is_dir():
-                raise error if isinstance(error, CheckpointError) else CheckpointError(str(error)) from None
+                raise
+        except OSError as error:
+            if path.is_dir():
+                raise CheckpointError(str(error)) from None
         if path.name == name:
             raise CheckpointError(
                 f"{path} was removed while it was read, because the run keeps checkpoint.keep_last checkpoints and the "

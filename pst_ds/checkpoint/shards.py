@@ -21,13 +21,14 @@ def shard_name(shard: int, num_shards: int) -> str:
 def files_of(size: int, num_files: int, parts: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Yield (file, first, last + 1) for values [start, stop) of a tensor divided by
     :func:`pst_ds.core.bits.part_range`, in their order."""
-    part = size // parts
-    per_file = shard_numel(part, num_files // parts)
+    part_size = size // parts
+    per_file = shard_numel(part_size, num_files // parts)
     while start < stop:
-        number, inside = divmod(start, part)
-        index = inside // per_file
-        last = min(stop, number * part + min(part, (index + 1) * per_file))
-        yield index * parts + number, start, last
+        part, inside = divmod(start, part_size)
+        index = inside // per_file  # of the file among those of this part
+        end_of_file = part * part_size + min(part_size, (index + 1) * per_file)
+        last = min(stop, end_of_file)
+        yield index * parts + part, start, last  # neighbouring files hold different parts
         start = last
 
 
@@ -57,11 +58,17 @@ class ChunkedTensors:
         chunks: Sequence[Sequence[Chunk]] | None = None,
         parts: Mapping[str, int] | None = None,
     ):
-        self.sizes, self.num_files, self._chunks = dict(sizes), num_files, chunks
-        self._names, self._parts = list(sizes), parts or {}
+        self.sizes = dict(sizes)
+        self.num_files = num_files
+        self._chunks = chunks
+        self._names = list(sizes)
+        self._parts = parts or {}
+        # How many tensors have a size and a number of parts: layers of a model repeat a few shapes, so the length of a
+        # file is a sum over these.
         self._counts = Counter((size, self._parts.get(name, 1)) for name, size in sizes.items())
+        # Made on request: a reader needs the tables of the files that overlap with its own shard only.
         self._tables: dict[int, dict[str, list[Fragment]]] = {}
-        self._files_of: dict[str, dict[int, None]] = {}
+        self._files_of: dict[str, dict[int, None]] = {}  # the inner dict is a set in the order of the files
         if chunks is not None:
             self._check(chunks)
 
@@ -69,20 +76,26 @@ class ChunkedTensors:
         """Return the number of values in a file."""
         if self._chunks is not None:
             return sum(stop - start for _, start, stop in self._chunks[file])
-        shares = ((n, *part_range(size, self.num_files, file, parts)) for (size, parts), n in self._counts.items())
-        return sum(n * (stop - start) for n, start, stop in shares)
+        length = 0
+        for (size, parts), number in self._counts.items():
+            start, stop = part_range(size, self.num_files, file, parts)
+            length += number * (stop - start)
+        return length
 
     def fragments(self, name: str, start: int, stop: int) -> list[Fragment]:
         """Return the fragments that make up values [start, stop) of a tensor, in order."""
         fragments = []
         for file in self._files(name, start, stop):
             for fragment in self._table(file).get(name, ()):
-                first, last = max(start, fragment.start), min(stop, fragment.stop)
+                first = max(start, fragment.start)
+                last = min(stop, fragment.stop)
                 if first < last:
-                    fragments.append(Fragment(file, first, last, fragment.offset + first - fragment.start))
+                    offset = fragment.offset + first - fragment.start
+                    fragments.append(Fragment(file=file, start=first, stop=last, offset=offset))
         return sorted(fragments, key=lambda fragment: fragment.start)
 
     def _files(self, name: str, start: int, stop: int) -> Sequence[int]:
+        """Return the files that may hold some of the values [start, stop) of a tensor."""
         if self._chunks is not None:
             return list(self._files_of.get(name, ()))
         return [file for file, *_ in files_of(self.sizes[name], self.num_files, self._parts.get(name, 1), start, stop)]
@@ -92,19 +105,23 @@ class ChunkedTensors:
             table: dict[str, list[Fragment]] = {}
             offset = 0
             for name, start, stop in self._ranges(file):
-                table.setdefault(name, []).append(Fragment(file, start, stop, offset))
+                fragment = Fragment(file=file, start=start, stop=stop, offset=offset)
+                table.setdefault(name, []).append(fragment)
                 offset += stop - start
             self._tables[file] = table
         return self._tables[file]
 
     def _ranges(self, file: int) -> Iterator[tuple[str, int, int]]:
+        """Yield (tensor, first value, last value + 1) of a file, in the order of its values."""
         if self._chunks is not None:
-            yield from ((self._names[i], start, stop) for i, start, stop in self._chunks[file])
+            for i, start, stop in self._chunks[file]:
+                yield self._names[i], start, stop
         else:
             for name, size in self.sizes.items():
                 yield name, *part_range(size, self.num_files, file, self._parts.get(name, 1))
 
     def _check(self, chunks: Sequence[Sequence[Chunk]]) -> None:
+        """Raise ValueError unless the ``chunks`` hold every value once; note the files of each tensor."""
         if len(chunks) != self.num_files:
             raise ValueError(f"chunks of {len(chunks)} files, not of {self.num_files}")
         ranges: dict[int, list[tuple[int, int]]] = {i: [] for i in range(len(self._names))}
@@ -115,6 +132,7 @@ class ChunkedTensors:
                 ranges[i].append((start, stop))
                 self._files_of.setdefault(self._names[i], {})[file] = None
         for i, (name, size) in enumerate(self.sizes.items()):
+            # Sorted by their first value, each chunk must start where the one before it ends.
             end = 0
             for start, stop in sorted(ranges[i]):
                 if start != end:

@@ -68,7 +68,8 @@ class OwnPart:
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._named, self._layers = trainable(engine.module), pst_layers(engine.module)
+        self._named = trainable(engine.module)
+        self._layers = pst_layers(engine.module)
         self.tensors: dict[str, list[Tensor]] = {}
         """Pieces of each tensor of the file, by name: flat, of one dtype, at least one each, in the file's order."""
         self.steps: dict[str, int] = {}
@@ -82,30 +83,45 @@ class OwnPart:
 
         Not collective.
         """
-        held = optimizer_state.local_fragments(self._engine, self._named)
-        if optimizer_state.is_replicated(param for _, param in self._named):
-            held = [fragment.cut(*_even_share(fragment.stop)) for fragment in held]
-        tensors = {kind: optimizer_state.values(self._engine, held, kind) for kind in optimizer_state.KINDS}
+        trained = [param for _, param in self._named]
+        fragments = optimizer_state.local_fragments(self._engine, self._named)
+        if optimizer_state.is_replicated(trained):
+            # Every rank has all values. Each writes the share that it would hold under ZeRO-3, so that no value is
+            # stored twice and the files are cut evenly.
+            fragments = [fragment.cut(*_even_share(fragment.stop)) for fragment in fragments]
+        tensors = {kind: optimizer_state.values(self._engine, fragments, kind) for kind in optimizer_state.KINDS}
         tensors[MASK] = [_mask_share(layer) for layer in self._layers.values()]
         scales = [layer.pst_scales for layer in self._layers.values() if layer.pst_scales is not None]
         if scales:
             tensors[SCALES] = [_scale_share(param) for param in scales]
-        self.tensors = {name: self._kept(name, pieces, copies) for name, pieces in tensors.items()}
-        self.steps, self.cuts = optimizer_state.adam_steps(self._engine, held), []
-        if not optimizer_state.is_cut_evenly(param for _, param in self._named):
+        self.tensors = {}
+        for name, pieces in tensors.items():
+            # ZeRO-1 and 2 may leave a rank without values.
+            self.tensors[name] = self._copied(name, pieces) if copies else _at_least_one(name, pieces)
+        self.steps = optimizer_state.adam_steps(self._engine, fragments)
+        self.cuts = []
+        if not optimizer_state.is_cut_evenly(trained):
             index = {name: i for i, (name, _) in enumerate(self._named)}
-            self.cuts = [(index[fragment.name], fragment.start, fragment.stop) for fragment in held]
+            self.cuts = [(index[fragment.name], fragment.start, fragment.stop) for fragment in fragments]
 
-    def _kept(self, name: str, pieces: list[Tensor], copies: bool) -> list[Tensor]:
-        dtype = torch.uint8 if name in (MASK, SCALES) else torch.float32
-        if not copies:  # ZeRO-1 and 2 may leave a rank without values
-            return pieces or [torch.empty(0, dtype=dtype)]
+    def _copied(self, name: str, pieces: list[Tensor]) -> list[Tensor]:
+        """Return one tensor on the CPU with the values of ``pieces``, in memory that the next copy uses again."""
         sizes = [piece.numel() for piece in pieces]
         if name not in self._copies or self._copies[name].numel() != sum(sizes):
-            self._copies[name] = torch.empty(sum(sizes), dtype=dtype)
-        if pieces:
+            self._copies[name] = torch.empty(sum(sizes), dtype=_dtype_of(name))
+        if pieces:  # one call for all: hundreds of small copies would block training for longer
             torch._foreach_copy_(list(self._copies[name].split(sizes)), pieces)
         return [self._copies[name]]
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    """Return the dtype of a tensor of the file."""
+    return torch.uint8 if name in (MASK, SCALES) else torch.float32
+
+
+def _at_least_one(name: str, pieces: list[Tensor]) -> list[Tensor]:
+    """Return ``pieces``, or an empty tensor if there are none: the file needs a dtype."""
+    return pieces or [torch.empty(0, dtype=_dtype_of(name))]
 
 
 class CheckpointWriter:
@@ -116,7 +132,11 @@ class CheckpointWriter:
     """
 
     def __init__(self, folder: Path, engine: Engine):
-        self._folder, self._model, self._part = folder, engine.module, OwnPart(engine)
+        self._folder = folder
+        self._model = engine.module
+        self._part = OwnPart(engine)
+        # Threads of several ranks meet in the rendezvous store: collectives of torch.distributed belong to the training
+        # threads, and would mix with theirs.
         self._group = StoreGroup()
         self._thread: threading.Thread | None = None
         self._outcome: SaveResult | None = None
@@ -137,7 +157,7 @@ class CheckpointWriter:
         ``when_known`` on every rank.
         """
         start = time.perf_counter()
-        self.wait()
+        self.wait()  # the thread reads the memory that the next line overwrites
         self._part.update(copies=copies)
         self._thread = threading.Thread(target=self._write, args=(name, state, when_written, when_known), daemon=True)
         self._blocked = time.perf_counter() - start
@@ -150,7 +170,8 @@ class CheckpointWriter:
             if self._thread.is_alive():
                 return None
             self._thread = None
-        outcome, self._outcome = self._outcome, None
+        outcome = self._outcome
+        self._outcome = None
         return outcome
 
     def _write(
@@ -165,8 +186,8 @@ class CheckpointWriter:
 
         def finish(reports: Sequence[_Report]) -> tuple[str, int]:
             nonlocal is_complete
-            errors = (f"rank {i}: {error}" for i, report in enumerate(reports) if (error := report["error"]))
-            problem, size = next(errors, ""), 0
+            problem = _first_error(reports)
+            size = 0
             if not problem:
                 problem, size = self._finish(partial, name, state, reports, when_written)
             if problem:
@@ -177,7 +198,9 @@ class CheckpointWriter:
         try:
             problem, size = self._group.decide(_write_shard(partial, self._part), finish)
         except Exception as error:  # the exchange failed: another rank is gone, which training will notice
-            problem, size = "" if is_complete else _in_words(error), 0
+            # Rank 0 may have renamed the folder before its answer was lost: the checkpoint is then good.
+            problem = "" if is_complete else _in_words(error)
+            size = 0
         if not problem:
             when_known()
         self._outcome = SaveResult(name, size, self._blocked, problem)
@@ -190,12 +213,13 @@ class CheckpointWriter:
             sums = {report["file"]: report["digest"] for report in reports}
             manifest = manifest_bytes(state, _contents(self._model, reports))
             sums[MANIFEST] = hashlib.sha256(manifest).hexdigest()
-            for path in partial.iterdir():  # left by a save on other ranks that was killed
+            for path in partial.iterdir():  # left by a killed save on another number of ranks
                 if path.name not in sums:
                     path.unlink()
             write_new(partial / MANIFEST, manifest)
             listing = sums_text(sums).encode()
             write_new(partial / SUMS, listing)
+            # Every file is on disk before the folder gets its name, and the name before anyone hears of it.
             publish(partial, self._folder / name)
             sync(self._folder)
             done()
@@ -204,13 +228,24 @@ class CheckpointWriter:
         return "", sum(report["bytes"] for report in reports) + len(manifest) + len(listing)
 
 
+def _first_error(reports: Sequence[_Report]) -> str:
+    """Return the error of the first rank that has one, with its number; "" if all have succeeded."""
+    for i, report in enumerate(reports):
+        if report["error"]:
+            return f"rank {i}: {report['error']}"
+    return ""
+
+
 def _mask_share(layer: PSTLayer) -> Tensor:
     """Return the bits of this rank's shard of a mask in one shard per rank."""
-    bits, numel = layer.pst_mask, layer.layout.numel
+    bits = layer.pst_mask
+    numel = layer.layout.numel
     if sharding.is_partitioned(bits):
         return sharding.shard_of(bits).values
     start, stop = _even_share(numel)
     num_bytes = shard_bytes(numel, world_size())
+    # A share of whole bytes of an undivided mask is a slice of it. Others start inside a byte, or end in one that also
+    # has bits of the next share, and are packed again.
     if layer.num_shards == 1 and start % 8 == 0 and stop - start == 8 * num_bytes:
         return bits.detach().view(-1)[start // 8 : start // 8 + num_bytes]
     return pack_shard(unpack_range(bits.detach(), numel, layer.num_shards, start, stop), num_bytes)
@@ -230,33 +265,49 @@ def _even_share(numel: int) -> tuple[int, int]:
 
 def _write_shard(partial: Path, part: OwnPart) -> _Report:
     """Write this rank's file into ``partial``, and return a report."""
-    name, digest, size, error = shard_name(rank(), world_size()), "", 0, ""
+    file = shard_name(rank(), world_size())
+    digest = ""
+    size = 0
+    error = ""
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        kinds = {name: (held[0].dtype, (sum(map(Tensor.numel, held)),)) for name, held in part.tensors.items()}
+        kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for name, pieces in part.tensors.items():
+            kinds[name] = pieces[0].dtype, (sum(map(Tensor.numel, pieces)),)
         header, slots, size = header_and_slots(kinds)
+        # A generator: without copies, one piece at a time comes from the device.
         data = (tensor_bytes(piece.cpu()) for name in slots for piece in part.tensors[name])
-        digest = write_pieces(partial / name, itertools.chain([header], data))
+        digest = write_pieces(partial / file, itertools.chain([header], data))
     except Exception as failure:  # also MemoryError: the others wait for a report
         error = _in_words(failure)
-    return {"error": error, "file": name, "digest": digest, "bytes": size, "cuts": part.cuts, "steps": part.steps}
+    return {"error": error, "file": file, "digest": digest, "bytes": size, "cuts": part.cuts, "steps": part.steps}
 
 
 def _contents(model: nn.Module, reports: Sequence[_Report]) -> Contents:
-    trained, layers = trainable(model), pst_layers(model)
-    steps = {name: 0 for name, _ in trained}
+    """Return what the checkpoint contains, from the reports of all ranks. Not collective: called in rank 0's thread."""
+    trained: dict[str, tuple[int, ...]] = {}
+    steps: dict[str, int] = {}
+    for name, param in trainable(model):
+        trained[name] = tuple(sharding.full_shape(param))
+        steps[name] = 0  # for a parameter of which no rank reports values
     for report in reports:
         steps |= report["steps"]
+    masks: dict[str, int] = {}
+    parts: dict[str, int] = {}
+    for name, layer in pst_layers(model).items():
+        masks[name] = layer.whole_layout.numel
+        if layer.group is not None:
+            parts[name] = layer.group.degree
     cuts = [report["cuts"] for report in reports]
     return Contents(
         num_shards=len(reports),
-        trained={name: tuple(sharding.full_shape(param)) for name, param in trained},
-        masks={name: layer.whole_layout.numel for name, layer in layers.items()},
+        trained=trained,
+        masks=masks,
         steps=steps,
         cuts=cuts if any(cuts) else None,
         grid=model_grids(model)["grid"],
         scales=scale_shapes(model),
-        parts={name: layer.group.degree for name, layer in layers.items() if layer.group is not None},
+        parts=parts,
     )
 
 
