@@ -44,9 +44,16 @@ def alps_of_shares(shares: Sequence[Share], inputs: UnitGram, ranks: Ranks = ALO
     """
     for share in shares:
         share.require_finite()
-    states = [[_Panel(share.weight[rows], inputs) for rows in share.panels] for share in shares]
-    alone = [(s, share) for s, share in zip(states, shares, strict=True) if not share.ranks_rows_together]
-    pooled = [(s, share) for s, share in zip(states, shares, strict=True) if share.ranks_rows_together]
+    states: list[list[_Panel]] = []
+    alone: list[tuple[list[_Panel], Share]] = []
+    pooled: list[tuple[list[_Panel], Share]] = []
+    for share in shares:
+        panels = [_Panel(share.weight[rows], inputs) for rows in share.panels]
+        states.append(panels)
+        if share.ranks_rows_together:
+            pooled.append((panels, share))
+        else:
+            alone.append((panels, share))
     growth = (LAST_PENALTY / FIRST_PENALTY) ** (1 / (PENALTIES - 1))
     penalties = [FIRST_PENALTY * growth**i for i in range(PENALTIES)]
     for penalty, inverse in _inverses(inputs.gram, penalties, ranks):

@@ -31,8 +31,9 @@ def saliency_scores(weight: Tensor, inputs: Tensor, outputs: Tensor, *, transpos
     ``inputs`` (I,) and ``outputs`` (O,): the norms, over all calibration tokens.
     """
     of_outputs = outputs.to(weight.device, torch.float32)
-    scores = wanda_scores(weight, inputs, transposed=transposed)
-    return scores.mul_(of_outputs if transposed else of_outputs.unsqueeze(1))
+    if not transposed:
+        of_outputs = of_outputs.unsqueeze(1)  # (O, 1): outputs are the rows
+    return wanda_scores(weight, inputs, transposed=transposed).mul_(of_outputs)
 
 
 def score_histogram(scores: Tensor) -> Tensor:

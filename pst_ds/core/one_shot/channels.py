@@ -36,6 +36,7 @@ class InputMoments:
         if total is None:
             return cls(gram, torch.zeros_like(gram[0]))
         mean = total / number
+        # The sum of (x - mean)(x - mean)' over the tokens. It cancels digits, hence double precision.
         return cls(gram - number * torch.outer(mean, mean), mean)
 
 
@@ -48,20 +49,22 @@ def by_second_order(weight: Tensor, gram: Tensor, number: int) -> tuple[Tensor, 
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     weight = weight.to(torch.float64, copy=True)
     left = torch.arange(weight.shape[1], device=weight.device)
-    gone = [left[:0]]
+    removed = [left[:0]]  # empty tensors, for the case that nothing is removed
     scores = [weight[0, :0]]
     while len(left) > number:
-        most = min(len(left) - number, COLUMNS_AT_ONCE)
+        count = min(len(left) - number, COLUMNS_AT_ONCE)
+        # (columns left,): the error of removing only one, ||w_j||^2 / [H^-1]_jj
         errors = weight[:, left].square().sum(0) / inverse.diagonal()[left]
-        order = errors.argsort(stable=True)
-        columns = left[order[:most]]
-        gone.append(columns)
-        scores.append(errors[order[:most]])
-        left = left[order[most:].sort().values]
-        step = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
+        order = errors.argsort(stable=True)  # stable: among equal errors the first column goes, on every device
+        columns = left[order[:count]]
+        removed.append(columns)
+        scores.append(errors[order[:count]])
+        left = left[order[count:].sort().values]
+        # Eliminating the columns from H^-1 leaves the inverse for the others, and fits their weights by least squares.
+        step = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])  # (count, I)
         weight -= weight[:, columns] @ step
         inverse -= inverse[:, columns] @ step
-    return left, torch.cat(gone), torch.cat(scores)
+    return left, torch.cat(removed), torch.cat(scores)
 
 
 def refitted(weight: Tensor, moments: InputMoments, columns: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -72,9 +75,13 @@ def refitted(weight: Tensor, moments: InputMoments, columns: Tensor) -> tuple[Te
     """
     damped, _ = damped_gram(moments.gram)
     weight = weight.to(torch.float64)
-    found = torch.linalg.solve(damped[columns][:, columns], damped[columns] @ weight.t()).t()
+    fitted = torch.linalg.solve(damped[columns][:, columns], damped[columns] @ weight.t()).t()  # (O, kept)
     change = weight.clone()
-    change[:, columns] -= found
+    change[:, columns] -= fitted
+    # For rows w of W, the sum of w X'X w' is the sum of the squared outputs. The damping is for the solution only.
     outputs = ((weight @ moments.gram) * weight).sum()
-    error = ((change @ moments.gram) * change).sum() / outputs if outputs > 0 else outputs
-    return found, change @ moments.mean, float(error.clamp(min=0.0))
+    error = outputs  # without outputs nothing can change
+    if outputs > 0:
+        error = ((change @ moments.gram) * change).sum() / outputs
+    # rounding can make a vanishing error negative
+    return fitted, change @ moments.mean, float(error.clamp(min=0.0))

@@ -30,13 +30,17 @@ class Compensated:
 
 def joined(panels: Sequence[Compensated], share: Share) -> Compensated:
     """Join the panels of this rank's ``share``; without any, return no rows."""
-    none = share.weight.new_empty(0, share.weight.shape[1], dtype=torch.float32)
-    scales = [panel.scales for panel in panels if panel.scales is not None]
-    return Compensated(
-        torch.cat([none, *(panel.weight for panel in panels)]),
-        torch.cat([none.to(torch.uint8), *(panel.keep for panel in panels)]),
-        torch.cat(scales) if scales else None,
-    )
+    # A rank may have no panel: torch.cat then needs a tensor with the right width and dtype.
+    no_rows = share.weight.new_empty(0, share.weight.shape[1], dtype=torch.float32)
+    weights = [no_rows]
+    masks = [no_rows.to(torch.uint8)]
+    scales: list[Tensor] = []
+    for panel in panels:
+        weights.append(panel.weight)
+        masks.append(panel.keep)
+        if panel.scales is not None:
+            scales.append(panel.scales)
+    return Compensated(torch.cat(weights), torch.cat(masks), torch.cat(scales) if scales else None)
 
 
 def wanda_scores(weight: Tensor, input_norms: Tensor, *, transposed: bool = False) -> Tensor:
@@ -45,4 +49,6 @@ def wanda_scores(weight: Tensor, input_norms: Tensor, *, transposed: bool = Fals
     ``input_norms``: (I,), over all calibration tokens.
     """
     norms = input_norms.to(weight.device, torch.float32)
-    return weight.to(torch.float32).abs() * (norms.unsqueeze(1) if transposed else norms)
+    if transposed:
+        norms = norms.unsqueeze(1)  # (I, 1): inputs are the rows
+    return weight.to(torch.float32).abs() * norms

@@ -20,6 +20,7 @@ MOST_ROWS = 128
 SHARES = 12
 """Panels that a matrix has at least, if each has :data:`LEAST_ROWS`: 1, 2, 3, 4, 6 and 12 ranks get equal shares."""
 LEAST_ROWS = 16
+"""Least rows of a panel, except for the last: products of fewer rows use a core badly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,9 @@ class Ranks:
 
     def of_first(self, numbers: Tensor) -> Tensor:
         """Return the ``numbers`` of the first rank, on the CPU. Collective."""
-        return self.sums.all_sum(torch.zeros_like(numbers) if self.own else numbers)
+        # The other ranks add zeros, so the sum is exact.
+        summand = torch.zeros_like(numbers) if self.own else numbers
+        return self.sums.all_sum(summand)
 
 
 ALONE = Ranks()
@@ -47,7 +50,7 @@ ALONE = Ranks()
 def panels(outputs: int, unit: int = 1) -> list[slice]:
     """Cut rows 0 to ``outputs`` into panels of equal height, a multiple of ``unit``; the last may be lower."""
     height = min(MOST_ROWS, max(LEAST_ROWS, -(-outputs // SHARES)))
-    height = -(-height // unit) * unit
+    height = -(-height // unit) * unit  # rounded up, so that no block of a pattern lies in two panels
     return [slice(first, min(first + height, outputs)) for first in range(0, outputs, height)]
 
 
@@ -69,14 +72,17 @@ class Share:
                 f'pattern "{pattern}" ranks the weights of several matrices together; choose "matrix" or "row"'
             )
         pattern.require_fit(WeightLayout(*weight.shape))
-        every = panels(len(weight), pattern.outputs)
-        first, last = (len(every) * rank // ranks.number for rank in (ranks.own, ranks.own + 1))
-        return cls(weight, pattern, sparsity, every[first:last])
+        all_panels = panels(len(weight), pattern.outputs)
+        first = len(all_panels) * ranks.own // ranks.number
+        last = len(all_panels) * (ranks.own + 1) // ranks.number
+        return cls(weight=weight, pattern=pattern, sparsity=sparsity, panels=all_panels[first:last])
 
     @property
     def rows(self) -> slice:
         """The rows of this rank."""
-        return slice(self.panels[0].start, self.panels[-1].stop) if self.panels else slice(0, 0)
+        if not self.panels:
+            return slice(0, 0)
+        return slice(self.panels[0].start, self.panels[-1].stop)
 
     @property
     def ranks_rows_together(self) -> bool:
@@ -113,22 +119,38 @@ def keep_together(scores: Sequence[Sequence[Tensor]], shares: Sequence[Share], r
     ``scores``: of each share's panels, as in :func:`keep_in_panel`. Each matrix loses floor(sparsity * units) of its
     weights or blocks, over all ranks.
     """
-    keys = [[_unit_keys(panel, share) for panel in own] for own, share in zip(scores, shares, strict=True)]
-    counts = [prune_count(s.sparsity, s.weight.numel() // (s.pattern.outputs * s.pattern.inputs)) for s in shares]
-    matrices = [MatrixKeys(count, own.__iter__) for count, own in zip(counts, keys, strict=True)]
-    found = []
+    keys: list[list[Tensor]] = []
+    matrices: list[MatrixKeys] = []
+    for panel_scores, share in zip(scores, shares, strict=True):
+        keys_of_share = [_unit_keys(panel, share) for panel in panel_scores]
+        # Units of the whole matrix: the cut is the same on every rank, and a rank's own panels hold only a part.
+        num_units = share.weight.numel() // (share.pattern.outputs * share.pattern.inputs)
+        keys.append(keys_of_share)
+        matrices.append(MatrixKeys(prune_count(share.sparsity, num_units), keys_of_share.__iter__))
     device = shares[0].weight.device if shares else torch.device("cpu")
-    for cut, own, share in zip(select(matrices, ranks.sums, device), keys, shares, strict=True):
-        masks = cut.keep_all(own)
+    kept: list[list[Tensor]] = []
+    # One selection for all matrices: the number of exchanges does not depend on how many there are.
+    for cut, keys_of_share, share in zip(select(matrices, ranks.sums, device), keys, shares, strict=True):
+        masks = cut.keep_all(keys_of_share)
         if share.pattern.kind == "block":
-            unit = (share.pattern.outputs, share.pattern.inputs)
-            of_panel = share.panels
-            rects = [Rect(0, p.stop - p.start, 0, share.weight.shape[1]) for p in of_panel]
-            masks = [expand_units(kept, rect, unit) for kept, rect in zip(masks, rects, strict=True)]
-        found.append(masks)
-    return found
+            masks = _expanded(masks, share)
+        kept.append(masks)
+    return kept
 
 
 def _unit_keys(scores: Tensor, share: Share) -> Tensor:
+    """Return int32 keys in the order of the ``scores``, which are at least 0: one per weight, or one per block."""
     keys = scores.view(torch.int32)
-    return block_keys(keys, (share.pattern.outputs, share.pattern.inputs)) if share.pattern.kind == "block" else keys
+    if share.pattern.kind == "block":
+        return block_keys(keys, (share.pattern.outputs, share.pattern.inputs))
+    return keys
+
+
+def _expanded(masks: Sequence[Tensor], share: Share) -> list[Tensor]:
+    """Return masks with an entry per weight, given those with an entry per block, of the panels of a share."""
+    unit = (share.pattern.outputs, share.pattern.inputs)
+    expanded: list[Tensor] = []
+    for mask, panel in zip(masks, share.panels, strict=True):
+        rectangle = Rect(0, panel.stop - panel.start, 0, share.weight.shape[1])  # in the coordinates of the panel
+        expanded.append(expand_units(mask, rectangle, unit))
+    return expanded

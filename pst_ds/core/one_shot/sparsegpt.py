@@ -44,7 +44,7 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> InverseFactor:
     """
     damped, dead = damped_gram(gram, damping)
     lower, failed = torch.linalg.cholesky_ex(damped)
-    if not int(failed):
+    if not int(failed):  # an inverse of a failed factor would be noise
         lower, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower))
     if int(failed):
         raise FloatingPointError("the Gram matrix of the inputs is not positive definite: more damping is needed")
@@ -77,8 +77,10 @@ def sparsegpt_of_share(
     """
     share.require_finite()
     rows = [_Rows(share.weight[panel], grid, dtype) for panel in share.panels]
-    _pass_all(rows, factor, _by_saliency(share, factor, ranks), share.pattern.m, columns_at_a_time, grid)
-    return joined([one.made for one in rows], share)
+    _pass_all(
+        rows, factor, _by_saliency(share, factor, ranks), unit=share.pattern.m, at_a_time=columns_at_a_time, grid=grid
+    )
+    return joined([panel.outcome for panel in rows], share)
 
 
 def round_under_mask(
@@ -101,8 +103,8 @@ def round_under_mask(
     def choose(_rows: "Sequence[_Rows]", start: int, stop: int) -> list[Tensor]:
         return [mask[:, start:stop] for mask in masks]
 
-    _pass_all(rows, factor, choose, 0, columns_at_a_time, grid)
-    return joined([one.made for one in rows], share)
+    _pass_all(rows, factor, choose, unit=0, at_a_time=columns_at_a_time, grid=grid)
+    return joined([panel.outcome for panel in rows], share)
 
 
 class _Rows:
@@ -111,7 +113,9 @@ class _Rows:
     def __init__(self, weight: Tensor, grid: Grid | None, dtype: torch.dtype):
         self.left = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         self.keep = torch.ones(weight.shape, dtype=torch.uint8, device=weight.device)
-        self.rounder = None if grid is None else _Rounder(grid, self.left, dtype)
+        self.rounder: _Rounder | None = None
+        if grid is not None:
+            self.rounder = _Rounder(grid, self.left, dtype)
 
     def enter(self, first: int, mask: Tensor) -> None:
         """Search the scales of the group that starts at column ``first``, by the ``mask`` of its weights."""
@@ -120,8 +124,12 @@ class _Rows:
         self.rounder.enter(first, kept)
 
     @property
-    def made(self) -> Compensated:
-        return Compensated(self.left, self.keep, None if self.rounder is None else self.rounder.scales)
+    def outcome(self) -> Compensated:
+        """The pruned and quantised rows, once all inputs are passed."""
+        scales = None
+        if self.rounder is not None:
+            scales = self.rounder.scales
+        return Compensated(self.left, self.keep, scales)
 
 
 Choice = Callable[[Sequence[_Rows], int, int], list[Tensor]]
@@ -129,20 +137,23 @@ Choice = Callable[[Sequence[_Rows], int, int], list[Tensor]]
 
 
 def _by_saliency(share: Share, factor: InverseFactor, ranks: Ranks) -> Choice:
+    """Return the choice of SparseGPT: the smallest w_j^2 / U_jj^2 are pruned. The choice is collective for "matrix"."""
     sparsity = share.sparsity
 
     def choose(rows: Sequence[_Rows], start: int, stop: int) -> list[Tensor]:
-        by = factor.upper.diagonal()[start:stop]
+        divisors = factor.upper.diagonal()[start:stop]
         dead = factor.dead[start:stop]
-        scores = [(one.left[:, start:stop] / by).square().masked_fill_(dead, 0.0) for one in rows]
+        scores = [(panel.left[:, start:stop] / divisors).square().masked_fill_(dead, 0.0) for panel in rows]
         if share.pattern.kind == "n:m":
-            return [keep_in_panel(one, share) for one in scores]
+            return [keep_in_panel(panel_scores, share) for panel_scores in scores]
+        keys = [panel_scores.view(torch.int32) for panel_scores in scores]  # of numbers from 0 on: the same order
+        # Differences of running counts, so that the counts of all steps add up to the exact count at the end.
         if share.pattern.kind == "row":
             count = prune_count(sparsity, stop) - prune_count(sparsity, start)
-            return [keep_in_rows(one.view(torch.int32), (1, stop - start), count) for one in scores]
-        so_far, before = (prune_count(sparsity, len(share.weight) * end) for end in (stop, start))
-        keys = [one.view(torch.int32) for one in scores]
-        (cut,) = select([MatrixKeys(so_far - before, keys.__iter__)], ranks.sums, share.weight.device)
+            return [keep_in_rows(panel_keys, (1, stop - start), count) for panel_keys in keys]
+        num_rows = len(share.weight)  # of all ranks
+        count = prune_count(sparsity, num_rows * stop) - prune_count(sparsity, num_rows * start)
+        (cut,) = select([MatrixKeys(count, keys.__iter__)], ranks.sums, share.weight.device)
         return cut.keep_all(keys)
 
     return choose
@@ -164,39 +175,48 @@ class _Rounder:
 
     def enter(self, first: int, kept: Tensor) -> None:
         """Search the scales of the group that starts at column ``first``. ``kept``: (O, size), 0 where pruned."""
+        # Errors grow from column to column where H is nearly singular.
         if not bool(torch.isfinite(kept).all()):
             raise FloatingPointError("weights that make up for others are not finite")
-        found = group_scales(kept.contiguous(), self._grid, self._dtype)
-        self.scales[:, first // self.size] = limited(found, self._least, math.inf)
+        searched = group_scales(kept.contiguous(), self._grid, self._dtype)
+        self.scales[:, first // self.size] = limited(searched, self._least, math.inf)
 
     def rounded(self, column: Tensor, index: int) -> Tensor:
         """Return code * scale of column ``index``, (O,)."""
         scales = self.scales[:, index // self.size].float()
-        return rounded_codes(column, scales, self._grid).mul_(scales).add_(0.0)
+        return rounded_codes(column, scales, self._grid).mul_(scales).add_(0.0)  # turns -0.0 into +0.0
 
 
 def _pass_all(
-    rows: Sequence[_Rows], factor: InverseFactor, choose: Choice, unit: int, at_a_time: int, grid: Grid | None
+    rows: Sequence[_Rows], factor: InverseFactor, choose: Choice, *, unit: int, at_a_time: int, grid: Grid | None
 ) -> None:
-    """Pass all inputs. ``unit``: inputs whose mask must be chosen together; 0 for all that are passed in one step."""
+    """Pass all inputs. ``unit``: inputs whose mask must be chosen together; 0 for all that are passed in one step.
+
+    Collective if ``choose`` is. With a ``unit``, a rank chooses for its panels one after another: only N:M has one, and
+    its choice needs no other rank.
+    """
     inputs = len(factor.dead)
-    group = inputs // grid.num_groups(inputs) if grid is not None and grid.group else 1
+    group = 1
+    if grid is not None and grid.group:
+        group = inputs // grid.num_groups(inputs)
+    # A step has whole units and whole groups: weights after it are not corrected yet when one of its masks is chosen.
     whole = math.lcm(unit or 1, group)
     step = max(1, at_a_time // whole) * whole
     if grid is not None and grid.num_groups(inputs) == 1:  # a scale for each whole row
-        for one, mask in zip(rows, choose(rows, 0, inputs), strict=True):
-            one.enter(0, mask)
+        for panel, mask in zip(rows, choose(rows, 0, inputs), strict=True):
+            panel.enter(0, mask)
     for start in range(0, inputs, step):
         stop = min(start + step, inputs)
         if not unit:
-            for one, mask in zip(rows, choose(rows, start, stop), strict=True):
-                one.keep[:, start:stop] = mask
-        for one in rows:
-            errors = _pass_columns(one, factor.upper, choose, unit, start, stop)
-            one.left[:, stop:] -= errors @ factor.upper[start:stop, stop:]
+            for panel, mask in zip(rows, choose(rows, start, stop), strict=True):
+                panel.keep[:, start:stop] = mask
+        for panel in rows:
+            errors = _pass_columns(panel, factor.upper, choose, unit=unit, start=start, stop=stop)
+            # Later inputs are corrected once per step, by a product that replaces one update for each column.
+            panel.left[:, stop:] -= errors @ factor.upper[start:stop, stop:]
 
 
-def _pass_columns(rows: _Rows, upper: Tensor, choose: Choice, unit: int, start: int, stop: int) -> Tensor:
+def _pass_columns(rows: _Rows, upper: Tensor, choose: Choice, *, unit: int, start: int, stop: int) -> Tensor:
     """Prune and quantise columns [start, stop), and correct those after them; with a ``unit``, choose their mask.
 
     Returns the errors, (rows, stop - start), that correct later inputs.
@@ -205,7 +225,7 @@ def _pass_columns(rows: _Rows, upper: Tensor, choose: Choice, unit: int, start: 
     keep = rows.keep
     rounder = rows.rounder
     errors = left.new_zeros(len(left), stop - start)
-    chosen = start if unit else stop
+    chosen = start if unit else stop  # the mask is known up to this column
     for j in range(start, stop):
         if j == chosen:
             chosen = min(j + unit, stop)
@@ -214,9 +234,12 @@ def _pass_columns(rows: _Rows, upper: Tensor, choose: Choice, unit: int, start: 
         if rounder is not None:
             if j % rounder.size == 0 and rounder.size < left.shape[1]:
                 end = j + rounder.size
-                rows.enter(j, keep[:, j:end] if end <= chosen else choose([rows], j, end)[0])
+                mask = keep[:, j:end]
+                if end > chosen:  # a group of several units: the mask by the weights so far, for the scale only
+                    mask = choose([rows], j, end)[0]
+                rows.enter(j, mask)
             value = rounder.rounded(value, j)
-        value = torch.where(keep[:, j] == 0, 0.0, value)
+        value = torch.where(keep[:, j] == 0, 0.0, value)  # (rows,)
         errors[:, j - start] = (left[:, j] - value) / upper[j, j]
         left[:, j] = value
         left[:, j + 1 : stop] -= errors[:, j - start, None] * upper[j, j + 1 : stop]
