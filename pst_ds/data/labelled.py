@@ -92,8 +92,8 @@ def _names_in_training(data: DataConfig) -> list[str]:
     if hasattr(feature, "names"):
         return list(feature.names)
     labels = set(rows.unique(data.label_column))
-    if None in labels or "" in labels:
-        empty = [row for row, value in enumerate(rows[data.label_column]) if value in (None, "")]
+    if any(_is_empty(label) for label in labels):
+        empty = [row for row, value in enumerate(rows[data.label_column]) if _is_empty(value)]
         others = ""
         if len(empty) > 1:
             others = f" and {len(empty) - 1} more"
@@ -101,6 +101,7 @@ def _names_in_training(data: DataConfig) -> list[str]:
             f"{data.train}: column {data.label_column!r} has empty values, in "
             f"{place_in_split(data, 'train', rows, empty[0])}{others}. Give every example a label"
         )
+    _require_distinct(data, rows)
     if holds_fractions(labels):
         raise ConfigError(
             f'{data.train}: column {data.label_column!r} holds fractions, which is regression. Set task = "regression"'
@@ -119,6 +120,26 @@ def _names_in_training(data: DataConfig) -> list[str]:
     if all(_is_integer(label) for label in labels):
         return [str(label) for label in sorted(labels, key=int)]
     return [str(label) for label in sorted(labels)]
+
+
+def _is_empty(label: object) -> bool:
+    return label is None or (isinstance(label, str) and not label.strip())
+
+
+def _require_distinct(data: DataConfig, rows: Dataset) -> None:
+    """Raise ConfigError for classes of the training data that differ in white space only, such as "a" and "a "."""
+    class_of: dict[str, str] = {}
+    for label in rows.unique(data.label_column):
+        if not isinstance(label, str):
+            continue
+        words = " ".join(label.split())
+        first = class_of.setdefault(words, label)
+        if first != label:
+            row = list(rows[data.label_column]).index(label)
+            raise ConfigError(
+                f"{data.train}: column {data.label_column!r} has the classes {first!r} and {label!r}, which differ in "
+                f"white space only, in {place_in_split(data, 'train', rows, row)}. Write each class in one way"
+            )
 
 
 def _is_integer(label: object) -> bool:

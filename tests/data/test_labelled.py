@@ -303,6 +303,19 @@ def test_an_empty_label_of_a_csv_is_refused_among_numbers_too(tmp_path):
     assert "has empty values, in line 4" in _refusal(label_names, _data(path))
 
 
+def test_classes_that_differ_in_white_space_only_are_refused(tmp_path):
+    """A space too many in some rows would otherwise train a class more without a word."""
+    path = _write(tmp_path / "rows.csv", ("text", "label"), [("a", "good"), ("b", "bad"), ("c", "good ")])
+    message = _refusal(label_names, _data(path))
+    assert message.startswith(f"{path}: column 'label' has the classes 'good' and 'good '")
+    assert message.endswith("in line 4. Write each class in one way")
+
+
+def test_a_label_of_white_space_is_empty(tmp_path):
+    path = _write(tmp_path / "rows.csv", ("text", "label"), [("a", "good"), ("b", "bad"), ("c", "  ")])
+    assert "has empty values, in line 4. Give every example a label" in _refusal(label_names, _data(path))
+
+
 def test_an_empty_file_is_refused(tmp_path):
     path = _write(tmp_path / "rows.csv", ("text", "label"), [])
     message = _refusal(label_names, _data(path))
