@@ -85,14 +85,23 @@ def messages_of(value: object, where: str) -> list[Message]:
 
 
 def tools_of(value: object, where: str) -> list[JsonObject] | None:
-    """Return the tools of a row, which may be a JSON string. Raises ConfigError for invalid JSON."""
+    """Return the tools of a row, which may be a JSON string; None without any.
+
+    Raises ConfigError for invalid JSON, and for tools that are not a list.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
         except ValueError as error:
             raise ConfigError(f"{where}: tools are not JSON ({error})") from None
-    tools = _without_none(value) if isinstance(value, list) else None
-    return tools or None
+    if not value:
+        return None
+    if not isinstance(value, list):
+        raise ConfigError(
+            f"{where}: tools are {str(value)[:80]!r}, not a list. Write a list with an object for each tool"
+        )
+    tools: list[JsonObject] = _without_none(value)
+    return tools
 
 
 def conversation_of(row: Mapping[str, object], columns: Sequence[str], where: str) -> Conversation:

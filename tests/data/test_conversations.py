@@ -220,6 +220,13 @@ def test_tools_reach_the_template():
         tools_of("{", "row 2")
 
 
+@pytest.mark.parametrize("tools", [{"name": "clock"}, '{"name": "clock"}', "7"])
+def test_tools_that_are_not_a_list_are_refused(tools):
+    """They would otherwise be omitted without a word."""
+    with pytest.raises(ConfigError, match=r"row 2: tools are .*, not a list\. Write a list with an object for each"):
+        tools_of(tools, "row 2")
+
+
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
