@@ -146,7 +146,8 @@ def _parquet(span: Span, reading: Reading) -> Iterator[str]:
         columns = _columns(source.schema_arrow.names, span, reading)
         groups = range(span.start, span.stop) if span.stop >= 0 else range(source.num_row_groups)
         batches = source.iter_batches(batch_size=ROWS_AT_A_TIME, row_groups=list(groups), columns=columns)
-        number = 0
+        # messages count rows from the start of the file, also in a span that starts inside it
+        number = sum(source.metadata.row_group(group).num_rows for group in range(groups.start))
         for batch in batches:
             batch.validate(full=True)
             for row in batch.to_pylist():

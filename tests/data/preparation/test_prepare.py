@@ -169,6 +169,20 @@ def test_the_store_is_one_stream_with_the_end_between_documents(tmp_path):
 
 
 @pytest.mark.few(1)
+def test_a_row_without_text_is_numbered_from_the_start_of_a_parquet_file(tmp_path):
+    """Also in a later piece, which starts inside the file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    texts = ["the warm film", "the plot", "dull", None]
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(texts, pyarrow.string())}), path, row_group_size=1)
+    reading = Reading()
+    *_, (last,) = find_pieces([str(path)], reading, 1)
+    with pytest.raises(InputError, match=r"a\.parquet: column 'text' has no text in row 4\. "):
+        list(texts_of(last, reading))
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.saved"])
 def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, name):
     path = _many(tmp_path / name)
