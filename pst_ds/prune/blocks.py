@@ -45,17 +45,28 @@ class Calibration:
 
     def own_pieces(self, most: int | None = None) -> list[tuple[int, Batch]]:
         """Return this rank's (batch, piece): every ``ranks.number``-th of all, or of at most ``most`` of them."""
-        every = [(number, piece) for number, batch in enumerate(self.batches) for piece in _pieces(batch)]
-        step = 1 if most is None else max(1, -(-len(every) // most))
-        return every[::step][self.ranks.own :: self.ranks.number]
+        pieces: list[tuple[int, Batch]] = []
+        for number, batch in enumerate(self.batches):
+            pieces += [(number, piece) for piece in _pieces(batch)]
+        step = 1
+        if most is not None:
+            step = max(1, -(-len(pieces) // most))
+        # Which pieces are used does not depend on the number of ranks; only who computes them does.
+        return pieces[::step][self.ranks.own :: self.ranks.number]
 
 
 def _pieces(batch: Batch) -> list[Batch]:
-    number, length = (*batch.get("input_ids", next(iter(batch.values()))).shape, 1)[:2]
-    if any(value.shape[:1] != (number,) for value in batch.values()):
-        return [batch]
+    """Cut a batch between examples into pieces of about PIECE_TOKENS tokens."""
+    main = batch.get("input_ids", next(iter(batch.values())))  # (examples, tokens), or (examples,)
+    num_examples = main.shape[0]
+    length = main.shape[1] if main.dim() > 1 else 1
+    if any(value.shape[:1] != (num_examples,) for value in batch.values()):
+        return [batch]  # a tensor without an example per row cannot be cut
     size = max(1, PIECE_TOKENS // length)
-    return [{key: value[at : at + size] for key, value in batch.items()} for at in range(0, number, size)]
+    pieces: list[Batch] = []
+    for first in range(0, num_examples, size):
+        pieces.append({key: value[first : first + size] for key, value in batch.items()})
+    return pieces
 
 
 Output = Any
@@ -72,14 +83,14 @@ def find_blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.ModuleL
     Raises InputError if they are in two lists or outside of lists, and if blocks run more than once or share keys and
     values.
     """
-    found = {name: outermost_list(name, model) for name in names}
-    outside = next((name for name, stack in found.items() if not stack), None)
-    if outside is not None:
-        raise InputError(
-            f"{outside} is not in a block, and calibration goes block by block. Exclude it with pst.exclude_modules, "
-            'or set method = "magnitude"'
-        )
-    stacks = list(dict.fromkeys(found.values()))
+    stack_of = {name: outermost_list(name, model) for name in names}
+    for name, stack in stack_of.items():
+        if not stack:
+            raise InputError(
+                f"{name} is not in a block, and calibration goes block by block. Exclude it with pst.exclude_modules, "
+                'or set method = "magnitude"'
+            )
+    stacks = list(dict.fromkeys(stack_of.values()))
     if len(stacks) > 1:
         raise InputError(
             f"the layers are in {len(stacks)} stacks of blocks ({', '.join(stacks)}), and calibration supports "
@@ -87,26 +98,33 @@ def find_blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.ModuleL
         )
     blocks = model.get_submodule(stacks[0])
     assert isinstance(blocks, nn.ModuleList)
-    if shared := getattr(text_config(model), "num_kv_shared_layers", 0):
+    num_shared = getattr(text_config(model), "num_kv_shared_layers", 0)
+    if num_shared:
         raise InputError(
-            f"num_kv_shared_layers = {shared}: the last blocks of {stacks[0]} use keys and values of earlier ones, but "
-            'calibration runs each block separately. Set method = "magnitude"'
+            f"num_kv_shared_layers = {num_shared}: the last blocks of {stacks[0]} use keys and values of earlier ones, "
+            'but calibration runs each block separately. Set method = "magnitude"'
         )
-    layers, num_own = getattr(getattr(model, "config", None), "num_hidden_layers", None), len(set(blocks))
+    num_layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    num_distinct = len(set(blocks))
     # Some configs count the layers of the cache, and blocks such as LongCat-Flash's have two.
-    runs_once = len(_cache_layers(blocks)) == layers
-    if num_own < len(blocks) or (isinstance(layers, int) and layers > len(blocks) and not runs_once):
+    runs_once = len(_cache_layers(blocks)) == num_layers
+    has_fewer_blocks = isinstance(num_layers, int) and num_layers > len(blocks)
+    if num_distinct < len(blocks) or (has_fewer_blocks and not runs_once):
         raise InputError(
-            f"{stacks[0]} has {num_own} distinct blocks for {max(len(blocks), layers or 0)} layers: a block that "
-            'runs more than once cannot be pruned in between. Set method = "magnitude"'
+            f"{stacks[0]} has {num_distinct} distinct blocks for {max(len(blocks), num_layers or 0)} layers: a block "
+            'that runs more than once cannot be pruned in between. Set method = "magnitude"'
         )
     return stacks[0], blocks
 
 
 def _cache_layers(blocks: nn.ModuleList) -> set[int]:
     """Return the numbers that modules inside the blocks have as layers of transformers' cache."""
-    numbers = (getattr(module, "layer_idx", None) for module in blocks.modules())
-    return {number for number in numbers if isinstance(number, int)}
+    numbers: set[int] = set()
+    for module in blocks.modules():
+        number = getattr(module, "layer_idx", None)
+        if isinstance(number, int):
+            numbers.add(number)
+    return numbers
 
 
 def block_of(name: str, stack: str) -> int:
@@ -119,16 +137,18 @@ def replaced_blocks(
     model: nn.Module, blocks: nn.ModuleList, replacement: Callable[[int, Callable[..., Output]], Output]
 ) -> Iterator[None]:
     """Run ``replacement(index, forward)`` instead of each block's ``forward`` inside the context, without a cache."""
-    config, own = text_config(model), [block.__dict__.get("forward") for block in blocks]
+    config = text_config(model)
+    # Hooks of other libraries may have set a function on a block itself, which comes back afterwards.
+    set_before = [block.__dict__.get("forward") for block in blocks]
     caches = getattr(config, "use_cache", None)
-    if caches is not None:
+    if caches is not None:  # a cache would keep the keys and values of every pass
         config.use_cache = False
     for index, block in enumerate(blocks):
         block.forward = replacement(index, block.forward)
     try:
         yield
     finally:
-        for block, forward in zip(blocks, own, strict=True):
+        for block, forward in zip(blocks, set_before, strict=True):
             del block.forward
             if forward is not None:
                 block.forward = forward
@@ -144,7 +164,8 @@ class BlockSource:
 
     def __init__(self, stack: str, blocks: nn.ModuleList):
         """``stack``: name of the list ``blocks`` in the model."""
-        self.stack, self.blocks = stack, blocks
+        self.stack = stack
+        self.blocks = blocks
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[None]:
@@ -175,10 +196,15 @@ class BlockReplay:
     """
 
     def __init__(self, model: nn.Module, blocks: BlockSource, data: Calibration):
-        self.model, self.blocks, self.data = model, blocks.blocks, data
+        self.model = model
+        self.blocks = blocks.blocks
+        self.data = data
         self.source = blocks
         self.take(data.own_pieces())
-        self._block = self._place = 0
+        self._block = 0
+        """Index of the block that computes in this pass."""
+        self._place = 0
+        """Index of the piece that this pass is for."""
         self._dtype = data.dtype
         self._needs_leaf = False
         self._keeps_output = False
@@ -204,13 +230,13 @@ class BlockReplay:
         """
         with self.source.loaded(index):
             tensors = [*self.blocks[index].parameters(), *self.blocks[index].buffers()]
-            held = [tensor.data for tensor in tensors]
+            stored = [tensor.data for tensor in tensors]
             try:
                 for tensor in tensors:
                     tensor.data = self.moved(tensor.data)
                 yield
             finally:
-                for tensor, data in zip(tensors, held, strict=True):
+                for tensor, data in zip(tensors, stored, strict=True):
                     tensor.data = data
 
     def run(
@@ -233,7 +259,9 @@ class BlockReplay:
         Raises InputError if the model's forward pass does not reach the block.
         """
         self._needs_leaf = gradients
-        self._block, self._keeps_output, self._compute = index, keep_output, compute
+        self._block = index
+        self._keeps_output = keep_output
+        self._compute = compute
         for place, (batch, piece) in enumerate(self.pieces):
             self._place = place
             if only not in (None, batch):
@@ -241,7 +269,7 @@ class BlockReplay:
             if before is not None:
                 before(piece)
             try:
-                with torch.no_grad():
+                with torch.no_grad():  # what is before the blocks needs no gradient; ``compute`` may enable them
                     self.model(**moved(dict(piece), self.source.device, self.data.dtype))
             except _BlockDone:
                 if after_first is not None and not place:
@@ -251,7 +279,7 @@ class BlockReplay:
                 f"the model's forward pass does not run its block {index} of {len(self.blocks)}, a "
                 f'{type(self.blocks[index]).__name__}. Set method = "magnitude", reconstruct = 0 and budgets = "equal"'
             )
-        if after_first is not None and not self.pieces:
+        if after_first is not None and not self.pieces:  # may be collective: the other ranks wait in it
             after_first()
 
     def moved(self, value: Output) -> Output:
@@ -260,26 +288,32 @@ class BlockReplay:
 
     def after_blocks(self, place: int) -> tuple[Tensor, Output]:
         """Return the last block's stored hidden states of a piece, with a gradient, and the model's output of them."""
-        self._block, self._place = len(self.blocks), place
-        last = hidden_of(self.outputs[place]).detach().to(self.source.device, self._dtype).requires_grad_()
+        self._block = len(self.blocks)  # every block returns the stored output
+        self._place = place
         output = self.outputs[place]
-        self.outputs[place] = last if isinstance(output, Tensor) else (last, *output[1:])
+        last = hidden_of(output).detach().to(self.source.device, self._dtype).requires_grad_()
+        if isinstance(output, Tensor):
+            self.outputs[place] = last
+        else:
+            self.outputs[place] = (last, *output[1:])
         return last, self.model(**moved(dict(self.pieces[place][1]), self.source.device, self.data.dtype))
 
     def _stand_in(self, index: int, forward: Callable[..., Output]) -> Callable[..., Output]:
         def replay(*args: object, **kwargs: object) -> Output:
             if index < self._block:
                 return self.outputs[self._place]
+            # Families pass the hidden states by position or by name.
             states = args[0] if args else kwargs["hidden_states"]
             assert isinstance(states, Tensor), "a block without hidden states"
-            if not index:
+            if not index:  # what the model itself passes to blocks, and expects after them
                 self._dtype = states.dtype
             if self._needs_leaf:
                 self.leaf = self.moved(states).detach().requires_grad_()
-                args, kwargs = (
-                    ((self.leaf, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self.leaf})
-                )
-            args, kwargs = self.moved((args, kwargs))
+                if args:
+                    args = (self.leaf, *args[1:])
+                else:
+                    kwargs = {**kwargs, "hidden_states": self.leaf}
+            args, kwargs = self.moved((args, kwargs))  # leaves the leaf itself in place: it is on the device already
             run = partial(forward, *args, **kwargs)
             output = run() if self._compute is None else self._compute(run)
             if self._keeps_output:

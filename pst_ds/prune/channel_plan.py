@@ -48,24 +48,32 @@ class Cut:
         module = block.get_submodule(self.layer)
         if self.of_experts:
             return self._of_stacks(module, kept)
-        found = {f"{self.layer}.weight": (int(not is_conv1d(module)), kept)}
+        # A linear layer stores (O, I), a Conv1D (I, O): inputs are dimension 1 of one and 0 of the other.
+        selections = {f"{self.layer}.weight": (int(not is_conv1d(module)), kept)}
         for name, rows in self.rows.items():
-            source, chosen = block.get_submodule(name), _merged(rows, kept)
-            found[f"{name}.weight"] = int(is_conv1d(source)), chosen
+            source = block.get_submodule(name)
+            outputs = _merged(rows, kept)
+            selections[f"{name}.weight"] = (int(is_conv1d(source)), outputs)
             if source.bias is not None:
-                found[f"{name}.bias"] = 0, chosen
-        return found
+                selections[f"{name}.bias"] = (0, outputs)
+        return selections
 
     def _of_stacks(self, experts: ExpertsModule, kept: Tensor) -> dict[str, tuple[int, Tensor]]:
+        """Return :meth:`selections` of a module of experts; ``kept`` is (E, kept)."""
         first, last = stack_names(experts)
-        rows = torch.stack([_merged(self.rows[first], own) for own in kept])
-        found = {first: (int(experts.is_transposed), rows), last: (int(not experts.is_transposed), kept)}
+        # (E, outputs): the experts keep different channels
+        outputs = torch.stack([_merged(self.rows[first], kept_of_expert) for kept_of_expert in kept])
+        selections = {
+            f"{self.layer}.{first}": (int(experts.is_transposed), outputs),
+            f"{self.layer}.{last}": (int(not experts.is_transposed), kept),
+        }
         if experts.has_bias:
-            found[f"{first}_bias"] = 0, rows
-        return {f"{self.layer}.{name}": value for name, value in found.items()}
+            selections[f"{self.layer}.{first}_bias"] = (0, outputs)
+        return selections
 
 
 def _merged(indices: Tensor, kept: Tensor) -> Tensor:
+    """Return the outputs that make the ``kept`` inputs, ascending; ``indices``: (inputs, outputs per input)."""
     return indices[kept].flatten().sort().values
 
 
@@ -101,22 +109,25 @@ def plan_cut(files: ModelFiles, config: PruneConfig, excluded: str | tuple[str, 
 
     Raises InputError for widths that do not divide, and for what the model or its config cannot express.
     """
-    every = resolve_targets(files.model, PSTConfig(exclude_modules=excluded))
-    targets = {target.name: target for target in every}
+    targets = {target.name: target for target in resolve_targets(files.model, PSTConfig(exclude_modules=excluded))}
     stack, blocks = find_blocks(files.model, list(targets))
     changed = copy.deepcopy(files.model.config)
     assert config.ffn is not None
     settings = cut_config(changed, config.ffn)
-    rows = _rows_of_blocks(files.unpruned(), stack, [t.name for t in every if not t.is_stack], batch)
-    smaller, asked = files.skeleton(changed), " and ".join(f"{key} = {value}" for key, value in settings.items())
-    cuts = [_cuts_of(block, smaller.get_submodule(f"{stack}.{i}"), rows[i]) for i, block in enumerate(blocks)]
+    linear_layers = [target.name for target in targets.values() if not target.is_stack]
+    rows = _rows_of_blocks(files.unpruned(), stack, linear_layers, batch)
+    smaller = files.skeleton(changed)
+    asked = " and ".join(f"{key} = {value}" for key, value in settings.items())
+    cuts: list[list[Cut]] = []
+    for index, block in enumerate(blocks):
+        cuts.append(_cuts_of(block, smaller.get_submodule(f"{stack}.{index}"), rows[index]))
     if not any(cuts):
         raise InputError(
             f"with {asked}, a {type(files.model).__name__} has the same shapes as before, so its config cannot express "
             "this. Prune weights with another method"
         )
     _require_explained(files.model, smaller, stack, cuts, asked)
-    return CutPlan(stack, cuts, targets, smaller, settings)
+    return CutPlan(stack=stack, cuts=cuts, targets=targets, smaller=smaller, settings=settings)
 
 
 def _rows_of_blocks(files: ModelFiles, stack: str, names: Sequence[str], batch: Batch) -> list[dict[str, Rows]]:
@@ -128,52 +139,64 @@ def _rows_of_blocks(files: ModelFiles, stack: str, names: Sequence[str], batch: 
     replay = BlockReplay(files.model, files.source(stack, blocks), data)
     replay.take([(0, probed)])
     known: dict[object, dict[str, Rows]] = {}
-    found = []
+    rows: list[dict[str, Rows]] = []
     with replay.in_place():
         for index, block in enumerate(blocks):
             prefix = f"{stack}.{index}."
-            own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-            layers = {name: block.get_submodule(name) for name in own}
-            alike = tuple((name, *linear_shape(layer)) for name, layer in layers.items()), type(block)
-            if alike not in known:
+            layers: dict[str, nn.Module] = {}
+            for name in names:
+                if name.startswith(prefix):
+                    layers[name.removeprefix(prefix)] = block.get_submodule(name.removeprefix(prefix))
+            shapes = tuple((name, *linear_shape(layer)) for name, layer in layers.items())
+            kind = (shapes, type(block))
+            if kind not in known:
+                known[kind] = {}
                 with replay.resident(index):
-                    probe = partial(_probe, layers, known.setdefault(alike, {}))
-                    replay.run(index, keep_output=not index, compute=probe)
-            found.append(known[alike] | _rows_of_experts(block))
-    return found
+                    # Later blocks get the output of the first: which inputs become NaN does not depend on values.
+                    probe = partial(_probe, layers, known[kind])
+                    replay.run(index, keep_output=index == 0, compute=probe)
+            rows.append(known[kind] | _rows_of_experts(block))
+    return rows
 
 
-def _probe(layers: Mapping[str, nn.Module], found: dict[str, Rows], forward: Forward) -> Output:
-    found |= find_rows(forward, layers)
+def _probe(layers: Mapping[str, nn.Module], rows: dict[str, Rows], forward: Forward) -> Output:
+    """Add to ``rows`` what makes the inputs of the ``layers`` of a block, and return the block's output."""
+    rows |= find_rows(forward, layers)
     return forward()
 
 
 def _rows_of_experts(block: nn.Module) -> dict[str, Rows]:
     """Return the rows of the experts in a block, by the name of their module."""
-    found: dict[str, Rows] = {}
+    rows_of: dict[str, Rows] = {}
     for name, module in block.named_modules():
-        if is_experts(module):
-            first, last = stack_names(module)
-            channels = torch.arange(stack_layouts(module)[last].in_features).view(-1, 1)
+        if not is_experts(module):
+            continue
+        first, last = stack_names(module)
+        channels = torch.arange(stack_layouts(module)[last].in_features).view(-1, 1)  # (channels, 1)
+        if not module.has_gate:
             rows = channels
-            if module.has_gate:
-                gates = channels + len(channels) if module.is_concatenated else 2 * channels + 1
-                rows = torch.cat([channels if module.is_concatenated else 2 * channels, gates], 1)
-            found[name] = {first: rows}
-    return found
+        elif module.is_concatenated:  # all gates, then all values
+            rows = torch.cat([channels, channels + len(channels)], 1)
+        else:  # gate and value of a channel are neighbours
+            rows = torch.cat([2 * channels, 2 * channels + 1], 1)
+        rows_of[name] = {first: rows}
+    return rows_of
 
 
 def _cuts_of(block: nn.Module, smaller: nn.Module, rows: Mapping[str, Rows]) -> list[Cut]:
     """Return the cuts of the layers that have fewer inputs in the ``smaller`` block."""
-    found = []
-    for name, of_layer in rows.items():
-        before, after = (_inputs_of(b.get_submodule(name)) for b in (block, smaller))
+    cuts: list[Cut] = []
+    for name, rows_of_layer in rows.items():
+        module = block.get_submodule(name)
+        before = _inputs_of(module)
+        after = _inputs_of(smaller.get_submodule(name))
         if after < before:
-            found.append(Cut(name, of_layer, before, after, is_experts(block.get_submodule(name))))
-    return found
+            cuts.append(Cut(layer=name, rows=rows_of_layer, channels=before, kept=after, of_experts=is_experts(module)))
+    return cuts
 
 
 def _inputs_of(module: nn.Module) -> int:
+    """Return the inputs of a linear layer, or of the last matrix of each expert."""
     if is_experts(module):
         return stack_layouts(module)[stack_names(module)[1]].in_features
     return linear_shape(module)[1]
@@ -185,24 +208,30 @@ def _require_explained(
     """Raise InputError unless the ``cuts`` give every parameter its shape in the ``smaller`` model."""
     wanted = {name: tuple(param.shape) for name, param in smaller.named_parameters()}
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    for index, of_block in enumerate(cuts):
+    for index, cuts_of_block in enumerate(cuts):
         block = model.get_submodule(f"{stack}.{index}")
-        firsts = [(cut, _first(block, cut)) for cut in of_block]
-        for name, (dim, stay) in block_selections(block, firsts).items():
-            key, dim = f"{stack}.{index}.{name}", dim + stay.dim() - 1
-            shapes[key] = (*shapes[key][:dim], stay.shape[-1], *shapes[key][dim + 1 :])
-    wrong = next((name for name, shape in wanted.items() if shapes.get(name) != shape), None)
-    if wrong is not None:
-        raise InputError(
-            f"with {asked}, {wrong} has the shape {wanted[wrong]}, and removing inputs and outputs gives "
-            f"{shapes.get(wrong)}. A {type(model).__name__} cannot be cut. Prune weights with another method"
-        )
+        # Shapes do not depend on which channels stay: the first ones are as good as any.
+        chosen = [(cut, _first_channels(block, cut)) for cut in cuts_of_block]
+        for name, (dimension, indices) in block_selections(block, chosen).items():
+            key = f"{stack}.{index}.{name}"
+            # The indices of experts are (E, kept), and their tensors have a dimension of experts before the others.
+            position = dimension + indices.dim() - 1
+            shapes[key] = (*shapes[key][:position], indices.shape[-1], *shapes[key][position + 1 :])
+    for name, shape in wanted.items():
+        if shapes.get(name) != shape:
+            raise InputError(
+                f"with {asked}, {name} has the shape {shape}, and removing inputs and outputs gives "
+                f"{shapes.get(name)}. A {type(model).__name__} cannot be cut. Prune weights with another method"
+            )
 
 
-def _first(block: nn.Module, cut: Cut) -> Tensor:
-    module: ExpertsModule = block.get_submodule(cut.layer)
-    first = torch.arange(cut.kept)
-    return first.expand(module.num_experts, -1) if cut.of_experts else first
+def _first_channels(block: nn.Module, cut: Cut) -> Tensor:
+    """Return the indices of the first channels, as many as a cut keeps: (kept,), or (E, kept) of experts."""
+    channels = torch.arange(cut.kept)
+    if not cut.of_experts:
+        return channels
+    experts: ExpertsModule = block.get_submodule(cut.layer)
+    return channels.expand(experts.num_experts, -1)
 
 
 def block_selections(block: nn.Module, chosen: Sequence[tuple[Cut, Tensor]]) -> dict[str, tuple[int, Tensor]]:
@@ -210,12 +239,12 @@ def block_selections(block: nn.Module, chosen: Sequence[tuple[Cut, Tensor]]) -> 
 
     Raises InputError if two cuts remove outputs of the same layer.
     """
-    found: dict[str, tuple[int, Tensor]] = {}
+    selections: dict[str, tuple[int, Tensor]] = {}
     for cut, kept in chosen:
-        for name, value in cut.selections(block, kept).items():
-            if name in found:
+        for name, selection in cut.selections(block, kept).items():
+            if name in selections:
                 raise InputError(
                     f"{cut.layer}: {name} makes inputs of other layers too. Prune weights with another method"
                 )
-            found[name] = value
-    return found
+            selections[name] = selection
+    return selections

@@ -18,6 +18,7 @@ from pst_ds.prune.blocks import Batch, Forward
 ROWS_AT_ONCE = 64
 """Rows that a pass marks, each in its own example."""
 _TOKENS = 2
+"""Tokens of each example."""
 
 
 Rows = Mapping[str, Tensor]
@@ -38,10 +39,14 @@ def find_rows(forward: Forward, layers: Mapping[str, nn.Module]) -> dict[str, Ro
     """
     reached: dict[str, dict[str, Tensor]] = {}
     for name, layer in layers.items():
-        for other, found in _reached_from(name, linear_shape(layer)[0], forward, layers).items():
-            reached.setdefault(other, {})[name] = found
-    rows = {other: _rows(by_layer) for other, by_layer in reached.items()}
-    return {other: found for other, found in rows.items() if found is not None}
+        for other, is_reached in _reached_from(name, linear_shape(layer)[0], forward, layers).items():
+            reached.setdefault(other, {})[name] = is_reached
+    rows_of: dict[str, Rows] = {}
+    for other, by_layer in reached.items():
+        rows = _rows(by_layer)
+        if rows is not None:
+            rows_of[other] = rows
+    return rows_of
 
 
 def _reached_from(source: str, rows: int, forward: Forward, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -49,13 +54,14 @@ def _reached_from(source: str, rows: int, forward: Forward, layers: Mapping[str,
 
     Omits layers that no output reaches, or of which one output reaches every input.
     """
-    found: dict[str, Tensor] = {}
+    reached: dict[str, Tensor] = {}
     for first in range(0, rows, ROWS_AT_ONCE):
         marked = torch.arange(first, min(first + ROWS_AT_ONCE, rows))
         for other, seen in _inputs_seen(source, marked, forward, layers).items():
             if bool(seen.any()):
-                found.setdefault(other, seen.new_zeros(rows, seen.shape[1]))[marked] = seen
-    return {other: seen for other, seen in found.items() if not bool(seen.all(1).any())}
+                reached.setdefault(other, seen.new_zeros(rows, seen.shape[1]))[marked] = seen
+    # An output before a norm or a residual connection reaches every input: there is nothing to cut between the two.
+    return {other: seen for other, seen in reached.items() if not bool(seen.all(1).any())}
 
 
 def _inputs_seen(source: str, marked: Tensor, forward: Forward, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -70,10 +76,13 @@ def _inputs_seen(source: str, marked: Tensor, forward: Forward, layers: Mapping[
             if x[..., 0].numel() != ROWS_AT_ONCE * _TOKENS:  # such as the embeddings of relative positions
                 return y
             if name == source:
+                # Example i marks the output ``marked[i]``, on all of its tokens.
                 y.view(ROWS_AT_ONCE, -1, outputs)[torch.arange(len(marked)), :, marked] = torch.nan
-            else:
-                isnan = x.reshape(ROWS_AT_ONCE, -1, x.shape[-1]).isnan().any(1)[: len(marked)].cpu()
-                seen[name] = seen[name] | isnan if name in seen else isnan
+                return y
+            is_nan = x.reshape(ROWS_AT_ONCE, -1, x.shape[-1]).isnan().any(1)[: len(marked)].cpu()  # (marked, I)
+            if name in seen:  # a layer may run more than once
+                is_nan = seen[name] | is_nan
+            seen[name] = is_nan
             return y
 
         return replaced
@@ -89,14 +98,15 @@ def _inputs_seen(source: str, marked: Tensor, forward: Forward, layers: Mapping[
 def _rows(reached: Mapping[str, Tensor]) -> Rows | None:
     """Return the outputs that make each input of a layer, given which inputs each output of other layers reaches; None
     unless each output reaches one input, and every input has as many."""
-    found = {}
+    rows: dict[str, Tensor] = {}
     for name, seen in reached.items():
-        used = seen.any(1).nonzero().flatten()
+        used = seen.any(1).nonzero().flatten()  # outputs that reach an input
         if bool((seen.sum(1) > 1).any()):
             return None
-        channel = seen[used].to(torch.uint8).argmax(1)
+        channel = seen[used].to(torch.uint8).argmax(1)  # (used,): the one input that each reaches
         counts = channel.bincount(minlength=seen.shape[1])
         if len(set(counts.tolist())) > 1:
             return None
-        found[name] = used[channel.argsort(stable=True)].view(seen.shape[1], -1)
-    return found
+        # sorted by channel; stable, so that the outputs of a channel stay ascending
+        rows[name] = used[channel.argsort(stable=True)].view(seen.shape[1], -1)
+    return rows

@@ -11,9 +11,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
-from itertools import chain, islice
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 
 OUTSIDE = "outside"
 """Name of the part of a model that is outside of all blocks."""
-_PLAN, _INDEX, _WHOLE = "plan.json", "model.safetensors.index.json", "model.safetensors"
+_PLAN = "plan.json"
+_INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
 _FIX = 'Set "architectures" in its config.json to the class that it was saved from'
 
 
@@ -71,14 +73,19 @@ class ModelFiles:
         place.require_dense(config)
         kind = architecture(config)
         self.base = BaseWeights(path, getattr(kind, "base_model_prefix", ""), reads_values=reads_values)
-        self._place, self._attention = place, attn_implementation
+        self._place = place
+        self._attention = attn_implementation
         self.model = self._whole(config)
         self._mapping: list[Any] = self.model._weight_conversions  # type: ignore[assignment]
         self._out = out or Path(os.devnull)
         self._work = self._out.with_name(f".{self._out.name}.unfinished")
-        self._shard_bytes, self._plan = shard_bytes, ""
+        self._shard_bytes = shard_bytes
+        self._plan = ""
+        self._names: dict[str, str] = {}
+        """Name in the model of each tensor in the files."""
         self._part_of = self._parts(place)
-        self._present = set[str]()
+        self._present: set[str] = set()
+        """Parts whose values are in the model."""
         self.check: Callable[[], None] = lambda: None
         """Called on every rank after each block; may raise StoppedError."""
 
@@ -88,7 +95,8 @@ class ModelFiles:
         Sentence encoders are saved without the head of the masked language model that many of their configs name: for
         these it is the model without a head.
         """
-        model, in_files = self.skeleton(config), set(self.base.names)
+        model = self.skeleton(config)
+        in_files = set(self.base.names)
         lacking = tensors_lacking(model, in_files)
         if lacking and type(model).__name__.endswith("ForMaskedLM"):
             config.architectures = None
@@ -109,12 +117,15 @@ class ModelFiles:
     def part_of(self, module: str) -> str:
         """Return the part of a module: its block, such as "model.layers.3", or :data:`OUTSIDE`."""
         stack = outermost_list(module + ".weight", self.model)
-        return f"{stack}.{module.removeprefix(stack + '.').partition('.')[0]}" if stack else OUTSIDE
+        if not stack:
+            return OUTSIDE
+        index, _, _ = module.removeprefix(stack + ".").partition(".")
+        return f"{stack}.{index}"
 
     def source(self, stack: str, blocks: nn.ModuleList) -> BlockSource:
         """Return the blocks of the list ``stack``, and load all that is outside of it."""
-        own = {f"{stack}.{index}" for index in range(len(blocks))}
-        self._load(part for part in dict.fromkeys(self._part_of.values()) if part not in own)
+        parts_of_stack = {f"{stack}.{index}" for index in range(len(blocks))}
+        self._load(part for part in self._part_of.values() if part not in parts_of_stack)
         return _Blocks(self, stack, blocks)
 
     @contextmanager
@@ -128,10 +139,8 @@ class ModelFiles:
             yield
         finally:
             self._present.discard(part)
-            for module in self.model.get_submodule(part).modules() if part != OUTSIDE else ():
-                for name, param in module._parameters.items():
-                    if param is not None:
-                        module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
+            if part != OUTSIDE:
+                _forget_values(self.model.get_submodule(part))
 
     @contextmanager
     def working(self, plan: Mapping[str, object]) -> Iterator[None]:
@@ -142,41 +151,54 @@ class ModelFiles:
         self._plan = json.dumps(plan, indent=1, sort_keys=True)
 
         def clean() -> None:
-            plan = self._work / _PLAN
-            if self._work.is_dir() and (not plan.is_file() or plan.read_text(encoding="utf-8") != self._plan):
+            plan_file = self._work / _PLAN
+            is_of_plan = plan_file.is_file() and plan_file.read_text(encoding="utf-8") == self._plan
+            if self._work.is_dir() and not is_of_plan:
                 shutil.rmtree(self._work)
 
-        lock = self._out.with_name(f".{self._out.name}{LOCK}")
-        with only_writer(lock, f"write {self._out}") if is_main() else nullcontext():
+        # Only rank 0 takes the lock: the other ranks of this run write into the same folder.
+        lock: AbstractContextManager[object] = nullcontext()
+        if is_main():
+            lock = only_writer(self._out.with_name(f".{self._out.name}{LOCK}"), f"write {self._out}")
+        with lock:
             of_main(clean)
+            # Ranks skip finished blocks, and must skip the same ones: each then meets the collectives of the others.
             finished = sorted(path.name for path in self._work.glob("*.json"))
-            if any(finished != others for others in all_gather_objects(finished)):
+            if any(seen != finished for seen in all_gather_objects(finished)):
                 raise InputError(f"{self._out} is not the same folder on every host. Name one on a shared file system")
             yield
-            barrier()
+            barrier()  # no rank writes any more when the lock is released
 
     def outcome(self, part: str, kind: type[OutcomeT]) -> list[OutcomeT] | None:
         """Return the outcome of a finished part; None for others."""
         path = self._work / f"{part}.json"
         if not path.is_file():
             return None
-        held = path.with_suffix(".scales")
-        scales = load_file(held) if held.is_file() else {}
-        found = []
+        scales: dict[str, Tensor] = {}
+        scales_file = path.with_suffix(".scales")
+        if scales_file.is_file():
+            scales = load_file(scales_file)
+        outcomes: list[OutcomeT] = []
         for entry in json.loads(path.read_text(encoding="utf-8")):
-            facts: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()}
-            facts |= {"scales": scales[entry["name"]]} if entry["name"] in scales else {}
-            found.append(kind(**facts))
-        return found
+            facts: dict[str, Any] = {}
+            for key, value in entry.items():
+                facts[key] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+            if entry["name"] in scales:
+                facts["scales"] = scales[entry["name"]]
+            outcomes.append(kind(**facts))
+        return outcomes
 
     def finish(self, part: str, layers: Sequence[Outcome]) -> None:
         """Write a part with the values it has, and the outcome of its ``layers``. Collective.
 
         Raises OSError or StoppedError on all ranks if one does.
         """
-        number = int(part.rpartition(".")[2]) if part != OUTSIDE else 0
+        number = 0
+        if part != OUTSIDE:
+            number = int(part.rpartition(".")[2])
 
         def write() -> None:
+            # Blocks are dealt to the ranks, so that every host writes its share.
             if number % world_size() == rank():
                 self._write(part, layers)
             self.check()
@@ -208,38 +230,59 @@ class ModelFiles:
 
     def _write_weights(self, folder: Path) -> None:
         """Write one file if it is not too large; else one or more for each pruned part, and others for the rest."""
-        parts = dict.fromkeys(self._part_of.values())
-        pruned = [file for part in parts for file in self._files(part)]
-        missing = {key: self.base.size(key) for key, part in self._part_of.items() if not self._is_done(part)}
-        rest = {key: dtype.itemsize * prod(shape) for key, (dtype, shape) in missing.items()}
-        total = sum(file.stat().st_size for file in pruned) + sum(rest.values())
-        if total <= self._shard_bytes:  # tensor by tensor: memory need not hold the model
-            opened = {name: file for file in map(TensorFile, pruned) for name in file.slots}
-            sizes = {name: (file.slots[name].dtype, file.slots[name].shape) for name, file in opened.items()}
-            header, order, _ = header_and_slots(sizes | missing)
-            read = (opened[name].read(name) if name in opened else self.base.read(name) for name in order)
-            write_pieces(folder / _WHOLE, chain([header], (tensor_bytes(tensor.contiguous()) for tensor in read)))
+        pruned: list[Path] = []
+        for part in dict.fromkeys(self._part_of.values()):
+            pruned += self._files(part)
+        # Tensors of parts that were not pruned are copied from the base model.
+        copied = {key: self.base.size(key) for key, part in self._part_of.items() if not self._is_done(part)}
+        copied_bytes = {key: dtype.itemsize * prod(shape) for key, (dtype, shape) in copied.items()}
+        total = sum(file.stat().st_size for file in pruned) + sum(copied_bytes.values())
+        if total <= self._shard_bytes:
+            self._write_one_file(folder / _WHOLE, pruned, copied)
             return
         file_of: dict[str, str] = {}
         for file in pruned:
             _link(file, folder / file.name)
             file_of |= dict.fromkeys(TensorFile(file).slots, file.name)
-        for number, run in enumerate(runs_of(list(rest.values()), self._shard_bytes)):
-            keys = list(rest)[run.start : run.stop]
+        for number, run in enumerate(runs_of(list(copied_bytes.values()), self._shard_bytes)):
+            keys = list(copied_bytes)[run.start : run.stop]
             file = folder / f"model-rest-{number}.safetensors"
             _save({key: self.base.read(key) for key in keys}, file)
             file_of |= dict.fromkeys(keys, file.name)
         index = {"metadata": {"total_size": total}, "weight_map": file_of}
         write_text_atomic(folder / _INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
 
+    def _write_one_file(
+        self, path: Path, pruned: Iterable[Path], copied: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    ) -> None:
+        """Write the tensors in the files ``pruned`` and those ``copied`` from the base model, by dtype and shape."""
+        file_of: dict[str, TensorFile] = {}
+        sizes = dict(copied)
+        for file in map(TensorFile, pruned):
+            for name, slot in file.slots.items():
+                file_of[name] = file
+                sizes[name] = slot.dtype, slot.shape
+        header, slots, _ = header_and_slots(sizes)
+
+        def pieces() -> Iterator[bytes | memoryview]:
+            yield header
+            for name in slots:  # tensor by tensor: memory need not hold the model
+                tensor = file_of[name].read(name) if name in file_of else self.base.read(name)
+                yield tensor_bytes(tensor.contiguous())
+
+        write_pieces(path, pieces())
+
     def _write_rest(self, folder: Path, copy_small_files: Callable[[Path], None], record: Mapping[str, object]) -> None:
         if self.model.can_generate():
             self.model.generation_config.save_pretrained(folder)
         copy_small_files(folder)
         self.model.config.save_pretrained(folder)  # which may say that the model is smaller
-        scales = {name: t for file in sorted(self._work.glob("*.scales")) for name, t in load_file(file).items()}
+        scales: dict[str, Tensor] = {}
+        for file in sorted(self._work.glob("*.scales")):
+            for name, scales_of_layer in load_file(file).items():
+                scales[scales_name(name)] = scales_of_layer
         if scales:
-            _save({scales_name(name): tensor for name, tensor in scales.items()}, folder / SCALES_FILE)
+            _save(scales, folder / SCALES_FILE)
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         write_text_atomic(folder / PRUNING_RECORD, text)
 
@@ -249,24 +292,37 @@ class ModelFiles:
             write_text_atomic(self._work / _PLAN, self._plan)
 
     def _files(self, part: str) -> list[Path]:
-        return sorted(self._work.glob(f"model-{part}-[0-9]*.safetensors")) if self._is_done(part) else []
+        """Return the weight files of a part, none if it is not finished: a killed run may have left some of them."""
+        if not self._is_done(part):
+            return []
+        return sorted(self._work.glob(f"model-{part}-[0-9]*.safetensors"))
 
     def _is_done(self, part: str) -> bool:
+        """Return whether a part has an outcome, which is written after its weights."""
         return (self._work / f"{part}.json").is_file()
 
     def _write(self, part: str, layers: Sequence[Outcome]) -> None:
-        own = {self._names[key] for key, other in self._part_of.items() if other == part}
-        prefix = "" if part == OUTSIDE else part + "."
+        """Write the weights of a part, its scales, and then the outcome, which makes it finished."""
         state = self.model.state_dict()
-        tensors = {n: t for n, t in state.items() if (n in own if part == OUTSIDE else n.startswith(prefix))}
-        saved = {self.base.find(n) or n: t.contiguous() for n, t in saved_tensors(self.model, tensors).items()}
+        if part == OUTSIDE:
+            names_in_part = {self._names[key] for key, part_of_key in self._part_of.items() if part_of_key == OUTSIDE}
+            tensors = {name: tensor for name, tensor in state.items() if name in names_in_part}
+        else:
+            tensors = {name: tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
+        saved: dict[str, Tensor] = {}
+        for name, tensor in saved_tensors(self.model, tensors).items():
+            saved[self.base.find(name) or name] = tensor.contiguous()  # as the base model's files spell it
         for number, run in enumerate(runs_of([tensor.nbytes for tensor in saved.values()], self._shard_bytes)):
-            some = dict(islice(saved.items(), run.start, run.stop))
-            _save(some, self._work / f"model-{part}-{number}.safetensors")
-        scales = {one.name: one.scales for one in layers if isinstance(one, PrunedLayer) and one.scales is not None}
+            tensors_of_file = dict(islice(saved.items(), run.start, run.stop))
+            _save(tensors_of_file, self._work / f"model-{part}-{number}.safetensors")
+        scales: dict[str, Tensor] = {}
+        facts: list[dict[str, object]] = []
+        for layer in layers:
+            if isinstance(layer, PrunedLayer) and layer.scales is not None:
+                scales[layer.name] = layer.scales
+            facts.append({each.name: getattr(layer, each.name) for each in fields(layer) if each.name != "scales"})
         if scales:
             _save(scales, self._work / f"{part}.scales")
-        facts = [{f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "scales"} for layer in layers]
         write_text_atomic(self._work / f"{part}.json", json.dumps(facts))
 
     def _parts(self, place: Pretrained) -> dict[str, str]:
@@ -274,16 +330,24 @@ class ModelFiles:
         from transformers.core_model_loading import rename_source_key
 
         renamings, converters = _renamings_and_converters(self._mapping)
-        own, prefix = self.model.state_dict(), self.model.base_model_prefix
-        parts, self._names = {}, dict[str, str]()
-        differing = []
+        state = self.model.state_dict()
+        prefix = self.model.base_model_prefix
+        parts: dict[str, str] = {}
+        differing: list[str] = []
         for key in self.base.names:
-            name, source = rename_source_key(key, renamings, converters, base_model_prefix=prefix, meta_state_dict=own)
+            name, converted_from = rename_source_key(
+                key, renamings, converters, base_model_prefix=prefix, meta_state_dict=state
+            )
             self._names[key] = name
+            if name not in state:  # the model does not use it
+                parts[key] = OUTSIDE
+                continue
             shape = self.base.size(key)[1]
-            if name in own and source is None and tuple(own[name].shape) != shape:
+            # A tensor that is split or merged has another shape in the files.
+            if converted_from is None and tuple(state[name].shape) != shape:
                 differing.append(f"{name} of shape {shape}")
-            parts[key] = self.part_of(name.rpartition(".")[0]) if name in own else OUTSIDE
+            module, _, _ = name.rpartition(".")
+            parts[key] = self.part_of(module)
         if differing:
             raise InputError(f"{place} has {', '.join(differing[:3])}; its config.json gives another shape. {_FIX}")
         return parts
@@ -298,7 +362,7 @@ class ModelFiles:
                 tensors |= load_file(file)
         _set(self.model, tensors, self._mapping)
         self._present |= wanted
-        if OUTSIDE in wanted:
+        if OUTSIDE in wanted:  # files have a tied tensor once
             self.model.tie_weights()
 
 
@@ -327,8 +391,7 @@ def _skeleton(
     from accelerate import init_empty_weights
 
     kind: Any = architecture(config) or transformers.AutoModel._model_mapping[type(config)]
-    floating = (base.size(name)[0] for name in base.names)
-    dtype = getattr(config, "dtype", None) or next((d for d in floating if d.is_floating_point), torch.float32)
+    dtype = getattr(config, "dtype", None) or _first_floating_dtype(base)
     config._attn_implementation = attn_implementation
     before = torch.get_default_dtype()
     try:
@@ -342,6 +405,23 @@ def _skeleton(
     model.tie_weights()  # parameters on the meta device are new ones
     model._weight_conversions = _used_conversions(model, base.names)
     return model.requires_grad_(False).eval()
+
+
+def _first_floating_dtype(base: BaseWeights) -> torch.dtype:
+    """Return the dtype of the first floating-point tensor in the files, as transformers does; fp32 if there is none."""
+    for name in base.names:
+        dtype, _ = base.size(name)
+        if dtype.is_floating_point:
+            return dtype
+    return torch.float32
+
+
+def _forget_values(module: nn.Module) -> None:
+    """Move all parameters in a module to the meta device, which frees their memory."""
+    for part in module.modules():
+        for name, param in part._parameters.items():
+            if param is not None:
+                part._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
 
 
 def _used_conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Any]:

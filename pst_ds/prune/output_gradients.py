@@ -7,6 +7,7 @@ the gradient of its input, as in gradient checkpointing.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -45,25 +46,32 @@ def layer_norms(
     The loss is the sum over all next tokens. Raises InputError for a model without logits of tokens, and for layers
     that no block's forward pass calls.
     """
-    replay, sums = BlockReplay(model, blocks, data), _Sums(data.ranks)
-    every, number = data.own_pieces(PIECES), len(blocks.blocks)
-    most = max((piece["input_ids"].numel() for _, piece in every), default=1)
-    together = max(1, STORED_BYTES // (number * most * model_width(model) * data.dtype.itemsize))
-    with replay.in_place(), Progress("budgets", max(1, len(every)), "pieces") as shown:
-        for first in range(0, max(1, len(every)), together):
-            replay.take(every[first : first + together])
-            inputs, gradients = _forward(replay, number)
-            for index in reversed(range(number)):
+    replay = BlockReplay(model, blocks, data)
+    sums = _Sums(data.ranks)
+    pieces = data.own_pieces(PIECES)
+    num_blocks = len(blocks.blocks)
+    most_tokens = max((piece["input_ids"].numel() for _, piece in pieces), default=1)
+    bytes_per_piece = num_blocks * most_tokens * model_width(model) * data.dtype.itemsize
+    together = max(1, STORED_BYTES // bytes_per_piece)
+    with replay.in_place(), Progress("budgets", max(1, len(pieces)), "pieces") as shown:
+        # A rank without pieces makes one empty round: the others wait for it where the sums get their units.
+        for first in range(0, max(1, len(pieces)), together):
+            replay.take(pieces[first : first + together])
+            inputs, gradients = _forward(replay, num_blocks)
+            for index in reversed(range(num_blocks)):
                 replay.outputs = inputs[index]
-                _back(replay, index, targets[index], gradients, sums, is_first=not first)
+                _back(replay, index, targets[index], gradients=gradients, sums=sums, is_first=first == 0)
             shown.add(len(replay.pieces), "")
-    return sums.norms({name: target for of_block in targets for name, target in of_block.items()}, data.device)
+    all_targets: dict[str, Target] = {}
+    for targets_of_block in targets:
+        all_targets |= targets_of_block
+    return sums.norms(all_targets, data.device)
 
 
-def _forward(replay: BlockReplay, number: int) -> tuple[list[list[Output]], list[Tensor]]:
+def _forward(replay: BlockReplay, num_blocks: int) -> tuple[list[list[Output]], list[Tensor]]:
     """Return the inputs of each block, and the gradients of the last one's output, by piece."""
     inputs: list[list[Output]] = []
-    for index in range(number):
+    for index in range(num_blocks):
         inputs.append(list(replay.outputs))
         with replay.resident(index):
             replay.run(index, keep_output=True)
@@ -79,13 +87,13 @@ def _back(
     replay: BlockReplay,
     index: int,
     targets: Mapping[str, Target],
+    *,
     gradients: list[Tensor],
     sums: "_Sums",
-    *,
     is_first: bool,
 ) -> None:
     """Run block ``index`` forward and backward; replace ``gradients`` by those of its input."""
-    places = iter(range(len(gradients)))
+    places = iter(range(len(gradients)))  # the pieces are run in order, one call of ``compute`` for each
 
     def compute(forward: Forward) -> Output:
         place = next(places)
@@ -96,15 +104,20 @@ def _back(
             (gradients[place],) = torch.autograd.grad(states, replay.leaf, gradient)
         return output
 
-    settle = (lambda: sums.settle(list(targets))) if is_first else None
+    settle: Callable[[], None] | None = None
+    if is_first:
+        # Collective: after its first piece every rank rounds to the same multiples, so that their sums are exact.
+        settle = partial(sums.settle, list(targets))
     with replay.resident(index), sums.listening({name: target.module for name, target in targets.items()}):
-        begin = sums.inputs.begin
-        replay.run(index, keep_output=False, before=begin, compute=compute, after_first=settle, gradients=True)
+        replay.run(
+            index, keep_output=False, before=sums.inputs.begin, compute=compute, after_first=settle, gradients=True
+        )
 
 
 def _loss(output: object, batch: Batch) -> Tensor:
     """Return the summed next-token loss of a model's ``output``. Raises InputError without logits of tokens."""
-    ids, logits = batch["input_ids"], getattr(output, "logits", None)
+    ids = batch["input_ids"]
+    logits = getattr(output, "logits", None)
     if logits is None or logits.shape[:-1] != ids.shape:
         raise InputError(
             'budgets = "saliency": the model returns no logits for every token, and the budgets need the loss of the '
@@ -123,7 +136,9 @@ class _Sums:
     """Sums of the squares of layers' inputs, and of the gradients of their outputs."""
 
     def __init__(self, ranks: Ranks):
-        self.inputs, self.outputs, self._ranks = InputGatherer(squares), InputGatherer(squares), ranks
+        self.inputs = InputGatherer(squares)
+        self.outputs = InputGatherer(squares)
+        self._ranks = ranks
 
     @contextmanager
     def listening(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -136,8 +151,8 @@ class _Sums:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def add(gradient: Tensor) -> None:
-            found = self.outputs.sums.setdefault(name, InputSum())
-            found.add(squares(gradient.reshape(-1, gradient.shape[-1])))
+            total = self.outputs.sums.setdefault(name, InputSum())
+            total.add(squares(gradient.reshape(-1, gradient.shape[-1])))  # (tokens, O)
 
         def listen(_module: nn.Module, _args: object, output: Tensor) -> None:
             output.register_hook(add)
@@ -145,21 +160,28 @@ class _Sums:
         return listen
 
     def settle(self, names: Sequence[str]) -> None:
-        for one in (self.inputs, self.outputs):
-            one.settle(names, self._ranks)
+        """Fix the rounding of the sums of these layers, after the first piece. Collective."""
+        for gatherer in (self.inputs, self.outputs):
+            gatherer.settle(names, self._ranks)
 
     def norms(self, targets: Mapping[str, Target], device: torch.device) -> dict[str, LayerNorms]:
         """Return the norms over all ranks. Collective. Raises InputError for a layer that did not run."""
-        self.inputs.add_ranks({n: t.layout.in_features for n, t in targets.items()}, device, self._ranks)
-        self.outputs.add_ranks({n: t.layout.out_features for n, t in targets.items()}, device, self._ranks)
-        found = {}
+        in_features: dict[str, int] = {}
+        out_features: dict[str, int] = {}
+        for name, target in targets.items():
+            in_features[name] = target.layout.in_features
+            out_features[name] = target.layout.out_features
+        self.inputs.add_ranks(in_features, device, self._ranks)
+        self.outputs.add_ranks(out_features, device, self._ranks)
+        norms: dict[str, LayerNorms] = {}
         for name in targets:
             if name not in self.outputs.sums:
                 raise InputError(
                     f"the model's forward pass does not call {name}. Leave it dense with pst.exclude_modules"
                 )
-            given, back = self.inputs.sums[name].total, self.outputs.sums[name].total
-            assert given is not None
-            assert back is not None
-            found[name] = LayerNorms(given.sqrt().float().cpu(), back.sqrt().float().cpu())
-        return found
+            of_inputs = self.inputs.sums[name].total
+            of_gradients = self.outputs.sums[name].total
+            assert of_inputs is not None
+            assert of_gradients is not None
+            norms[name] = LayerNorms(of_inputs.sqrt().float().cpu(), of_gradients.sqrt().float().cpu())
+        return norms

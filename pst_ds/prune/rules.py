@@ -40,10 +40,10 @@ class LayerRule:
 
 def rules_by_block(rules: Sequence[LayerRule], stack: str) -> dict[int, list[LayerRule]]:
     """Return the rules of each block of ``stack``, by its index."""
-    found: dict[int, list[LayerRule]] = {}
+    by_block: dict[int, list[LayerRule]] = {}
     for rule in rules:
-        found.setdefault(block_of(rule.target.name, stack), []).append(rule)
-    return found
+        by_block.setdefault(block_of(rule.target.name, stack), []).append(rule)
+    return by_block
 
 
 def usual_pattern(method: Method, budgets: str, share: float) -> str:
@@ -67,14 +67,19 @@ def settings_for(
     ``pattern``: "" uses the config's, or :func:`usual_pattern` if that ranks the weights of a matrix or of several.
     Raises InputError for an unknown pattern, or one that conflicts with the config.
     """
-    is_coarse = config.pattern in ("matrix", "stack", "global")  # one-shot methods prune one matrix after another
-    chosen = pattern or (usual_pattern(method, budgets, share) if is_coarse else config.pattern)
-    saved = config.modules_to_save
-    if saved is not None:
+    chosen = pattern
+    if not chosen:
+        chosen = config.pattern
+        # One-shot methods prune one matrix after another, and most are better row by row.
+        if chosen in ("matrix", "stack", "global"):
+            chosen = usual_pattern(method, budgets, share)
+    saved_modules = config.modules_to_save
+    if saved_modules is not None:
+        # The config may name the task's head, which this model does not have.
         names = [name for name, _ in model.named_modules()]
-        saved = tuple(one for one in saved if any(name_matches(name, (one,)) for name in names))
+        saved_modules = tuple(saved for saved in saved_modules if any(name_matches(name, (saved,)) for name in names))
     try:
-        return replace(config, pattern=chosen, modules_to_save=saved)
+        return replace(config, pattern=chosen, modules_to_save=saved_modules)
     except ValueError as error:
         raise InputError(f'pattern = "{chosen}": {error}') from None
 
@@ -85,7 +90,7 @@ def requested_sparsity(settings: PSTConfig, asked: float | None, default: float)
     Raises InputError if it is out of range, or the pattern has another one.
     """
     fixed = parse_pattern(settings.pattern).fixed_sparsity
-    if fixed is not None:
+    if fixed is not None:  # N:M: 1 - N / M of every group
         if asked not in (None, fixed):
             raise InputError(
                 f"sparsity = {asked}: pattern {settings.pattern} has sparsity {fixed}. Set sparsity = {fixed}"
@@ -115,7 +120,10 @@ def layer_rules(
                 f"{target.name}: {error}. Choose another group, or exclude the layer with pst.exclude_modules"
             ) from None
     if keeps_zeros:
-        return [LayerRule(target, Pattern("matrix"), 0.0, grid, keeps_zeros=True) for target in targets]
+        rules: list[LayerRule] = []
+        for target in targets:
+            rules.append(LayerRule(target=target, pattern=Pattern("matrix"), sparsity=0.0, grid=grid, keeps_zeros=True))
+        return rules
     return [replace(_rule(target, method, share), grid=grid) for target in targets]
 
 
@@ -140,5 +148,10 @@ def _rule(target: Target, method: Method, share: float) -> LayerRule:
             f"{target.name}: {error}. Leave it dense with pst.exclude_modules, or give it another pattern with "
             "pst.overrides"
         ) from None
-    own = rule.final_sparsity
-    return LayerRule(target, rule.pattern, share if own is None else own, has_own_sparsity=own is not None)
+    overridden = rule.final_sparsity
+    return LayerRule(
+        target=target,
+        pattern=rule.pattern,
+        sparsity=share if overridden is None else overridden,
+        has_own_sparsity=overridden is not None,
+    )
