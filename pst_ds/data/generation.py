@@ -25,8 +25,10 @@ Rule = Callable[[Tensor, Tensor], Tensor]
 
 def end_tokens(own: GenerationConfig) -> list[int]:
     """Return the end-of-text tokens of a generation config, which has one, several or none."""
-    found = own.eos_token_id
-    return [found] if isinstance(found, int) else list(found or ())
+    ends = own.eos_token_id
+    if isinstance(ends, int):
+        return [ends]
+    return list(ends or ())
 
 
 @torch.inference_mode()
@@ -47,6 +49,7 @@ def write_texts(
         model: a transformers model with whole weights, in evaluation mode.
         prompts: token ids of each prompt.
     """
+    # Prompts of similar length share a batch, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     own_config = model.generation_config
     model.generation_config = _generation_config(settings, tokenizer, ends)
@@ -56,10 +59,12 @@ def write_texts(
             for first in range(0, len(order), batch_size):
                 heartbeat("writing texts")
                 batch = order[first : first + batch_size]
-                own = [prompts[i] for i in batch]
-                size = settings.no_repeat_ngram_size
-                rules = [_NoRepeatAfter(max(map(len, own)), size)] if size else []
-                written = generated(model, own, rules, device)
+                prompts_of_batch = [prompts[i] for i in batch]
+                rules: list[Rule] = []
+                if settings.no_repeat_ngram_size:
+                    longest = max(map(len, prompts_of_batch))  # the others are padded to it on the left
+                    rules.append(_NoRepeatAfter(longest, settings.no_repeat_ngram_size))
+                written = generated(model, prompts_of_batch, rules, device)
                 for i, text in zip(batch, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
                     texts[i] = text.strip()
                 shown.add(len(batch))
@@ -75,9 +80,17 @@ def generated(model: Any, prompts: Sequence[Sequence[int]], rules: Sequence[Rule
 
     length = max(map(len, prompts))
     padding = model.generation_config.pad_token_id
-    ids = torch.tensor([[padding] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    real = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    written: Tensor = model.generate(input_ids=ids, attention_mask=real, logits_processor=LogitsProcessorList(rules))
+    padded: list[list[int]] = []
+    is_prompt: list[list[int]] = []
+    for prompt in prompts:
+        num_padding = length - len(prompt)
+        padded.append([padding] * num_padding + list(prompt))
+        is_prompt.append([0] * num_padding + [1] * len(prompt))
+    written: Tensor = model.generate(
+        input_ids=torch.tensor(padded, device=device),  # (prompts, length)
+        attention_mask=torch.tensor(is_prompt, device=device),
+        logits_processor=LogitsProcessorList(rules),
+    )
     return written[:, length:]
 
 
@@ -86,7 +99,9 @@ def _generation_config(settings: EvalConfig, tokenizer: Tokenizer, ends: Sequenc
     from transformers import GenerationConfig
 
     end = tokenizer.eos_token_id
-    beams = {"length_penalty": settings.length_penalty} if settings.num_beams > 1 else {}
+    beams = {}
+    if settings.num_beams > 1:  # transformers warns about a penalty without beams
+        beams = {"length_penalty": settings.length_penalty}
     return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         num_beams=settings.num_beams,

@@ -83,7 +83,9 @@ class LocalFile(datasets.ArrowBasedBuilder):
             yield datasets.builder.Key(0, number), table
         if not count:
             is_blank = not Path(self.config.path).read_bytes().strip(b"\xef\xbb\xbf \t\r\n")
-            problem = "is empty" if is_blank else "has no examples"
+            problem = "has no examples"
+            if is_blank:
+                problem = "is empty"
             raise ConfigError(f"{self.label} {problem}. Add a row for each example")
 
     def _tables(self) -> Iterator[pyarrow.Table]:
@@ -109,7 +111,7 @@ class LocalFile(datasets.ArrowBasedBuilder):
             if self.types is None:
                 self.types = types
             elif _merged(self.types, types) != self.types:
-                raise _OtherTypes
+                raise _OtherTypes  # all tables of a file need one schema: the file is read again with the types of all
             columns = {name: _array([row.get(name) for row in batch], kind) for name, kind in self.types.items()}
             if not columns:
                 raise ConfigError(f"{self.label} has rows without columns. Write an object with a text for each row")
@@ -167,13 +169,20 @@ def _types_of(rows: Sequence[JsonRow]) -> Types:
 
 
 def _type_of(values: Sequence[object]) -> DataType:
-    return _JSON if any(isinstance(value, dict | list) for value in values) else _STRING
+    """Return the type of a column: texts, unless a row has a list or an object."""
+    if any(isinstance(value, dict | list) for value in values):
+        return _JSON
+    return _STRING
 
 
 def _merged(first: Types, second: Types) -> Types:
     """Return the types of columns of which some rows have ``first`` and others ``second``."""
-    names = dict.fromkeys([*first, *second])
-    return {name: _JSON if _JSON in (first.get(name), second.get(name)) else _STRING for name in names}
+    merged: Types = {}
+    for name in [*first, *second]:
+        merged[name] = _STRING
+        if _JSON in (first.get(name), second.get(name)):
+            merged[name] = _JSON
+    return merged
 
 
 def _array(values: Sequence[Any], kind: DataType) -> pyarrow.Array:

@@ -104,13 +104,13 @@ def renumbered(settings: Mapping[str, object], vocabulary: Vocabulary) -> Table:
 
 def ids_in(settings: Mapping[str, object]) -> set[int]:
     """Return the token ids in the settings of a model or its generation, which must be kept."""
-    found: set[int] = set()
+    ids: set[int] = set()
     for name, value in settings.items():
         if isinstance(value, dict):
-            found |= ids_in(value)
+            ids |= ids_in(value)
         elif _holds_ids(name):
-            found |= _numbers(value)
-    return found
+            ids |= _numbers(value)
+    return ids
 
 
 def _holds_ids(name: object) -> bool:
@@ -118,9 +118,14 @@ def _holds_ids(name: object) -> bool:
 
 
 def _numbers(value: object) -> set[int]:
+    """Return the ids in a value, which may be a nested list; negative numbers are not ids."""
+    numbers: set[int] = set()
     if isinstance(value, list):
-        return {number for item in value for number in _numbers(item)}
-    return {value} if isinstance(value, int) and value >= 0 else set()
+        for item in value:
+            numbers |= _numbers(item)
+    elif isinstance(value, int) and value >= 0:
+        numbers.add(value)
+    return numbers
 
 
 def _kept(table: Table, seen: set[int]) -> list[int]:
@@ -164,13 +169,13 @@ def _with_parts(wanted: Collection[str], model: Table) -> set[str]:
     made_of: dict[str, set[str]] = {}
     for _, (left, right, merged) in _merges(model):
         made_of.setdefault(merged, set()).update((left, right))
-    found = set(wanted)
-    todo = list(wanted)
-    while todo:
-        new = made_of.get(todo.pop(), set()) - found
-        found |= new
-        todo += new
-    return found
+    reached = set(wanted)
+    waiting = list(wanted)
+    while waiting:
+        new = made_of.get(waiting.pop(), set()) - reached
+        reached |= new
+        waiting += new
+    return reached
 
 
 def _trimmed(table: Table, new_ids: dict[int, int]) -> Table:

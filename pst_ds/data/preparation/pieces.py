@@ -113,10 +113,10 @@ def format_of(name: str) -> tuple[str, str] | None:
 
 
 def _file_spans(file: str, reading: Reading, piece_bytes: int) -> Iterator[Span]:
-    found = format_of(file)
-    if found is None:
+    file_format = format_of(file)
+    if file_format is None:
         raise InputError(f"{file!r} is of an unknown kind. Use one of {_KNOWN}")
-    kind, compression = found
+    kind, compression = file_format
     size = open_size(file)
     whole = Span(path=file, kind=kind, compression=compression, num_bytes=size)
     if kind == "parquet" and not compression:
@@ -153,8 +153,10 @@ def _behind(file: IO[bytes], ending: bytes, place: int, size: int) -> int:
         found = _find(data, ending)
         if found >= 0:
             return at + found + len(ending)
-        keep = len(ending) + 1
-        data, at = data[-keep:], at + len(data[:-keep])
+        # an ending may lie across two reads, and the byte before it decides whether it counts
+        num_kept = len(ending) + 1
+        at += len(data[:-num_kept])
+        data = data[-num_kept:]
     return size
 
 

@@ -22,7 +22,10 @@ class MixedSequences:
     def __init__(self, sources: Sequence[Sequences], weights: tuple[float, ...] = ()):
         self.sources = tuple(sources)
         self.weights = weights
-        self._mixture = Mixture(weights) if weights else None
+        self._mixture: Mixture | None = None
+        if weights:
+            self._mixture = Mixture(weights)
+        # (sources + 1,): index of the first sequence of each source, and of the end
         self._starts = np.cumsum([0, *map(len, sources)], dtype=np.int64)
         self.apart = any(source.apart for source in sources)
         self.masks_tokens = any(source.masks_tokens for source in sources)
@@ -66,6 +69,9 @@ class MixedSequences:
 
     def first(self, count: int) -> "MixedSequences":
         """Return the first ``count`` sequences by index."""
-        starts = self._starts.tolist()
-        kept = [of.first(max(0, count - begin)) for of, begin in zip(self.sources, starts, strict=False)]
-        return MixedSequences([of for of in kept if len(of)])
+        kept: list[Sequences] = []
+        for source, start in zip(self.sources, self._starts.tolist(), strict=False):
+            part = source.first(max(0, count - start))
+            if len(part):
+                kept.append(part)
+        return MixedSequences(kept)
