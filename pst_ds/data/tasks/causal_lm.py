@@ -50,16 +50,18 @@ def collate_sequences(examples: Indexed, indices: Sequence[int]) -> dict[str, Te
     to the document, if it gets no attention mask. Tokens that are not trained on also have the label -100.
     """
     sequences = [examples[i] for i in indices]
-    ids = torch.from_numpy(np.stack([one.tokens for one in sequences]).astype(np.int64))
+    ids = torch.from_numpy(np.stack([sequence.tokens for sequence in sequences]).astype(np.int64))
     labels = ids
     if examples.masks_tokens:
-        labels = ids.masked_fill(~torch.from_numpy(np.stack([one.predicted for one in sequences])), IGNORED)
+        is_predicted = torch.from_numpy(np.stack([sequence.predicted for sequence in sequences]))
+        labels = ids.masked_fill(~is_predicted, IGNORED)
     if not examples.apart:
         return {"input_ids": ids, "labels": labels}
     places = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    # The running maximum of the document starts is the start of each token's document.
     begun = np.zeros(ids.shape, dtype=np.int64)
-    for row, one in enumerate(sequences):
-        begun[row, one.starts] = one.starts
+    for row, sequence in enumerate(sequences):
+        begun[row, sequence.starts] = sequence.starts
     positions = torch.from_numpy(places - np.maximum.accumulate(begun, axis=1))
     return {"input_ids": ids, "position_ids": positions, "labels": labels.masked_fill(positions == 0, IGNORED)}
 
@@ -76,7 +78,9 @@ class CausalTask(Task[E]):
         return AutoModelForCausalLM
 
     def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
-        sums = np.array([_loss_sum(of, ids) for of, ids in zip(logits, batch["labels"], strict=True)])
+        sums = np.array(
+            [_loss_sum(logits_of_row, ids) for logits_of_row, ids in zip(logits, batch["labels"], strict=True)]
+        )
         return self.outcomes_of_sums(sums, batch)
 
     def outcomes_of_sums(self, sums: np.ndarray, batch: dict[str, Tensor]) -> np.ndarray:
@@ -113,7 +117,9 @@ class CausalLM(CausalTask[Indexed]):
         return super().sample(examples, count, seed)
 
     def metrics(self, outcomes: np.ndarray, examples: Indexed) -> dict[str, float]:
-        num_bytes = examples.predicted_bytes if isinstance(examples, Sequences) else None
+        num_bytes = None  # mixtures are for training, which counts no bytes
+        if isinstance(examples, Sequences):
+            num_bytes = examples.predicted_bytes
         return language_model_metrics(outcomes[:, 0], examples.num_predicted, num_bytes)
 
 
@@ -137,7 +143,7 @@ def language_model_metrics(loss_sums: np.ndarray, num_predicted: int, num_bytes:
 
 
 def _exponential(loss: float) -> float:
-    return math.exp(loss) if loss < 700.0 else math.inf
+    return math.exp(loss) if loss < 700.0 else math.inf  # the exponential of 710 exceeds fp64
 
 
 def _loss_sum(logits: Tensor, ids: Tensor) -> float:

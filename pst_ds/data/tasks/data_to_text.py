@@ -42,7 +42,11 @@ class Pairs:
 
     @property
     def lengths(self) -> list[int]:
-        return [len(prompt) + len(target) for prompt, target in map(self.tokens, range(len(self)))]
+        lengths: list[int] = []
+        for example in range(len(self)):
+            prompt, target = self.tokens(example)
+            lengths.append(len(prompt) + len(target))
+        return lengths
 
     @property
     def digest(self) -> str:
@@ -161,13 +165,20 @@ class DataToText(AnswerTask[Pairs]):
             raise ConfigError(f"{where}: column {data.label_column!r} has no text in any row. Name another column")
         separator = _separator(data, tokenizer)
         end = tokenizer.eos_token_id
-        lines = list(references)
-        flat = [(i, text) for i, line in enumerate(lines) for text in references[line]]
-        targets = tokenizer([f" {text}" for _, text in flat], add_special_tokens=False)["input_ids"]
+        input_of: list[int] = []
+        texts_of_examples: list[str] = []
+        for index, texts in enumerate(references.values()):
+            input_of += [index] * len(texts)
+            texts_of_examples += [f" {text}" for text in texts]  # as after the separator in running text
+        targets = tokenizer(texts_of_examples, add_special_tokens=False)["input_ids"]
+        inputs: list[list[int]] = []
+        for ids in tokenizer(list(references))["input_ids"]:
+            # Some tokenizers end a text with the end-of-text token, but here the answer follows.
+            inputs.append(ids[:-1] if ids[-1:] == [end] else ids)
         return Pairs(
-            inputs=[ids[:-1] if ids[-1:] == [end] else ids for ids in tokenizer(lines)["input_ids"]],
+            inputs=inputs,
             references=list(references.values()),
-            input_of=[i for i, _ in flat],
+            input_of=input_of,
             targets=[[*target, end] for target in targets],
             separator=separator,
             max_length=data.max_length,

@@ -56,7 +56,7 @@ class Sequences:
             tokens=stream.tokens,
             length=length,
             overlap=0 if trains else 1,
-            num_bytes=None if trains else stream.num_bytes,
+            num_bytes=None if trains else stream.num_bytes,  # only evaluations report losses per byte
             borders=stream.borders if apart else None,
             learned=stream.learned,
             stream_digest=stream.digest,
