@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from pst_ds.errors import shortened
 from pst_ds.formats.base_weights import names_in_files
@@ -41,7 +41,11 @@ def refilled_weights(
     candidates = [tensor for tensor in tensors if tensor.name in in_blocks]
     if not any(is_pruned(_zeros(tensor), tensor.numel) for tensor in candidates):
         return []
-    return [tensor.name for tensor in candidates if not is_pruned(_zeros(tensor), tensor.numel)]
+    dense: list[str] = []
+    for tensor in candidates:
+        if not is_pruned(_zeros(tensor), tensor.numel):
+            dense.append(tensor.name)
+    return dense
 
 
 def measured_sparsity(tensors: Sequence[ExportedTensor], refilled: Sequence[str] = ()) -> float:
@@ -55,7 +59,9 @@ def measured_sparsity(tensors: Sequence[ExportedTensor], refilled: Sequence[str]
         counted = [tensor for tensor in tensors if tensor.pattern != NO_PATTERN or tensor.name in also]
     weights = sum(tensor.numel for tensor in counted)
     zeros = sum(_zeros(tensor) for tensor in counted)
-    return zeros / weights if weights else 0.0
+    if not weights:
+        return 0.0
+    return zeros / weights
 
 
 def is_pruned(zeros: int, weights: int) -> bool:
@@ -66,11 +72,12 @@ def is_pruned(zeros: int, weights: int) -> bool:
 def linear_weights_in_blocks(model: nn.Module) -> set[str]:
     """Return the names of the weights of linear layers inside the blocks, except routers, in the model and in files."""
     routers = router_names(model)
-    weights = {
-        f"{name}.weight": module.weight
-        for name, module in untied_linear_layers(model).items()
-        if is_inside_block(name, model) and name not in routers
-    }
+    weights: dict[str, Tensor] = {}
+    for name, module in untied_linear_layers(model).items():
+        # Routers stay dense when "all-linear" is pruned.
+        if is_inside_block(name, model) and name not in routers:
+            weights[f"{name}.weight"] = module.weight
+    # Files may have other names, which transformers changes when it loads them.
     return {*weights, *names_in_files(model, weights)}
 
 
