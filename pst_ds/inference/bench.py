@@ -35,8 +35,11 @@ class Variant:
         self.file_bytes = file_bytes
 
     def facts(self) -> dict[str, int | None]:
-        sparse = len(sparse_layers(self.model))
-        return {"resident_bytes": resident_bytes(self.model), "file_bytes": self.file_bytes, "sparse_layers": sparse}
+        return {
+            "resident_bytes": resident_bytes(self.model),
+            "file_bytes": self.file_bytes,
+            "sparse_layers": len(sparse_layers(self.model)),
+        }
 
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
@@ -50,12 +53,15 @@ class Variant:
             # each next() is one pass of the model: the prefill first, then the steps
             tokens = greedy(self.model, ids)
             prefill = _seconds(next, tokens)
-            return [prefill], [_seconds(next, tokens) for _ in range(num_steps)]
+            steps = [_seconds(next, tokens) for _ in range(num_steps)]
+            return [prefill], steps
         inputs = {"input_ids": ids}
         if self.model.config.is_encoder_decoder:
+            # a single token, so that nearly all of the time is the encoder's
             inputs["decoder_input_ids"] = ids[:, :1]
         with torch.inference_mode():
-            return [_seconds(self.model, **inputs)], []
+            forward = _seconds(self.model, **inputs)
+        return [forward], []
 
 
 class NativeLoop:
@@ -72,9 +78,12 @@ class NativeLoop:
             return None
         instead = "the native decoder is not measured"
         decoder = open_decoder(folder, context=positions, sequences=sequences, instead=instead)
-        return None if decoder is None else cls(decoder, folder.weight_file_bytes)
+        if decoder is None:
+            return None
+        return cls(decoder, folder.weight_file_bytes)
 
     def facts(self) -> dict[str, int | None]:
+        # weights only: caches and buffers depend on the settings, not on the format
         return {"resident_bytes": self.decoder.weight_bytes, "file_bytes": self._file_bytes, "sparse_layers": 0}
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -86,14 +95,17 @@ class NativeLoop:
         """Return the seconds of the prefill of ``ids`` (batch, tokens), and of each step."""
         decoder = self.decoder
         prompts = ids.tolist()
+        # the number may have changed since the decoder was opened
         decoder.threads = torch.get_num_threads()
         for sequence in range(len(prompts)):
             decoder.reset(sequence=sequence)
         start = time.perf_counter()
-        logits = torch.stack([decoder.forward(prompt, sequence=number) for number, prompt in enumerate(prompts)])
+        last_logits = [decoder.forward(prompt, sequence=number) for number, prompt in enumerate(prompts)]
+        logits = torch.stack(last_logits)  # (batch, vocabulary)
         prefill = time.perf_counter() - start
         steps: list[float] = []
         for _ in range(num_steps):
+            # the choice is not part of a step's time
             tokens = logits.argmax(-1).tolist()
             start = time.perf_counter()
             logits = decoder.step(tokens)
@@ -122,7 +134,8 @@ def divergences(
     reference = Variant(other.load("dense", "fp32"), is_causal=True)
     divergence_of = {name: KLDivergence() for name in by_name}
     count = min(_PIECES, len(ids) // tokens)
-    for start in (number * len(ids) // count for number in range(count)):
+    for number in range(count):
+        start = number * len(ids) // count
         piece = ids[start : start + tokens]
         expected = reference.logits(piece)
         for name, variant in by_name.items():
@@ -132,6 +145,7 @@ def divergences(
 
 def variants(folder: ModelFolder, dtype: str) -> dict[str, Variant]:
     """Return the models by name: "dense", and the folder's packed format. Raises InputError."""
+    # the dense model of a packed folder exists in memory only
     file_bytes = folder.weight_file_bytes if folder.is_plain else None
     by_name = {"dense": Variant(folder.load("dense", dtype), folder.is_causal, file_bytes)}
     if folder.omits_pruned:
@@ -150,10 +164,13 @@ def resident_bytes(model: nn.Module) -> int:
 
 def conditions() -> dict[str, object]:
     """Describe the machine, its instructions, and the versions."""
+    sparse_kernel = "torch"
+    if native.library() is not None:
+        sparse_kernel = native.LEVELS[native.best_level()]
     return {
         "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "sparse_kernel": native.LEVELS[native.best_level()] if native.library() is not None else "torch",
+        "sparse_kernel": sparse_kernel,
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
 
@@ -173,10 +190,10 @@ def measure(
         # in turns, so that a slow phase of the machine affects all variants alike
         for turn in range(args.repeats + 1):
             for name, variant in by_name.items():
-                timed = variant.timed(ids, num_steps)
+                prefill_seconds, step_seconds = variant.timed(ids, num_steps)
                 if turn:  # the first turn warms up
-                    prefill[name] += timed[0]
-                    decode[name] += timed[1]
+                    prefill[name] += prefill_seconds
+                    decode[name] += step_seconds
                 progress.add(1, name)
     rates: dict[str, dict[str, float]] = {}
     for name in by_name:
@@ -204,12 +221,15 @@ def _token_ids(folder: ModelFolder, batch: int, tokens: int) -> Tensor:
 def greedy(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
     """Yield the most likely next tokens (batch, 1) of a transformers causal model after ``ids`` (batch, tokens)."""
     accepted = inspect.signature(type(model).forward).parameters
-    cache = None
+    cache = None  # made by the prefill
     cache_name = "cache" if "cache" in accepted else "past_key_values"  # renamed in transformers 5
-    options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    options: dict[str, int] = {}
+    if "logits_to_keep" in accepted:
+        # of the last token only, as in generate() of transformers
+        options["logits_to_keep"] = 1
     while True:
         with torch.inference_mode():
             out = model(input_ids=ids, use_cache=True, **{cache_name: cache}, **options)
             cache = out[cache_name]
-            ids = out.logits[:, -1:].argmax(-1)
+            ids = out.logits[:, -1:].argmax(-1)  # (batch, 1)
         yield ids

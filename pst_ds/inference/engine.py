@@ -34,12 +34,15 @@ def open_decoder(
     """
     if engine not in get_args(Engine):
         raise InputError(f"engine = {engine!r}: not an engine. Choose one of {', '.join(get_args(Engine))}")
-    if engine == "torch" or (engine == "auto" and (device != "cpu" or folder.values is None)):
+    if engine == "auto" and (device != "cpu" or folder.values is None):
+        return None
+    if engine == "torch":
         return None
     try:
         return Decoder.from_pretrained(folder.path, context, **options)
-    except (DecoderError, RuntimeError) as error:
+    except (DecoderError, RuntimeError) as error:  # RuntimeError: no compiler, or native code is switched off
         if engine == "native":
             raise InputError(str(error)) from None
+        # on stderr, because stdout has the generated text
         print(f"{instead}: {error}", file=sys.stderr)
         return None

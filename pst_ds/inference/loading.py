@@ -29,6 +29,7 @@ class Generator:
         self.path = folder.path
         self.tokenizer = folder.tokenizer()
         self._ends = folder.end_tokens(self.tokenizer)
+        # torch has one number for the whole process; the native decoder has its own
         if threads:
             torch.set_num_threads(threads)
         decoder = open_decoder(folder, engine, context=context, threads=threads)
@@ -92,12 +93,14 @@ def generated(
     if is_drawn:
         # top_k = 0, because transformers draws from the 50 most likely tokens by default
         drawing = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    # without a padding token transformers prints a warning; a single sequence has no padding
     special = {"eos_token_id": ends or None, "pad_token_id": next(iter(ends), 0)}
     # replaces the folder's settings, such as penalties
     model.generation_config = GenerationConfig(max_new_tokens=new_tokens, do_sample=is_drawn, **drawing, **special)
     if seed is not None:
+        # transformers draws from the global generator
         torch.manual_seed(seed)
-    prompt = torch.tensor([ids], device=model.device)
+    prompt = torch.tensor([ids], device=model.device)  # (1, tokens)
     with torch.inference_mode():
         tokens_of_all = model.generate(  # type: ignore[operator]
             prompt, attention_mask=torch.ones_like(prompt), streamer=streamer

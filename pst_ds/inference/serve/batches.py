@@ -60,9 +60,11 @@ class Batches(BatchWorker[Job], Answering):
             chosen: list[int] = []
             for job, row in zip(jobs, logits.split(1), strict=True):
                 token = job.take(row, self._ends)
-                # finished sequences stay in the batch, whose cache has a row for each
-                chosen.append(self._pad if token is None else token)
-            ids = torch.tensor(chosen, device=self._model.device)[:, None]
+                if token is None:
+                    # finished sequences stay in the batch, whose cache has a row for each
+                    token = self._pad
+                chosen.append(token)
+            ids = torch.tensor(chosen, device=self._model.device)[:, None]  # (jobs, 1)
             mask = torch.cat([mask, mask.new_ones(len(jobs), 1)], 1)
 
     def _step(self, ids: Tensor, mask: Tensor, cache: object) -> tuple[Tensor, object]:

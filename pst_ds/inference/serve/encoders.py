@@ -62,10 +62,11 @@ class Batcher(BatchWorker[Text]):
 
     def _select(self, waiting: Sequence[Text]) -> list[Text]:
         """Return the batch of texts of similar length that contains the oldest text."""
-        lengths = [len(text.features["input_ids"]) for text in waiting]
-        oldest = 0
+        lengths = _lengths([text.features for text in waiting])
+        oldest = 0  # waiting texts are in the order of arrival
         for batch in batches(lengths, self._encoder.batch):
             if oldest in batch:
+                # batches() sorts by length; jobs start in the order of arrival
                 return [waiting[index] for index in sorted(batch)]
         raise AssertionError("every text is in a batch")
 
@@ -87,8 +88,9 @@ class EncoderService(Service):
         @app.post("/v1/embeddings" if self.encoder.kind == EMBEDDER else "/v1/classify")
         async def predict(request: Request) -> Response:
             asked, texts = await self.readers.read(await request.body(), self.read, self.worker.waiting)
+            # if this coroutine is cancelled, gather cancels the futures, and the queue drops their texts
             rows = await asyncio.gather(*map(asyncio.wrap_future, self.worker.outputs(texts)))
-            tokens = sum(len(text["input_ids"]) for text in texts)
+            tokens = sum(_lengths(texts))
             self.metrics.tokens.labels("prompt").inc(tokens)
             request.scope["pst_ds_facts"] |= {"texts": len(texts), "prompt_tokens": tokens}
             return JSONResponse(self.reply(asked, np.stack(rows), tokens))
@@ -109,7 +111,7 @@ class EncoderService(Service):
             texts = self.encoder.tokenized(asked.texts, limit, self.tokenizers.of(is_long))
         except ValueError as error:
             raise ProtocolError(400, str(error), param="input") from None
-        longest = max(len(text["input_ids"]) for text in texts)
+        longest = max(_lengths(texts))
         if longest > most:
             why = (
                 f"This model's maximum context length is {most} tokens, and an input has {longest}. Shorten it, or "
@@ -134,6 +136,13 @@ class EncoderService(Service):
                 data.append({"object": "embedding", "index": index, "embedding": row})
             return table | {"data": data}
         for index, probs in enumerate(self.encoder.plain(outputs)):
-            label = self.encoder.labels[outputs[index].argmax()] if self.encoder.labels else None
+            label = None
+            if self.encoder.labels:
+                label = self.encoder.labels[outputs[index].argmax()]
             data.append({"index": index, "label": label, "probs": probs, "num_classes": len(probs)})
         return table | {"id": f"classify-{uuid.uuid4().hex}", "created": int(time.time()), "data": data}
+
+
+def _lengths(texts: Sequence[Features]) -> list[int]:
+    """Return the numbers of tokens of texts, special tokens included."""
+    return [len(text["input_ids"]) for text in texts]

@@ -28,6 +28,7 @@ class Token:
     """The most likely tokens and their log-probabilities."""
 
 
+# jobs are compared by identity: two requests with equal prompts are different jobs in the queue
 @dataclass(slots=True, eq=False)
 class Job:
     """A request for generated tokens."""
@@ -72,10 +73,12 @@ class Job:
         if self.is_finished:
             return None
         try:
-            if not logits.max().isfinite():  # a NaN anywhere makes the maximum NaN
+            # a NaN anywhere makes the maximum NaN; single tokens may have -inf
+            if not logits.max().isfinite():
                 raise ValueError("the model's logits are not finite")
             token = self._choose(logits[0])
-        except GrammarError as error:  # its text may quote the schema
+        except GrammarError as error:
+            # without the error's text, which may quote the schema: logs have nothing that clients wrote
             _LOG.warning("an answer ended after %d tokens: its JSON schema cannot be followed", len(self.written))
             self.end(error)
             return None
@@ -84,15 +87,19 @@ class Job:
             self.end(error)
             return None
         if token.number in ends:
+            # the end token is not part of the answer, so it is not delivered
             self.end(DONE_STOP)
             return None
         self.written.append(token.number)
         self.put(token)
+        # a complete value ends the answer; a model that was not trained on JSON would not write an end token
         if self.grammar is not None and self.grammar.is_complete:
             self.end(DONE_STOP)
         elif len(self.written) >= self.max_tokens or self.cancelled:
             self.end(DONE_LENGTH)
-        return None if self.is_finished else token.number
+        if self.is_finished:
+            return None
+        return token.number
 
     def _choose(self, logits: Tensor) -> Token:
         wanted = self.sampling.penalised(logits, self.prompt, self.written)
@@ -103,9 +110,11 @@ class Job:
             self.grammar.accept(number)
         if self.likeliest is None:
             return Token(number)
+        # of the model's own logits: penalties, the grammar and the temperature do not change log-probabilities
         logprobs = logits.log_softmax(-1)
         values, tokens = logprobs.topk(self.likeliest)
-        return Token(number, float(logprobs[number]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
+        likeliest = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+        return Token(number, float(logprobs[number]), likeliest)
 
 
 class Answering(Worker[Job]):

@@ -1,6 +1,7 @@
 """Server processes and their connections: this process, or workers with a model each, restarted when they die."""
 
 import asyncio
+import math
 import socket
 import sys
 from collections.abc import Callable
@@ -27,15 +28,17 @@ _HANG_SECONDS = 20
 def bound(host: str, port: int) -> socket.socket:
     """Return a bound socket, which refuses connections until a server listens on it. Raises InputError."""
     try:
-        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind, number)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # accepted sockets inherit it
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _READ_SECONDS)
-        made.bind(address)
+        # the system's preferred address of a name that has several
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        # so that a restart does not wait for connections of the previous server that are in TIME_WAIT
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # in milliseconds; accepted sockets inherit it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _READ_SECONDS)
+        listener.bind(address)
     except OSError as error:
         raise InputError(f"cannot listen on {host}:{port}: {error}. Use another port or host") from None
-    return made
+    return listener
 
 
 def answer(app: FastAPI, at: socket.socket) -> None:
@@ -48,14 +51,18 @@ def answer_from_workers(make: Callable[[], FastAPI], at: socket.socket, workers:
 
     Returns whether the server was told to stop, rather than failed to start a worker.
     """
-    supervisor = Multiprocess(config(partial(_made, make), factory=True, workers=workers), sockets=[at])
+    # all workers accept connections from the same socket
+    settings = config(partial(_made, make), factory=True, workers=workers)
+    supervisor = Multiprocess(settings, sockets=[at])
     supervisor.run()
     return all(process.exitcode != STARTUP_FAILURE for process in supervisor.processes)
 
 
 def config(app: FastAPI | Callable[[], FastAPI], *, factory: bool = False, workers: int = 1) -> uvicorn.Config:
     """Return the settings of a server, one of ``workers``."""
-    level = "info" if workers > 1 else "warning"  # uvicorn then logs when workers start and die
+    level = "warning"
+    if workers > 1:
+        level = "info"  # at which uvicorn logs when workers start and die
     return uvicorn.Config(
         app,
         factory=factory,
@@ -93,8 +100,7 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._update_deadline()
         if len(self.connections) > self.most:
-            waiting = [other for other in cast("set[Connection]", self.connections) if other._deadline is not None]
-            min(waiting, key=lambda other: other._deadline.when())._close()  # type: ignore[union-attr]
+            self._close_longest_waiting()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -108,7 +114,20 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self._clear_deadline()
 
+    def _close_longest_waiting(self) -> None:
+        """Close the connection that has waited longest for headers; this one, if all others have a request."""
+        longest: Connection | None = None
+        earliest = math.inf
+        for other in cast("set[Connection]", self.connections):
+            # all deadlines are equally far from the start of the wait, so the earliest one belongs to the longest wait
+            if other._deadline is not None and other._deadline.when() < earliest:
+                longest = other
+                earliest = other._deadline.when()
+        if longest is not None:
+            longest._close()
+
     def _update_deadline(self) -> None:
+        # a client is idle from its first byte, or its last answer, until its headers are complete
         if self.conn.their_state is not h11.IDLE:
             self._clear_deadline()
         elif self._deadline is None:

@@ -14,11 +14,13 @@ def longest_token(tokenizer: Tokenizer) -> int:
     The latter is so for tokenizers that replace whole words, or several unknown characters, by one unknown token.
     Byte-level tokens count a character per byte, of which a text has at least one per character.
     """
+    # only fast tokenizers have a backend; for slow ones nothing is known
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not isinstance(backend.model, BPE):
         return 0
     if backend.model.unk_token is not None and backend.model.fuse_unk and not backend.model.byte_fallback:
         return 0
+    # with added tokens, which may be the longest
     return max(map(len, backend.get_vocab(with_added_tokens=True)), default=0)
 
 
@@ -34,4 +36,6 @@ class ReaderTokenizers:
         return copy.deepcopy(self.short)
 
     def of(self, is_long: bool) -> Tokenizer:
-        return self.long if is_long else self.short
+        if is_long:
+            return self.long
+        return self.short

@@ -12,7 +12,7 @@ from pst_ds.inference.serve.queue import busy
 Result = TypeVar("Result")
 LONG_BYTES = 1 << 14
 """Body size from which a request is read in the thread for long ones."""
-_REST = 3.0
+_PAUSE_FACTOR = 3.0
 """Pause after a long read, in multiples of its time: long requests use at most a quarter of a core."""
 _RECEIVE_SECONDS = 1e-8
 """Time per byte that the event loop spends on a body before it is read, which counts as time of the read."""
@@ -35,8 +35,8 @@ class Readers:
         self._long = ThreadPoolExecutor(1, "long-reader")
         self._waiting = {True: 0, False: 0}
         """Requests that wait or are being read: long ones, short ones. Only the event loop changes them."""
-        self._rests_until = 0.0
-        self._closes = threading.Event()
+        self._pauses_until = 0.0
+        self._is_closing = threading.Event()
 
     @property
     def waiting(self) -> int:
@@ -48,33 +48,37 @@ class Readers:
 
         ``already_waiting``: requests that have been read and wait for the model.
         """
+        # from here to the increment nothing awaits, so two requests cannot both take the last place
         is_long = len(body) >= LONG_BYTES
         if self.waiting + already_waiting >= self._most_waiting:
             raise busy()
+        # long requests may not fill all places, since each of them waits for pauses
         if is_long and self._waiting[True] >= self._most_long:
             raise busy()
         self._waiting[is_long] += 1
         try:
             loop = asyncio.get_running_loop()
             if is_long:
-                return await loop.run_in_executor(self._long, self._read_and_rest, body, function)
+                return await loop.run_in_executor(self._long, self._read_and_pause, body, function)
             return await loop.run_in_executor(self._short, function, body, False)
         finally:
             self._waiting[is_long] -= 1
 
     def close(self) -> None:
         """End both threads after the reads in progress."""
-        self._closes.set()
+        self._is_closing.set()
         self._short.shutdown()
         self._long.shutdown()
 
-    def _read_and_rest(self, body: bytes, function: Callable[[bytes, bool], Result]) -> Result:
+    def _read_and_pause(self, body: bytes, function: Callable[[bytes, bool], Result]) -> Result:
         """Read a long request after the pause that the last one caused; its own answer does not wait for its pause."""
-        self._closes.wait(max(0.0, self._rests_until - time.monotonic()))
+        # an event and not time.sleep, so that closing ends the pause
+        self._is_closing.wait(max(0.0, self._pauses_until - time.monotonic()))
         began = time.monotonic()
         try:
             return function(body, True)
         finally:
+            # a read that fails has held the interpreter lock, too
             now = time.monotonic()
             took = now - began + _RECEIVE_SECONDS * len(body)
-            self._rests_until = now + _REST * took
+            self._pauses_until = now + _PAUSE_FACTOR * took

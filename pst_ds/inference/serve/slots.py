@@ -29,25 +29,28 @@ class _Slot:
     """Adapter state of the user whose tokens are in the decoder's cache."""
     tokens: list[int] = field(default_factory=list)
     """In the decoder's cache."""
-    left: list[int] = field(default_factory=list)
-    """Tokens to append: the rest of the prompt, or the last token of the answer. Empty before a job's first pass."""
-    began: int = 0
-    """Number of its job, in the order of their arrival."""
+    next_tokens: list[int] = field(default_factory=list)
+    """Tokens to append: the end of the prompt, or the last token of the answer. Empty before a job's first pass."""
+    job_number: int = 0
+    """Number of its latest job, in the order in which jobs got slots."""
 
     def shared(self, job: Job, *, later: bool = False) -> int:
         """Return how many tokens of the job's prompt, without its last one, are cached for its user.
 
-        ``later``: once the tokens of ``left`` are, too.
+        ``later``: once :attr:`next_tokens` are, too.
         """
+        # keys and values depend on the user's weights; a store returns the same object for a user's unchanged state
         if job.state is not self.state:
             return 0
-        tokens = self.tokens + self.left if later else self.tokens
+        tokens = self.tokens
+        if later:
+            tokens = tokens + self.next_tokens
         # the last token of the prompt is always computed, since its logits choose the first token of the answer
-        most = min(len(tokens), len(job.prompt) - 1)
-        for index in range(most):
+        limit = min(len(tokens), len(job.prompt) - 1)
+        for index in range(limit):
             if tokens[index] != job.prompt[index]:
                 return index
-        return most
+        return limit
 
 
 class Slots(Answering):
@@ -63,13 +66,15 @@ class Slots(Answering):
         self._ends = frozenset(ends)
         self._decoder = decoder
         self._slots = [_Slot(number) for number in range(decoder.sequences)]
-        self._began = 0
+        self._last_job_number = 0
 
     def warm_up(self, prompt: Sequence[int], states: Sequence[State | None]) -> None:
+        # in the first sequence, which no job has yet
         for state in states:
             self._decoder.assign(state)
             self._decoder.forward(prompt)
             self._decoder.reset()
+        # every slot starts without a user, as its sequence does
         self._decoder.assign(None)
 
     @property
@@ -80,12 +85,14 @@ class Slots(Answering):
         return list(waiting[: len(self._free)])
 
     def _work(self) -> None:
-        active = sorted((slot for slot in self._slots if slot.job is not None), key=lambda slot: slot.began)
+        active = [slot for slot in self._slots if slot.job is not None]
+        active.sort(key=lambda slot: slot.job_number)
         try:
             self._advance(active)
-        except Exception as error:  # such as too little memory; the caches are unknown then
+        except Exception as error:  # such as too little memory
             _LOG.exception("a pass of %d requests failed", len(active))
             for slot in active:
+                # the pass may have written some of its keys and values, so no cache can be reused
                 self._decoder.reset(0, slot.number)
                 slot.tokens.clear()
                 self._finish(slot, error)
@@ -98,9 +105,9 @@ class Slots(Answering):
         """Give a job the free slot that has most of its prompt cached, or the one that has been free for longest."""
         slot = max(self._free, key=lambda slot: slot.shared(job))
         if slot.shared(job) < SHORTEST_COPY:
-            slot = min(self._free, key=lambda slot: slot.began)
-        self._began += 1
-        slot.began = self._began
+            slot = min(self._free, key=lambda slot: slot.job_number)
+        self._last_job_number += 1
+        slot.job_number = self._last_job_number
         slot.job = job
 
     def _begin(self, slot: _Slot, job: Job) -> bool:
@@ -108,55 +115,72 @@ class Slots(Answering):
 
         Return False if another slot will have considerably more of them after its next passes.
         """
+        # the job's own slot comes first: max returns the first of equals, and its tokens need no copy
         nearest = max([slot, *self._slots], key=lambda other: other.shared(job))
         if nearest.shared(job) < SHORTEST_COPY:
             nearest = slot
         length = nearest.shared(job)
-        if any(other.shared(job, later=True) >= length + SHORTEST_COPY for other in self._slots):
-            return False
+        for other in self._slots:
+            # waiting for another prompt to be computed is cheaper than computing the same tokens twice
+            if other.shared(job, later=True) >= length + SHORTEST_COPY:
+                return False
+        # in this order: assigning another user empties the sequence, and only sequences of one user can be copied
         self._decoder.assign(job.state, slot.number)
         if nearest is not slot:
             self._decoder.copy(nearest.number, slot.number, length)
         self._decoder.reset(length, slot.number)
         slot.state = job.state
         slot.tokens = job.prompt[:length]
-        slot.left = job.prompt[length:]
+        slot.next_tokens = job.prompt[length:]
         job.reused = length
         return True
 
     def _advance(self, active: Sequence[_Slot]) -> None:
         """Compute one pass for the ``active`` slots, oldest first, and deliver its tokens."""
+        answered: list[_Slot] = []
         for slot in active:
             assert slot.job is not None
             if slot.job.cancelled:
+                # nobody reads this reason, but it ends the job
                 self._finish(slot, DONE_LENGTH)
-        active = [slot for slot in active if slot.job is not None]
-        added = self._tokens_of_pass(active)
+            else:
+                answered.append(slot)
+        added = self._tokens_of_pass(answered)
         if not added:
             return
         # only slots that append all their tokens need logits: a piece of a prompt has no next token
-        complete = [slot for slot in active if added.get(slot.number) == slot.left]
-        logits = self._decoder.extend(added, [slot.number for slot in complete])
-        for slot in active:
+        complete = [slot for slot in answered if added.get(slot.number) == slot.next_tokens]
+        logits = self._decoder.extend(added, [slot.number for slot in complete])  # (complete, vocabulary)
+        # after the pass, so that one that fails leaves the tokens unchanged
+        for slot in answered:
             tokens = added.get(slot.number, [])
             slot.tokens += tokens
-            slot.left = slot.left[len(tokens) :]
+            slot.next_tokens = slot.next_tokens[len(tokens) :]
         for slot, row in zip(complete, logits, strict=True):
             self._deliver(slot, row[None])
 
     def _tokens_of_pass(self, active: Sequence[_Slot]) -> dict[int, list[int]]:
         """Return the tokens to append in the next pass, by the number of the slot."""
-        running = [slot for slot in active if len(slot.left) == 1]
+        # a single token is the next one of an answer, or the end of a prompt: both need no more room than their own
+        running = [slot for slot in active if len(slot.next_tokens) == 1]
+        # never negative, because a pass has room for a token of every sequence
         room = self._decoder.most - len(running)
         if running:
             # a long prompt comes in pieces, so that the answers of others do not wait for it
             room = min(room, max(LEAST_PROMPT, PROMPT_PER_ANSWER * len(running)))
-        added = {slot.number: slot.left for slot in running}
+        added = {slot.number: slot.next_tokens for slot in running}
+        # oldest first, so that a prompt is finished before the next one gets room
         for slot in active:
             assert slot.job is not None
-            if room > 0 and slot.number not in added and (slot.left or self._begin(slot, slot.job)):
-                added[slot.number] = slot.left[:room]
-                room -= len(added[slot.number])
+            if room == 0:
+                break
+            if slot.number in added:
+                continue
+            has_tokens = bool(slot.next_tokens)
+            if has_tokens or self._begin(slot, slot.job):
+                piece = slot.next_tokens[:room]
+                added[slot.number] = piece
+                room -= len(piece)
         return added
 
     def _deliver(self, slot: _Slot, logits: Tensor) -> None:
@@ -167,11 +191,12 @@ class Slots(Answering):
         elif len(slot.tokens) == self._decoder.context:
             self._finish(slot, DONE_LENGTH)
         else:
-            slot.left = [token]
+            slot.next_tokens = [token]
 
     def _finish(self, slot: _Slot, outcome: str | Exception | None = None) -> None:
         """Free a slot; end its job, if it has one, with ``outcome`` unless it has ended."""
         if slot.job is not None and outcome is not None and not slot.job.is_finished:
             slot.job.end(outcome)
+        # its tokens stay in the cache, for a later prompt that starts with them
         slot.job = None
-        slot.left = []
+        slot.next_tokens = []

@@ -19,7 +19,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
-        self._last: list[int] = []
+        self._last_tokens: list[int] = []
         """Tokens of the last piece."""
         self._last_text = ""
         self._pending: list[int] = []
@@ -35,37 +35,45 @@ class TextStream:
         """Return the text that is final now; "" while a character or a stop string may be incomplete."""
         self.count += 1
         self._pending.append(token)
-        text = self._decoded(self._last + self._pending)
+        text = self._decoded(self._last_tokens + self._pending)
+        # the text does not grow by tokens without text, such as special ones
         is_complete = len(text) > len(self._last_text) and not text.endswith(_UNFINISHED)
         if not is_complete and len(self._pending) < _MOST_PENDING:
             return ""
+        # the decoded text starts with that of the last piece, which was returned before
         piece = text[len(self._last_text) :]
-        self._last = self._pending
+        self._last_tokens = self._pending
         self._pending = []
-        self._last_text = self._decoded(self._last)
-        return self._give(piece)
+        self._last_text = self._decoded(self._last_tokens)
+        return self._released(piece)
 
     def end(self) -> str:
         """Return the text held back."""
-        text = self._decoded(self._last + self._pending)
-        return self._give(text[len(self._last_text) :], is_last=True)
+        text = self._decoded(self._last_tokens + self._pending)
+        return self._released(text[len(self._last_text) :], is_last=True)
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _give(self, piece: str, is_last: bool = False) -> str:
+    def _released(self, piece: str, is_last: bool = False) -> str:
         if self.stopped:
             return ""
         text = self._held + piece
         self._held = ""
-        starts = [text.find(stop) for stop in self._stops if stop in text]
-        if starts:
+        stop_starts: list[int] = []
+        for stop in self._stops:
+            if stop in text:
+                stop_starts.append(text.find(stop))
+        if stop_starts:
             self.stopped = True
-            return text[: min(starts)]
+            # up to the stop string that comes first in the text, not first in the request
+            return text[: min(stop_starts)]
         if is_last:
             return text
         # hold back the longest end of the text that a stop string may continue
-        held = max((self._overlap(text, stop) for stop in self._stops), default=0)
+        held = 0
+        for stop in self._stops:
+            held = max(held, self._overlap(text, stop))
         final = len(text) - held
         self._held = text[final:]
         return text[:final]
