@@ -35,15 +35,18 @@ def finetune(
     try:
         inner = prepare(context.resolved.with_settings(stage), context.launch).with_rates(examples)
         out = Path(context.run.finetuned_path)
+        # rank 0 decides for all: the others may see its folder later on a network file system
         if not of_main(partial(_is_done, context.run, inner.run, examples.digest)):
             if is_main():  # so that the folder is enough to resume
                 write_text_atomic(Path(context.run.output_dir) / RUN_FILE, dump_run(context.run))
             if is_main() and not quiet:
                 print(f"fine-tuning {stage.model.path} by {stage.method}: {out}", file=sys.stderr, flush=True)
             train(inner)
+            # before the run's model is built, so that the device does not hold both
             free_released()
             of_main_at_length(partial(_write_model, inner, out))
     except DivergedError as error:
+        # the stage is a separate run, whose message names the settings of [train]
         raise DivergedError(str(error).replace("a lower train.", "a lower finetune.")) from None
     except InputError as error:
         raise InputError(f'finetune.method = "{stage.method}": {error}') from None
@@ -53,16 +56,22 @@ def finetune(
 def _is_done(run: RunConfig, stage: RunConfig, data_digest: str) -> bool:
     """Return whether the model of ``stage`` was written. Raises ConfigError if the run's checkpoints continue from
     another one."""
-    out, problem = Path(run.finetuned_path), ""
+    out = Path(run.finetuned_path)
+    problem = ""
     if not (out / MANIFEST_FILE).is_file():
         problem = "it is missing"
     else:
         try:
             final = open_checkpoint(stage, FINAL)
             changed = require_same_run(final, stage, final.state.base_fingerprint, data_digest)
-            problem = next((one for one in changed if "learning_rate" in one), "")
+            # a resumed run may change its rates, but here they would give another model
+            for change in changed:
+                if "learning_rate" in change:
+                    problem = change
+                    break
         except InputError as error:
             problem = str(error)
+    # without checkpoints the stage simply runs again
     if problem and (Path(run.output_dir) / CHECKPOINTS).exists():
         raise ConfigError(
             f"the checkpoints in {run.output_dir} continue from {out}, which differs from [finetune]: {problem}. "
@@ -75,5 +84,12 @@ def _write_model(context: RunContext, out: Path) -> None:
     """Write the trained model to the folder ``out``, atomically, and verify it."""
     checkpoint = open_checkpoint(context.run, BEST)
     model = context.resolved.shapes.model_to_export()
-    export_checkpoint(model, checkpoint, context.tokenizer, out, ExportOptions(), run=as_table(context.run))
+    export_checkpoint(
+        model=model,
+        checkpoint=checkpoint,
+        tokenizer=context.tokenizer,
+        out=out,
+        options=ExportOptions(),
+        run=as_table(context.run),
+    )
     check_export(out)

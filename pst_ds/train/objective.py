@@ -47,11 +47,12 @@ class Objective:
         self._teacher = teacher
         self._shared = shared
         self._known_heads: dict[nn.Module, tuple[LanguageHead, LanguageHead] | None] = {}
+        """Heads of a model and its teacher, found once: finding one takes a probe of the model's forward pass."""
 
     def __call__(self, engine: Engine, batch: dict[str, Tensor]) -> Tensor:
         """Return the loss of ``batch``, with a gradient. Collective under ZeRO-3; the engine is in training mode."""
-        labels = batch["labels"]
-        inputs = {name: values for name, values in batch.items() if name != "labels"}
+        inputs = dict(batch)
+        labels = inputs.pop("labels")
         if labels.is_floating_point():  # torch before 2.13 has no gradient of mse_loss for bf16 and fp32
             return F.mse_loss(engine(**inputs).logits.squeeze(-1).float(), labels)
         heads = self._heads(engine.module)
@@ -61,7 +62,9 @@ class Objective:
             return engine(**inputs, labels=labels).loss
         if not self._weight:
             predicts = (labels[:, 1:] != IGNORED).any()  # the mean loss of no tokens would be NaN
+            # as a product, because a branch would wait for the device to know the labels
             return predicts * engine(**inputs, labels=labels.masked_fill(~predicts, 0)).loss
+        # the teacher first: only its logits remain when the graph of the other pass is built
         teacher_logits = self._teach(engine, inputs).logits
         logits = engine(**inputs).logits
         if labels.dim() == 2:  # one prediction per token
@@ -93,7 +96,9 @@ class Objective:
         if self._teacher is None:
             return head, head
         teacher_head = head_of(self._teacher, self._task)
-        return None if teacher_head is None else (head, teacher_head)
+        if teacher_head is None:
+            return None
+        return head, teacher_head
 
     def _loss_in_chunks(
         self, engine: Engine, inputs: dict[str, Tensor], labels: Tensor, head: LanguageHead, teacher_head: LanguageHead
@@ -133,6 +138,7 @@ class Objective:
 
         with sharing:
             if self._weight:
+                # keeps the hidden states in front of the head, not the logits, which are larger by vocabulary / width
                 with teacher_head.reading(lambda hidden: hidden) as teacher_hidden:
                     self._teach(engine, inputs)
             with head.reading(loss_of) as losses:
@@ -147,6 +153,7 @@ class Objective:
         """Return the teacher's output."""
         if self._teacher is not None:
             return self._teacher(**inputs)
+        # a teacher has no dropout
         engine.eval()
         try:
             with bypassed(engine.module):
@@ -179,8 +186,12 @@ def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
             f"distillation.teacher is empty, so model.path = {run.model.path!r} is its own teacher, and {problem}; "
             "name the folder of the dense model in distillation.teacher"
         )
-    trainable = (name for name, param in shapes.named_parameters() if param.requires_grad)
-    trained = [name for name in trainable if not name.rpartition(".")[2].startswith("pst_")]
+    trained: list[str] = []
+    for name, param in shapes.named_parameters():
+        # factors are bypassed while the model teaches; everything else that trains would change the teacher
+        is_factor = name.rpartition(".")[2].startswith("pst_")
+        if param.requires_grad and not is_factor:
+            trained.append(name)
     if trained:
         raise ConfigError(
             f"distillation.teacher is empty, so the model is its own teacher; but {shortened(trained, 3)} "
@@ -202,7 +213,7 @@ def require_comparable(run: RunConfig, own: "PreTrainedConfig", place: Pretraine
     if not vocabulary or not teacher_vocabulary:
         return
     # under a new head only the inputs must be readable; predictions of tokens must have the same ones
-    is_comparable = teacher_vocabulary >= vocabulary if task.new_head else teacher_vocabulary == vocabulary
+    is_comparable = teacher_vocabulary == vocabulary or (task.new_head and teacher_vocabulary > vocabulary)
     if not is_comparable:
         raise ConfigError(
             f"{place} has a vocabulary of {teacher_vocabulary} tokens, and model.path = {run.model.path!r} "
@@ -212,8 +223,9 @@ def require_comparable(run: RunConfig, own: "PreTrainedConfig", place: Pretraine
 
 def teacher_of(run: RunConfig) -> Pretrained | None:
     """Return the run's separate teacher; None without one."""
-    path = run.teacher
-    return Pretrained(path, "distillation.teacher") if run.distillation.weight and path else None
+    if not run.distillation.weight or not run.teacher:
+        return None
+    return Pretrained(run.teacher, "distillation.teacher")
 
 
 def teacher_shapes(run: RunConfig) -> nn.Module | None:
@@ -232,7 +244,9 @@ def teacher_shapes(run: RunConfig) -> nn.Module | None:
 def load_teacher(context: RunContext) -> nn.Module | None:
     """Load the run's separate teacher as :func:`load_frozen` does; None without one."""
     place = teacher_of(context.run)
-    return None if place is None else load_frozen(place, context)
+    if place is None:
+        return None
+    return load_frozen(place, context)
 
 
 def load_frozen(place: Pretrained, context: RunContext, quantization_config: object = None, fix: str = "") -> nn.Module:
@@ -246,7 +260,10 @@ def load_frozen(place: Pretrained, context: RunContext, quantization_config: obj
     labels = context.labels
     task = context.task
     config = place.config(**attention_options(run))
-    classes = [name for _, name in sorted((config.id2label or {}).items())] if labels else []
+    classes: list[str] = []
+    if labels:
+        # in the order of the outputs
+        classes = [name for _, name in sorted((config.id2label or {}).items())]
     if classes != labels:
         raise ConfigError(
             f"{place} has the classes {', '.join(classes)}, and the run {', '.join(labels)}, in this order; "
@@ -262,6 +279,7 @@ def load_frozen(place: Pretrained, context: RunContext, quantization_config: obj
         quantization_config=quantization_config,
     )
     place.require_whole(model, missing, fix)
+    # keys and values of a whole pass would be kept for nothing
     model.config.use_cache = False
     keep_documents_apart(model)
     load_additions(model, place.path)

@@ -90,6 +90,7 @@ class MetaModels:
 
     def shapes(self, resolved: ResolvedRun) -> RunShapes:
         """Return the model of a run with the modules of its method. Raises InputError."""
+        # by settings and not by run: the stages of a run, and the variants of a search, share most of them
         key = resolved.shape_settings
         if key not in self._shapes:
             self._shapes[key] = inject_shapes(resolved, self.plain(resolved))
@@ -188,13 +189,11 @@ class ResolvedRun:
 
         Its shapes are those of this value if they do not depend on the changes, else they are made from the same model.
         """
-        return replace(
-            self,
-            run=run,
-            shaped_by=None,
-            num_shards=self.num_shards if num_shards is None else num_shards,
-            num_experts=self.num_experts if num_experts is None else num_experts,
-        )
+        if num_shards is None:
+            num_shards = self.num_shards
+        if num_experts is None:
+            num_experts = self.num_experts
+        return replace(self, run=run, shaped_by=None, num_shards=num_shards, num_experts=num_experts)
 
     def with_shards(self, num_shards: int) -> ResolvedRun:
         """Return the facts for a number of ranks over which ZeRO-3 splits each parameter."""
@@ -231,7 +230,9 @@ def resolve(
     if labels is None and reads_data:
         labels = task.label_names(run.data)
     elif labels is None:
-        labels = ["0", "1"] if task.new_head else []
+        labels = []
+        if task.new_head:
+            labels = ["0", "1"]  # a head of two outputs; its size hardly matters for a plan
     if reads_data and run.task == "causal-lm":
         require_named_tokenizer(run.data, run.model.tokenizer)
     if tokenizer is None and reads_data:
@@ -243,6 +244,7 @@ def build_plain(resolved: ResolvedRun) -> PlainModel:
     """Build a run's model on the meta device, without the modules of its method. Raises InputError."""
     run = resolved.shaped_by or resolved.run
     config = load_model_config(run, resolved.labels, resolved.tokenizer)
+    # kept, because an export has the rates of the base model and not those of the run
     own_dropout = dropout_of(config)
     set_dropout(config, dict.fromkeys(own_dropout, run.model.dropout))
     if resolved.num_experts:
@@ -263,6 +265,7 @@ def inject_shapes(resolved: ResolvedRun, plain: PlainModel) -> RunShapes:
     """Return the shapes of a run: a copy of its ``plain`` model with the modules of the method. Raises InputError."""
     run = resolved.shaped_by or resolved.run
     model = plain.copy()
+    # new factors and masks are made on this context's device, without memory
     with torch.device("meta"):
         prepare_for_method(model, run, num_shards=resolved.num_shards)
         if run.additions:
@@ -278,7 +281,11 @@ def inject_shapes(resolved: ResolvedRun, plain: PlainModel) -> RunShapes:
 
 def load_tokenizer(run: RunConfig) -> PreTrainedTokenizerBase:
     """Load the run's tokenizer, with a padding token if the task needs one. Raises InputError."""
-    setting, where = ("tokenizer", run.model.tokenizer) if run.model.tokenizer else ("path", run.model.path)
+    setting = "path"
+    where = run.model.path
+    if run.model.tokenizer:
+        setting = "tokenizer"
+        where = run.model.tokenizer
     place = Pretrained(where, f"model.{setting}")
     place.require_place()
     if setting == "path":
@@ -308,14 +315,18 @@ def load_model_config(run: RunConfig, labels: list[str], tokenizer: PreTrainedTo
 
 def set_padding(config: PreTrainedConfig, task: Task, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Set the padding token of ``config`` to the tokenizer's, if the task pads."""
-    padding = getattr(config, "pad_token_id", None) or 0 if tokenizer is None else tokenizer.pad_token_id
+    padding = getattr(config, "pad_token_id", None) or 0
+    if tokenizer is not None:
+        padding = tokenizer.pad_token_id
     if task.pads and padding is not None:  # a decoder's head reads the token before the padding
         config.pad_token_id = padding
 
 
 def attention_options(run: RunConfig) -> dict[str, str]:
     """Return the options of ``from_pretrained`` for the run's attention implementation."""
-    return {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
+    if not run.model.attn_implementation:
+        return {}  # transformers chooses
+    return {"attn_implementation": run.model.attn_implementation}
 
 
 def dropout_of(config: PreTrainedConfig) -> dict[str, float]:
@@ -350,8 +361,9 @@ def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | N
             embedding_grid=frozen_grid(run, run.model.embedding_bits),
             expert_parallel=run.train.experts_divided_by(num_shards or world_size()),
         )
-    if run.mask_method.trains_everything:  # that can have a gradient
+    if run.mask_method.trains_everything:
         for param in module.parameters():
+            # masks are bytes, and torch refuses gradients of integers
             param.requires_grad_(param.dtype.is_floating_point)
     if run.quantization.embeddings:
         set_table_grid(module, grid_of(run.quantization.embeddings, run.quantization.group))
@@ -375,16 +387,22 @@ def attach_to_model(module: nn.Module, run: RunConfig, tokenizer: PreTrainedToke
 
 def grid_of_run(run: RunConfig) -> Grid | None:
     """Return the scheme in which the run quantises its weights; None if it does not."""
-    return grid_of(run.quantization.values, run.quantization.group) if run.quantization.values else None
+    if not run.quantization.values:
+        return None
+    return grid_of(run.quantization.values, run.quantization.group)
 
 
 def frozen_grid(run: RunConfig, bits: int) -> Grid | None:
     """Return the quantisation scheme of frozen weights stored in ``bits``; None for 16, weights as they were loaded."""
-    return None if bits == 16 else grid_of(f"int{bits}", run.model.base_group)
+    if bits == 16:
+        return None
+    return grid_of(f"int{bits}", run.model.base_group)
 
 
 def num_trainable(module: nn.Module) -> int:
-    return sum(sharding.full_numel(p) for p in module.parameters() if p.requires_grad)
+    """Return the number of values that train, over all ranks."""
+    trained = [param for param in module.parameters() if param.requires_grad]
+    return sum(map(sharding.full_numel, trained))
 
 
 def _why_only_fp32(run: RunConfig, labels: list[str], plain: PlainModel) -> str:
@@ -424,10 +442,15 @@ def kept_in_fp32(module: nn.Module) -> list[str]:
 
     In a bf16 model a forward pass that uses them fails, such as DeBERTa's with q_bias.
     """
-    lists = (getattr(module, name, None) or () for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
-    declared = {part for parts in lists for part in parts}
-    return [
-        name
-        for name, param in module.named_parameters()
-        if param.dtype == torch.float32 and ".pst_" not in name and not any(part in name for part in declared)
-    ]
+    declared: set[str] = set()
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        declared.update(getattr(module, attribute, None) or ())
+    names: list[str] = []
+    for name, param in module.named_parameters():
+        # factors are parameters of the method, not of the base
+        if param.dtype != torch.float32 or ".pst_" in name:
+            continue
+        # declared are modules and last parts of names, so a parameter's name contains one of them
+        if not any(part in name for part in declared):
+            names.append(name)
+    return names

@@ -55,16 +55,24 @@ class RunProgress:
 
     def as_json(self) -> dict[str, object]:
         """Return the progress as JSON values, for ``CheckpointState.progress``."""
-        others = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "loop"}
-        return {**self.loop.as_json(), **others}
+        # the values of the loop lie flat among the others, as checkpoints have them
+        table = self.loop.as_json()
+        for field in fields(self):
+            if field.name != "loop":
+                table[field.name] = getattr(self, field.name)
+        return table
 
     @classmethod
     def read(cls, checkpoint: Checkpoint) -> Self:
         """Read the progress in ``checkpoint``. Raises CheckpointError for missing or unknown fields."""
         values = dict(checkpoint.state.progress)
-        of_loop = {name: values.pop(name) for name in LoopState().as_json() if name in values}
+        of_loop: dict[str, object] = {}
+        for name in LoopState().as_json():
+            if name in values:
+                of_loop[name] = values.pop(name)
         try:
             return cls(loop=LoopState.from_json(checkpoint.state.step, of_loop), **values)
+        # a missing or an unknown argument of the two constructors
         except TypeError as error:
             raise CheckpointError(f"{checkpoint.folder} was not written to continue a run: {error}") from None
 
@@ -76,6 +84,7 @@ def checkpoint_to_resume(
     folder = Path(run.output_dir) / CHECKPOINTS
     if is_main():
         checkpoints.clean_up(folder)
+    # all ranks list the folder next, after the removal of unfinished saves
     barrier()
     checkpoint, problems = checkpoints.newest_valid(folder)
     messages = [f"WARNING: {problem}. It is set aside as {checkpoints.BROKEN}" for problem in problems]
@@ -96,6 +105,7 @@ def checkpoint_to_resume(
     if checkpoint is None:
         messages.append(f"nothing was saved in {folder} yet: starting at step 0")
     else:
+        # locate_base changes the checkpoint, so every rank calls it; one rank reads the base model's files
         path = raise_on_all_ranks(lambda: locate_base(run, checkpoint))
         fingerprint = of_main(lambda: base_fingerprint(path))
         changed = raise_on_all_ranks(lambda: require_same_run(checkpoint, run, fingerprint, data_digest))
@@ -116,7 +126,11 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
     unset["schedule.solves"] = 0
     before = unset | flatten(progress.run)
     now = flat_table(run)
-    changed = [key for key in now | before if before.get(key) != now.get(key)]  # pst.seed after the seed it may follow
+    changed: list[str] = []
+    # in the order of the run file, in which pst.seed comes after the seed that it may follow: that one is named first
+    for key in now | before:
+        if before.get(key) != now.get(key):
+            changed.append(key)
     rules = resume_rules(RunConfig) | resume_rules_of(run.additions)
     for key in changed:
         if key not in rules and key not in REMOVED:
@@ -130,7 +144,11 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
             "data.document_mask have changed. Restore the old file or setting, or start a new run in another "
             "output_dir."
         )
-    return [f"{key} = {now[key]!r} (was {before[key]!r})" for key in changed if rules.get(key) is OnResume.IS_REPORTED]
+    reported: list[str] = []
+    for key in changed:
+        if rules.get(key) is OnResume.IS_REPORTED:
+            reported.append(f"{key} = {now[key]!r} (was {before[key]!r})")
+    return reported
 
 
 def locate_base(run: RunConfig, checkpoint: Checkpoint) -> str:
@@ -180,11 +198,15 @@ def restore(engine: Engine, checkpoint: Checkpoint, run: RunConfig) -> LoopState
         accumulation=run.train.gradient_accumulation_steps,
     )
     masks = progress.loop.masks
-    if masks is not None and (checksum := mask_stats(engine.module).checksum) != masks.checksum:
-        raise CheckpointError(
-            f"{checkpoint.folder}: the masks have checksum {checksum} in the model, and had {masks.checksum} when "
-            "they were saved"
-        )
+    if masks is not None:
+        # collective; every rank has the same saved masks, so all of them make the call, and all raise
+        checksum = mask_stats(engine.module).checksum
+        if checksum != masks.checksum:
+            raise CheckpointError(
+                f"{checkpoint.folder}: the masks have checksum {checksum} in the model, and had {masks.checksum} when "
+                "they were saved"
+            )
+    # quantised embeddings: the parameter has rounded values, which follow from the master just restored
     if checkpoint.state.rounds:
         round_tables(engine.module)
     return progress.loop
@@ -192,6 +214,7 @@ def restore(engine: Engine, checkpoint: Checkpoint, run: RunConfig) -> LoopState
 
 def as_table(run: RunConfig) -> dict[str, object]:
     """Return ``run`` as JSON values, with the seed that its factors follow."""
+    # through JSON, which turns tuples into the lists that a checkpoint has
     table: dict[str, object] = json.loads(json.dumps(asdict(replace(run, pst=run.seeded_pst))))
     return table
 

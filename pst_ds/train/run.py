@@ -129,7 +129,7 @@ def build(
     """
     run = context.run
     ds_config = context.ds_config
-    zero3_config = ds_config if zero_stage(ds_config) == 3 else None
+    zero3_config = ds_config if zero_stage(ds_config) == 3 else None  # zero.Init is for stage 3 only
     based = on_base_of(run, checkpoint)
     # a download may take longer than a collective waits
     on_all_ranks_at_length(Pretrained(based.model.path, "model.path").download)
@@ -139,10 +139,12 @@ def build(
         )
         if checkpoint is not None:
             load_into(built.module, checkpoint)
+        # DeepSpeed's engine moves the model itself
         if ds_config is None:
             built.module.to(context.device)
         groups = built.parameter_groups(run)
         if ds_config is not None:
+            # after the values are loaded, which files have by layer, and before the engine counts its tensors
             flatten_factors(built.module, groups)
         return build_engine(
             built.module,
@@ -167,10 +169,12 @@ def train_prepared(
         splits: Result of :func:`load_splits`; None to load them.
     """
     with run_folder.without_other_runs(Path(context.run.output_dir)):
+        # before the data is read, which may take long
         mirror = run_folder.open_mirror(context.run, resume=resume)
         if splits is None:
             splits = load_splits(context)
         examples, validation = splits
+        # the number of examples gives the number of steps, so this could not be checked before
         raise_on_all_ranks(lambda: require_stages(context.run, len(examples)))
         context = run_stages(context, splits, resume=resume, restart=restart, quiet=quiet).with_rates(examples)
         run = context.run
@@ -180,7 +184,9 @@ def train_prepared(
         if checkpoint is None and not restart:
             run_folder.require_no_checkpoints(Path(run.output_dir))
         loop, state = _build_loop(context, examples, checkpoint, quiet=quiet)
-        measure = None if validation is None else partial(evaluate, loop.engine, validation, context)
+        measure = None
+        if validation is not None:
+            measure = partial(evaluate, loop.engine, validation, context)
         try:
             checkpointer = Checkpointer(loop, evaluate=measure, checkpoint=checkpoint, mirror=mirror)
             return _train_to_the_end(loop, checkpointer, state)
@@ -193,11 +199,15 @@ def run_stages(context: RunContext, splits: Splits, *, resume: bool, restart: bo
 
     Return the context of the rest of the run. Collective. Raises as :func:`train_run`.
     """
-    if not (resume or restart) and (context.run.finetune.method != "none" or context.run.start.method != "none"):
+    has_stages = context.run.finetune.method != "none" or context.run.start.method != "none"
+    if has_stages and not (resume or restart):
+        # train_prepared checks this, too, but after hours of the stages
         run_folder.require_no_checkpoints(Path(context.run.output_dir))
+    examples, _ = splits
     train = partial(train_prepared, resume=resume, restart=restart, quiet=quiet, splits=splits)
-    context = finetune(context, splits[0], train, quiet=quiet)
-    return context.with_run(start_run(context, splits[0], quiet=quiet))
+    # the fine-tuned model is the one that is pruned
+    context = finetune(context, examples, train, quiet=quiet)
+    return context.with_run(start_run(context, examples, quiet=quiet))
 
 
 def load_splits(context: RunContext) -> Splits:
@@ -227,11 +237,13 @@ def _build_loop(
     run = context.run
     folder = Path(run.output_dir)
     num_steps = run.num_steps(len(examples))
-    if place := teacher_of(run):
+    place = teacher_of(run)
+    if place is not None:
         on_all_ranks_at_length(place.download)
-    # before the engine is built, as load_frozen requires
+    # before the engine is built: load_frozen must not run under zero.Init
     teacher = raise_on_all_ranks(lambda: load_teacher(context))
     engine = build(context, checkpoint, label_scale=context.task.label_scale(examples))
+    # forward passes, which are collective under ZeRO-3, so every rank makes them in this order
     leaks = require_documents_apart(engine, context, examples)
     objective = Objective(context, teacher, shared_sequences(engine, context))
     if checkpoint is None:
@@ -239,6 +251,7 @@ def _build_loop(
         run_folder.set_aside_checkpoints(folder)
     else:
         state = restore(engine, checkpoint, run)
+    # after everything that may refuse the run, so that a refused one changes no files
     if is_main():
         run_folder.write_files(run, context.ds_config, is_finished=state.step == num_steps)
     barrier()  # no rank writes into the folder before rank 0 has removed what an earlier run left there
@@ -254,19 +267,31 @@ def _build_loop(
         context.remark,
     ):
         metrics.say(remark)  # nothing is shown for ""
-    return Loop(context, engine, examples, run.make_schedules(num_steps), metrics, objective), state
+    loop = Loop(
+        context=context,
+        engine=engine,
+        examples=examples,
+        schedules=run.make_schedules(num_steps),
+        metrics=metrics,
+        objective=objective,
+    )
+    return loop, state
 
 
 def _remark_on_precision(context: RunContext) -> str:
     """Return a remark if the processor emulates the run's bf16; "" otherwise."""
     uses_bf16 = context.device == "cpu" and context.run.train.precision == "bf16"
-    return _EMULATED_BF16 if uses_bf16 and not multiplies_bf16() else ""
+    if uses_bf16 and not multiplies_bf16():
+        return _EMULATED_BF16
+    return ""
 
 
 def _remark_on_logits(objective: Objective, engine: Engine) -> str:
     """Return a remark if the loss needs memory for all logits of a micro-batch; "" otherwise."""
     reason = objective.why_all_logits(engine.module)
-    return f"the loss holds the logits of a whole micro-batch, because {reason}" if reason else ""
+    if not reason:
+        return ""
+    return f"the loss holds the logits of a whole micro-batch, because {reason}"
 
 
 def _open_metrics(
@@ -281,6 +306,7 @@ def _open_metrics(
         step = checkpoint.state.step
         seconds = RunProgress.read(checkpoint).seconds
 
+    # rank 0 reports for all; raise_on_all_ranks tells the others whether it could start
     def trackers() -> Trackers | None:
         if not run.tracking.to or not is_main():
             return None
@@ -312,6 +338,7 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState) 
                 # a checkpoint does not have the sums of a solve, so a stop waits for the solve
                 if state.stopped_by and not loop.source.is_collecting:
                     break
+            # both are collective, so a rank that is missing is reported as a stall
             metrics = checkpointer.finish(state)
             experts = counts_of_experts(loop.engine.module)
         if state.step == loop.num_steps:
@@ -322,6 +349,7 @@ def _train_to_the_end(loop: Loop, checkpointer: Checkpointer, state: LoopState) 
             "resume = true and a lower train.update_learning_rate"
         ) from None
     finally:
+        # waits for a save in progress, also after an error
         checkpointer.close()
         loop.metrics.close()
     if state.stopped_by and state.step < loop.num_steps:

@@ -69,11 +69,12 @@ class RunContext:
 
     def with_rates(self, examples: ExampleSet) -> "RunContext":
         """Return the context with all learning rates resolved to numbers, for training on ``examples``."""
-        number = len(examples)
+        # default rates depend on the model's width and on how long it trains
+        num_examples = len(examples)
         run = self.run.with_rates(
             width=self.width,
-            num_steps=self.run.num_steps(number),
-            num_examples=number,
+            num_steps=self.run.num_steps(num_examples),
+            num_examples=num_examples,
             num_labels=self.task.num_labels(examples),
         )
         return self.with_run(run)
@@ -81,10 +82,11 @@ class RunContext:
 
 def require_same_data(digest: str, what: str) -> None:
     """Raise InputError on all ranks unless they have data of the same ``digest``. Collective. ``what``: its name."""
-    every = all_gather_objects((digest, socket.gethostname()))
-    for number, (other, host) in enumerate(every):
-        if other != every[0][0]:
+    of_ranks = all_gather_objects((digest, socket.gethostname()))
+    main_digest, main_host = of_ranks[0]
+    # every rank compares all of them, so all ranks raise the same error
+    for rank, (other_digest, host) in enumerate(of_ranks):
+        if other_digest != main_digest:
             raise InputError(
-                f"{what} differs between rank 0 ({every[0][1]}) and rank {number} ({host}). Give every host the same "
-                "file"
+                f"{what} differs between rank 0 ({main_host}) and rank {rank} ({host}). Give every host the same file"
             )

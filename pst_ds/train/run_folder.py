@@ -49,22 +49,28 @@ def without_other_runs(folder: Path) -> Iterator[None]:
 
     Raises ConfigError when the ranks do not all see the same folder, and InputError when another run writes to it.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    # the innermost first, in which order they can be removed
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         _require_shared(folder)
         with ExitStack() as locks:
+            # rank 0 has the lock; the others wait for it as long as that takes
             _warn_of_other_runs(of_main_at_length(partial(_lock, folder, locks)))
             yield
     except InputError:
-        for path in made if is_main() else ():
-            with suppress(OSError):  # never made, or no longer empty
-                path.rmdir()
+        # a mistyped output_dir leaves nothing behind
+        if is_main():
+            for path in missing:
+                with suppress(OSError):  # never made, or no longer empty
+                    path.rmdir()
         raise
 
 
 def _lock(folder: Path, locks: ExitStack) -> str:
     # under pst-ds launch, ranks of the previous start may still be ending
-    patience = _PATIENCE_SECONDS if EXIT_CODES_VARIABLE in os.environ else 0.0
+    patience = 0.0
+    if EXIT_CODES_VARIABLE in os.environ:
+        patience = _PATIENCE_SECONDS
     return locks.enter_context(only_writer(folder / RUN_LOCK, f"output_dir = {str(folder)!r}", patience))
 
 
@@ -90,13 +96,16 @@ def _require_shared(folder: Path) -> None:
         probe = of_main(write_probe)
     except OSError as error:
         raise ConfigError(f"{where} cannot be written: {error}; name another folder") from None
-    everywhere = all_gather_objects(((folder / probe.name).exists(), socket.gethostname()))
+    is_there = (folder / probe.name).exists()
+    of_ranks = all_gather_objects((is_there, socket.gethostname()))
+    # after the exchange, before which a rank may still look for it
     if is_main():
         probe.unlink()
-    for rank, (there, host) in enumerate(everywhere):
-        if not there:
+    _, main_host = of_ranks[0]
+    for rank, (is_there, host) in enumerate(of_ranks):
+        if not is_there:
             raise ConfigError(
-                f"{where} is not the same folder on rank {rank} ({host}) as on rank 0 ({everywhere[0][1]}); put it on "
+                f"{where} is not the same folder on rank {rank} ({host}) as on rank 0 ({main_host}); put it on "
                 "a file system that all hosts share: every rank writes its part there"
             )
 
@@ -123,7 +132,10 @@ def open_mirror(run: RunConfig, *, resume: bool) -> RemoteFolder | None:
 
     def require_ready() -> None:
         mirror.require_usable(writable=is_main())
-        if is_main() and not resume and (names := copies(mirror)):
+        if not is_main() or resume:
+            return
+        names = copies(mirror)
+        if names:
             raise ConfigError(
                 f"checkpoint.mirror = {address!r} has checkpoints up to {names[0]}: continue them with resume = true, "
                 "or name another folder"
@@ -135,19 +147,23 @@ def open_mirror(run: RunConfig, *, resume: bool) -> RemoteFolder | None:
 
 def set_aside_checkpoints(folder: Path) -> None:
     """Rename the checkpoints of an earlier run to a free name; remove unfinished saves. Collective."""
-    made = folder / CHECKPOINTS
-    if is_main() and made.is_dir():
-        checkpoints.clean_up(made)
-        there = list(made.iterdir())
-        if all(path.is_symlink() for path in there):
-            for link in there:
+    current = folder / CHECKPOINTS
+    if is_main() and current.is_dir():
+        checkpoints.clean_up(current)
+        entries = list(current.iterdir())
+        has_checkpoints = not all(path.is_symlink() for path in entries)
+        if not has_checkpoints:
+            # links such as "best" without the checkpoints that they name
+            for link in entries:
                 link.unlink()
         else:
             ending = _free_ending(folder)
-            previous = made.rename(folder / f"{CHECKPOINTS}{ending}")
+            previous = current.rename(folder / f"{CHECKPOINTS}{ending}")
+            # renamed alike: the models of its solves are the bases of its checkpoints
             if (folder / SOLVED).is_dir():
                 (folder / SOLVED).rename(folder / f"{SOLVED}{ending}")
-            print(f"{made} of an earlier run is now {previous}")
+            print(f"{current} of an earlier run is now {previous}")
+    # no rank saves into the folder before rank 0 has renamed it
     barrier()
 
 
@@ -165,7 +181,9 @@ def write_files(run: RunConfig, ds_config: Mapping[str, object] | None, *, is_fi
     """Write the run's metadata into its folder; remove an old result unless the run ``is_finished``."""
     folder = Path(run.output_dir)
     if not is_finished:
+        # a result says that the run in the folder has finished
         (folder / RESULT_FILE).unlink(missing_ok=True)
+    # reports of stalls in an earlier start say nothing about this one
     shutil.rmtree(folder / STALLS, ignore_errors=True)
     files = (RUN_FILE, RESULT_FILE, METRICS_FILE, LAYERS_FILE, SUBMITTED_FILE, DEEPSPEED_FILE)
     remove_partial(*(folder / name for name in files))
@@ -201,7 +219,8 @@ def open_trained(run: RunConfig | ResolvedRun, checkpoint: str | Checkpoint) -> 
     What is resolved or open already is returned unchanged. Raises InputError.
     """
     if isinstance(checkpoint, str):
-        checkpoint = open_checkpoint(run.run if isinstance(run, ResolvedRun) else run, checkpoint)
+        config = run.run if isinstance(run, ResolvedRun) else run
+        checkpoint = open_checkpoint(config, checkpoint)
     if isinstance(run, RunConfig):
         run = resolve(run, labels=checkpoint.state.labels)
     return run, checkpoint
@@ -212,5 +231,12 @@ def same_on_all_ranks(run: RunConfig, checkpoint: Checkpoint) -> Checkpoint:
 
     The run may have saved between the readings of two ranks. Raises InputError on all ranks if a rank cannot open it.
     """
+    # names have the step with leading zeros, so the last one by name is the newest
     newest = max(all_gather_objects(checkpoint.folder.name))
-    return raise_on_all_ranks(lambda: checkpoint if checkpoint.folder.name == newest else open_checkpoint(run, newest))
+
+    def open_newest() -> Checkpoint:
+        if checkpoint.folder.name == newest:
+            return checkpoint
+        return open_checkpoint(run, newest)
+
+    return raise_on_all_ranks(open_newest)

@@ -61,6 +61,7 @@ def keep_documents_apart(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     if config is None:
         return
+    # flash attention has no mask to change: it needs one row, whose documents it then finds by itself
     if "flash" in (getattr(config, "_attn_implementation", None) or ""):
         flatten_packed_rows(model)
         return
@@ -68,6 +69,7 @@ def keep_documents_apart(model: nn.Module) -> None:
     if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
         return
     model.register_forward_pre_hook(_enter, with_kwargs=True)
+    # also after an error: the documents of this pass must not reach the next one
     model.register_forward_hook(_leave, always_call=True)
     while_computing(model, partial(_knowing_documents, implementation))
 
@@ -92,6 +94,7 @@ def _enter(module: nn.Module, args: tuple[object, ...], kwargs: Inputs) -> None:
     documents = None
     if isinstance(positions, Tensor) and positions.dim() == 2 and kwargs.get("attention_mask") is None:
         documents = (positions == 0).cumsum(1)  # positions restart at 0 where a document starts
+        # waits for the device, once per forward pass of the whole model
         if not bool((documents != documents[:, :1]).any()):
             documents = None  # plain causal attention needs no mask, which takes memory and time
     _DOCUMENTS.set(documents)
@@ -112,15 +115,18 @@ def _adding_documents(make_mask: Callable[..., object], *, takes_tables: bool) -
     def make(*args: object, **kwargs: object) -> object:
         documents = _DOCUMENTS.get()
         settings = {**dict(zip(names, args, strict=False)), **kwargs}
+        # a mask of another length has other keys than these tokens, as in a pass with a cache
         if documents is None or settings.get("kv_length") != documents.shape[1]:
             return make_mask(*args, **kwargs)
         if takes_tables and is_long(documents.shape[1]) and settings.get("local_size") is None:
             return document_mask(documents)
-        others = cast("Callable[..., Tensor]", settings["mask_function"])
+        sees_by_place = cast("Callable[..., Tensor]", settings["mask_function"])
 
         def see(example: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return others(example, head, query, key) & (documents[example, query] == documents[example, key])
+            is_same_document = documents[example, query] == documents[example, key]
+            return sees_by_place(example, head, query, key) & is_same_document
 
+        # without the skip, which returns no mask where plain causal attention would do
         return make_mask(**{**settings, "mask_function": see, "allow_is_causal_skip": False})
 
     return make
@@ -148,6 +154,7 @@ def flatten_packed_rows(model: nn.Module) -> None:
             return out
         for name in ("logits", "last_hidden_state", "hidden_states"):
             if out.get(name) is not None:
+                # (1, batch * length, ...) -> (batch, length, ...); hidden_states is a tuple of such tensors
                 out[name] = tree_map(lambda values: values.reshape(*shape, *values.shape[2:]), out[name])
         return out
 
@@ -174,11 +181,12 @@ def require_documents_apart(engine: Engine, context: RunContext, examples: Examp
             f"data.document_mask = true, but {finding}. Set data.document_mask = false, which joins documents"
         )
     raise_together(problem)  # a rounding error on a single rank must not leave the others waiting
-    warning = (
+    if not leaks:
+        return ""
+    return (
         f"warning: data.document_mask is not set, and {finding}: at most some of its layers keep documents apart. Set "
         "data.document_mask = false to join them"
     )
-    return warning if leaks else ""
 
 
 @torch.no_grad()
@@ -191,10 +199,12 @@ def reads_on(engine: Engine, ids: Tensor) -> bool:
     recurrent layers do not.
     """
     first, second = ids.tensor_split(2)
-    if torch.equal(first, first.flip(0)):
-        return False
-    pairs = torch.stack([torch.cat([before, second]) for before in (first, first.flip(0))])
-    positions = torch.cat([torch.arange(len(part), device=ids.device) for part in (first, second)]).expand_as(pairs)
+    changed = first.flip(0)
+    if torch.equal(first, changed):
+        return False  # nothing to measure with; the ids are the same on all ranks, so all of them return here
+    pairs = torch.stack([torch.cat([first, second]), torch.cat([changed, second])])  # (2, n)
+    restarting = [torch.arange(len(first), device=ids.device), torch.arange(len(second), device=ids.device)]
+    positions = torch.cat(restarting).expand_as(pairs)
     engine.eval()
     logits = engine(input_ids=pairs, position_ids=positions).logits[:, len(first) :]
     engine.train()
@@ -208,7 +218,9 @@ def require_small_masks(run: RunConfig, config: PreTrainedConfig) -> None:
     length = run.data.max_length
     window = _window(run, config)
     if length > MOST_WITH_MASK and (attention == "eager" or (attention == "sdpa" and window)):
-        seen = f" with a sliding window of {window} tokens" if window else ""
+        seen = ""
+        if window:
+            seen = f" with a sliding window of {window} tokens"
         raise ConfigError(
             f"data.max_length = {length}: attention {attention!r}{seen} needs a mask of {length} x {length} bytes. Set "
             f'model.attn_implementation = "flash_attention_2", or data.max_length to at most {MOST_WITH_MASK}'
@@ -221,7 +233,9 @@ def _window(run: RunConfig, config: PreTrainedConfig) -> int | None:
     if not getattr(text, "use_sliding_window", True):  # a config may name a window that its model does not use
         return None
     window = getattr(text, "sliding_window", None)
-    return window if window and window < run.data.max_length else None
+    if not window or window >= run.data.max_length:
+        return None
+    return int(window)
 
 
 def require_shareable(run: RunConfig, config: PreTrainedConfig, stage: int, micro_batch_size: int) -> None:
@@ -246,6 +260,7 @@ def require_shareable(run: RunConfig, config: PreTrainedConfig, stage: int, micr
         )
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    # each rank computes whole heads; heads of keys that several heads of queries share may be repeated
     if heads % degree or (kv_heads % degree and degree % kv_heads):
         raise ConfigError(
             f"{setting} must divide the {heads} attention heads of model.path = {run.model.path!r} (and divide its "
@@ -279,11 +294,12 @@ def part_of_batch(
     more = -ids.shape[1] % shared.degree
     positions = inputs.get("position_ids", torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
     targets = following(labels, more)
+    # padding continues the last document, so that it is not taken for another one
     added = positions[:, -1:] + torch.arange(1, more + 1, device=ids.device)
     positions = torch.cat([positions, added], dim=1)
-    own_inputs = {"input_ids": shared.part(pad(ids, (0, more))), "position_ids": shared.part(positions)}
+    inputs_of_rank = {"input_ids": shared.part(pad(ids, (0, more))), "position_ids": shared.part(positions)}
     num_predicted = (targets != IGNORED).sum().clamp_min(1)  # a batch that predicts nothing has loss 0, not NaN
-    return own_inputs, positions, shared.part(targets), num_predicted
+    return inputs_of_rank, positions, shared.part(targets), num_predicted
 
 
 def shared_sequences(engine: Engine, context: RunContext) -> SequenceParallel | None:
@@ -314,13 +330,17 @@ def require_same_when_shared(engine: Engine, run: RunConfig, shared: SequencePar
     ids = (torch.arange(length, device=device) * 5 + 3).remainder(config.get_text_config().vocab_size)[None]
     positions = torch.arange(length, device=device)[None]
     if run.task_facts.packs_text and run.data.keeps_documents_apart:
+        # documents whose borders are not those of the ranks' parts
         positions = positions.remainder(_TOKENS + 3)
     engine.eval()
     expected = shared.part(engine(input_ids=ids, position_ids=positions).logits).float()
     with shared.sharing(positions):
         logits = engine(input_ids=shared.part(ids), position_ids=shared.part(positions)).logits.float()
     engine.train()
-    eps = torch.finfo(torch.bfloat16 if run.train.precision == "bf16" else torch.float32).eps
+    dtype = torch.float32
+    if run.train.precision == "bf16":
+        dtype = torch.bfloat16
+    eps = torch.finfo(dtype).eps
     # products of experts have other sizes on each rank: in fp32 their roundings were up to 40 eps in 24 blocks
     allowed = max(_SHARING_ROUNDINGS * eps, _LEAST_LEAK)
     problem = None
@@ -330,4 +350,4 @@ def require_same_when_shared(engine: Engine, run: RunConfig, shared: SequencePar
             f"({config.model_type}) gives other logits where ranks share a sequence: not all of it that reads "
             "several tokens is attention that can be cut. Set train.sequence_parallel = 1"
         )
-    raise_together(problem)
+    raise_together(problem)  # each rank compared its own part

@@ -16,6 +16,7 @@ def require_stages(run: RunConfig, num_examples: int) -> int:
     them; ``init`` makes the same.
     """
     num_steps = require_schedules(run, num_examples)
+    # a folder of the start exists once its first block was pruned, after these checks
     if run.start.method != "none" and not (Path(run.output_dir) / START).exists():
         try:
             require_startable(run)
@@ -29,7 +30,9 @@ def require_stages(run: RunConfig, num_examples: int) -> int:
 def require_schedules(run: RunConfig, num_examples: int) -> int:
     """Return the optimizer steps of the run. Raises InputError for steps and schedules of a stage that cannot work."""
     num_steps = run.num_steps(num_examples)
+    # made for their checks only: each raises for a ramp that does not fit into the steps
     run.make_schedules(num_steps)
-    if (stage := run.finetuning()) is not None:
+    stage = run.finetuning()
+    if stage is not None:
         stage.make_schedules(stage.num_steps(num_examples))
     return num_steps

@@ -19,17 +19,25 @@ class TensorBoardWriter:
     def __init__(self, folder: Path, step: int):
         if not step:
             shutil.rmtree(folder / FOLDER, ignore_errors=True)
-        # needed even without points to purge: readers take the first such mark for the start of the run
         self._writer = FileWriter(str(folder / FOLDER), max_queue=_QUEUE)
-        self._writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step + 1 if step else 0)
+        first_step = 0
+        if step:
+            first_step = step + 1
+        # readers drop the points from this step on, which an earlier process wrote after the checkpoint. The mark is
+        # needed even without such points: readers take the first one for the start of the run
+        self._writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), first_step)
         self._newest: dict[str, int] = {}
+        """Step of the latest point of each tag."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Add a point per tag, unless it has one at ``step``: a mask update and the report of its step share values."""
-        new = {tag: value for tag, value in values.items() if self._newest.get(tag) != step}
-        self._newest.update(dict.fromkeys(new, step))
-        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in new.items()]
+        points: list[Summary.Value] = []
+        for tag, value in values.items():
+            if self._newest.get(tag) != step:
+                self._newest[tag] = step
+                points.append(Summary.Value(tag=tag, simple_value=value))
         self._writer.add_summary(Summary(value=points), step)
+        # so that a killed rank loses no points
         self._writer.flush()
 
     def close(self) -> None:

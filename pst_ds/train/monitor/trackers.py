@@ -35,13 +35,17 @@ class Trackers:
 
     def __init__(self, config: TrackingConfig, folder: Path, settings: Mapping[str, object], *, goes_on: bool):
         self._started: dict[str, Tracker] = {}
-        path, name = folder / IDS_FILE, config.name or folder.name
-        known = json.loads(path.read_text("utf-8")) if goes_on and path.is_file() else {}
+        path = folder / IDS_FILE
+        name = config.name or folder.name
+        known: dict[str, str] = {}
+        if goes_on and path.is_file():
+            known = json.loads(path.read_text("utf-8"))
         ids: dict[str, str] = {}
         for kind in config.to:
             try:
                 tracker = _KINDS[kind](config.project, name, known.get(kind, ""), settings)
             except Exception as error:  # each library raises different exceptions
+                # those that have started would otherwise show a run in progress
                 self.close()
                 raise ConfigError(
                     f"tracking.to names {kind}, which does not start: {first_line(error)}. Log in, set its offline "
@@ -56,7 +60,7 @@ class Trackers:
         for kind, tracker in list(self._started.items()):
             try:
                 tracker.log(dict(values), step)
-            except Exception as error:
+            except Exception as error:  # of its library, such as a lost network
                 del self._started[kind]
                 _warn(f"{kind} fails ({first_line(error)}) and has nothing after step {step - 1}")
 
@@ -76,7 +80,9 @@ def _warn(text: str) -> None:
 def _wandb(project: str, name: str, known: str, settings: Mapping[str, object]) -> Tracker:
     import wandb
 
-    config = None if known else dict(settings)
+    config = None
+    if not known:
+        config = dict(settings)  # a run that continues keeps those of its start
     run = wandb.init(project=project, name=name, id=known or None, resume="allow", config=config)
     return Tracker(str(run.id), lambda values, step: run.log(values, step=step), run.finish)
 
@@ -95,6 +101,7 @@ def _mlflow(project: str, name: str, known: str, settings: Mapping[str, object])
     mlflow.set_experiment(project)
     run_id = str(mlflow.start_run(run_id=known or None, run_name=name).info.run_id)
     if not known:
+        # MLflow refuses a parameter that changes, so settings are written once
         pairs = list(settings.items())
         for start in range(0, len(pairs), _PARAMETERS_AT_A_TIME):
             mlflow.log_params(dict(pairs[start : start + _PARAMETERS_AT_A_TIME]))

@@ -44,16 +44,15 @@ def prune_pretrained(
     Raises, on all ranks, InputError, and FloatingPointError for values that are not finite.
     """
     pst = pst or PSTConfig()
-    if (
-        config.method != CHANNELS
-        and config.sparsity is None
-        and parse_pattern(config.pattern or pst.pattern).fixed_sparsity is None
-    ):
+    # a cut of channels has another setting, and a pattern such as 2:4 says the sparsity
+    needs_sparsity = config.method != CHANNELS and config.sparsity is None
+    if needs_sparsity and parse_pattern(config.pattern or pst.pattern).fixed_sparsity is None:
         raise InputError("prune_pretrained: PruneConfig has no sparsity. Set one, such as sparsity=0.5")
     if precision not in DTYPES:
         raise InputError(f"precision = {precision!r} must be one of {', '.join(DTYPES)}")
     drawn: list[Batch] = []
     if config.needs_data:
+        # only rank 0 reads its batches, so that loaders may be empty on the others
         drawn = of_main(lambda: _first_examples(batches, config.samples))
     # The record of a finished folder has these, so a call with other ones does not take it for its own.
     identity = [repr(config), repr(pst), precision, digest_of_ranks(drawn, "batches")]
@@ -63,7 +62,7 @@ def prune_pretrained(
         out=Path(out),
         config=config,
         pst=pst,
-        sparsity=0.0,
+        sparsity=0.0,  # of a run's schedule; config.sparsity counts here
         precision=precision,
         batches=lambda _: drawn,
         data="batches",
@@ -78,10 +77,14 @@ def _first_examples(batches: Iterable[Mapping[str, object]], samples: int) -> li
     """Return the tensors of the first ``samples`` examples, on the CPU, without labels. Raises InputError."""
     drawn: list[Batch] = []
     for batch in batches:
-        tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k not in _LABELS}
+        tensors: dict[str, Tensor] = {}
+        for name, value in batch.items():
+            if isinstance(value, Tensor) and name not in _LABELS:
+                tensors[name] = value
         if not tensors:
             raise InputError(f"a calibration batch has no tensors besides labels, but {', '.join(batch) or 'nothing'}")
-        drawn.append({key: value[:samples].cpu() for key, value in tensors.items()})
+        # the first dimension of every tensor is the examples
+        drawn.append({name: value[:samples].cpu() for name, value in tensors.items()})
         samples -= len(next(iter(tensors.values())))
         if samples <= 0:
             return drawn

@@ -17,6 +17,7 @@ from pst_ds.core.factors import SCORE_FACTORS
 from pst_ds.errors import shortened
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.inject import configured_parameters, freeze_scores, pst_layers
+from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.personal_updates import LEFT, RIGHT, add_update
 from pst_ds.nn.targets import modules_named_to_save
@@ -62,19 +63,23 @@ class PersonalModel:
 
     def __init__(self, context: RunContext, checkpoint: Checkpoint, part: PersonalPart):
         self.context = context
-        run, ds_config = context.run, context.ds_config
+        run = context.run
+        ds_config = context.ds_config
         _require_finished(run, checkpoint)
         zero3_config = ds_config if zero_stage(ds_config) == 3 else None
         whole = replace(run, train=replace(run.train, expert_parallel=1))  # an adapter has factors of all experts
         built = build_model(on_base_of(whole, checkpoint), context.labels, context.tokenizer, zero3_config=zero3_config)
-        module, self._keep_alive = built.module, built.keep_alive
+        module = built.module
+        # transformers forgets the ZeRO-3 config with which it loads models once this object is gone
+        self._keep_alive = built.keep_alive
         load_into(module, checkpoint)
         freeze_scores(module)
         self.personal = _make_personal(module, run, part)
         if ds_config is None:
             module.to(context.device)
-        groups, clipping = _groups(self.personal, run), run.train.gradient_clipping
-        self.engine = build_engine(module, groups, ds_config=ds_config, gradient_clipping=clipping)
+        self.engine = build_engine(
+            module, _groups(self.personal, run), ds_config=ds_config, gradient_clipping=run.train.gradient_clipping
+        )
         self._named = list(self.personal.items())
         self._fragments = optimizer_state.local_fragments(self.engine, self._named)
         self._dtype = DTYPES[part.dtype]
@@ -85,14 +90,18 @@ class PersonalModel:
     def activate(self, state: Mapping[str, Tensor] | None) -> None:
         """Set the personal parameters to ``state``, or to the shared values for None, and reset the optimizer's
         moments, so that nothing depends on the user before."""
-        values = self.shared if state is None else state
+        values: Mapping[str, Tensor] = self.shared
+        if state is not None:
+            values = state
         if values.keys() != self.shared.keys():
             raise UserStoreError(f"a state has {len(values)} tensors, and the model {len(self.shared)} personal ones")
         masters = optimizer_state.values(self.engine, self._fragments, optimizer_state.MASTER)
         with torch.no_grad():
+            # masters are views of the optimizer's tensors; each rank writes the part that it holds
             for fragment, master in zip(self._fragments, masters, strict=True):
                 flat = values[fragment.name].flatten()
                 master.copy_(flat[fragment.start : fragment.stop])
+            # the parameters themselves, which the engine would refresh from the masters only after a step
             for name, param in self._named:
                 sharding.write_whole(param, values[name])
         optimizer_state.forget_moments(self.engine, self._fragments)
@@ -103,18 +112,26 @@ class PersonalModel:
 
     def _values(self) -> State:
         masters = sharding.fp32_masters([param for _, param in self._named])
-        pairs = zip(self._named, masters, strict=True)
-        return {name: master.detach().to("cpu", torch.float32, copy=True) for (name, _), master in pairs}
+        values: State = {}
+        for (name, _), master in zip(self._named, masters, strict=True):
+            # a copy, because without sharding the master is the optimizer's tensor itself
+            values[name] = master.detach().to("cpu", torch.float32, copy=True)
+        return values
 
 
 def common_of(
     checkpoint: Checkpoint, run: RunConfig, shapes: Mapping[str, list[int]], *, form: Form, dtype: str
 ) -> Common:
     """Return the facts that all states over ``checkpoint`` share. ``shapes``: shape of each personal value, by name."""
-    masks = {name: hashlib.sha256(bits.numpy().data).hexdigest() for name, bits in checkpoint.masks.items()}
+    masks: dict[str, str] = {}
+    for name, bits in checkpoint.masks.items():
+        masks[name] = hashlib.sha256(bits.numpy().data).hexdigest()
     others = hashlib.sha256()
+    # sorted, because the order in a checkpoint is that of the model's code, which another version may change
     for name in sorted(checkpoint.contents.trained):
-        if name not in shapes and name.rpartition(".")[2].removeprefix("pst_") not in SCORE_FACTORS:
+        # factors of scores do not count: masks are final, so they change nothing any more
+        is_score_factor = name.rpartition(".")[2].removeprefix("pst_") in SCORE_FACTORS
+        if name not in shapes and not is_score_factor:
             others.update(name.encode())
             others.update(checkpoint.trained[name].contiguous().numpy().data)
     return Common(
@@ -139,6 +156,7 @@ class UserCheckpoint(Checkpoint):
         self._state = state
 
     def values(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        # a state has no moments, which an export does not read
         if kind == optimizer_state.MASTER and name in self._state:
             return self._state[name].flatten()[start:stop].float()
         return super().values(name, kind, start, stop)
@@ -152,9 +170,11 @@ def user_checkpoint(checkpoint: Checkpoint, run: RunConfig, store: UserStore, us
             f"{store.folder}: its updates lie next to the layers, and merging them would fill the pruned weights. "
             'Train the users with form = "masked" to export them, or serve them over the base\'s export.'
         )
-    own, trained = store.common, checkpoint.contents.trained
-    shapes = {name: list(trained[name]) for name in own.shapes if name in trained}
-    store.require_common(common_of(checkpoint, run, shapes, form=own.form, dtype=own.dtype))
+    stored = store.common
+    trained = checkpoint.contents.trained
+    shapes = {name: list(trained[name]) for name in stored.shapes if name in trained}
+    # what the store would record for this checkpoint: it must be what it does record
+    store.require_common(common_of(checkpoint, run, shapes, form=stored.form, dtype=stored.dtype))
     return UserCheckpoint(checkpoint, store.state(user))
 
 
@@ -174,7 +194,10 @@ def _require_finished(run: RunConfig, checkpoint: Checkpoint) -> None:
 def _make_personal(module: nn.Module, run: RunConfig, part: PersonalPart) -> dict[str, nn.Parameter]:
     """Freeze everything but the personal parameters and return them by name. Raises ConfigError."""
     layers = pst_layers(module)
-    chosen = {name: layer for name, layer in layers.items() if not part.layers or name_matches(name, part.layers)}
+    chosen: dict[str, PSTLayer] = {}
+    for name, layer in layers.items():
+        if not part.layers or name_matches(name, part.layers):
+            chosen[name] = layer
     if not chosen:
         some = shortened(list(layers), 6)
         raise ConfigError(f"layers = {list(part.layers)} names none of the run's layers. Choose from {some}.")
@@ -213,8 +236,11 @@ def _make_personal(module: nn.Module, run: RunConfig, part: PersonalPart) -> dic
                 'could own. Use form = "beside", or a run with updates.'
             )
         else:
-            personal |= {f"{name}.pst_{factor}": param for factor, param in layer.update_parameters().items()}
-    personal |= {name: param for name, param in module.named_parameters() if param in trained}
+            for factor, param in layer.update_parameters().items():
+                personal[f"{name}.pst_{factor}"] = param
+    for name, param in module.named_parameters():
+        if param in trained:
+            personal[name] = param
     for param in personal.values():
         param.requires_grad_(True)
     return personal
@@ -225,19 +251,39 @@ def _head_parameters(module: nn.Module, config: PSTConfig) -> set[nn.Parameter]:
     full."""
     saved = modules_named_to_save(module, config).values()
     classes = getattr(module.config, "num_labels", 0)
-    outputs = [part for head in saved for part in head.modules() if getattr(part, "out_features", None) == classes]
-    return {param for part in outputs or saved for param in part.parameters()}
+    # hidden layers of a head are shared by all users: they are much larger than its outputs
+    outputs: list[nn.Module] = []
+    for head in saved:
+        for part in head.modules():
+            if getattr(part, "out_features", None) == classes:
+                outputs.append(part)
+    parameters: set[nn.Parameter] = set()
+    for part in outputs or saved:
+        parameters.update(part.parameters())
+    return parameters
 
 
 def _groups(personal: Mapping[str, nn.Parameter], run: RunConfig) -> list[dict[str, object]]:
     train = run.train
     groups: dict[str, list[nn.Parameter]] = {"updates": [], "head": []}
     for name, param in personal.items():
-        groups["updates" if name.rpartition(".")[2] in UPDATES else "head"].append(param)
+        is_update = name.rpartition(".")[2] in UPDATES
+        group = "updates" if is_update else "head"
+        groups[group].append(param)
     rates = {"updates": train.update_learning_rate, "head": train.head_learning_rate}
     betas = (train.adam_beta1, train.adam_beta2)
-    return [
-        {"params": params, "name": name, "lr": rates[name], "peak_lr": rates[name], "betas": betas, "weight_decay": 0.0}
-        for name, params in groups.items()
-        if params
-    ]
+    settings: list[dict[str, object]] = []
+    for name, params in groups.items():
+        if not params:
+            continue  # users of a model without a new head have only updates
+        settings.append(
+            {
+                "params": params,
+                "name": name,
+                "lr": rates[name],
+                "peak_lr": rates[name],
+                "betas": betas,
+                "weight_decay": 0.0,
+            }
+        )
+    return settings
