@@ -34,8 +34,14 @@ class ExpertGroup(ExpertShare):
 
         groups._create_expert_and_data_parallel(degree)  # once for each degree
         name = f"ep_size_{degree}"
-        ranks, owners = groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
-        return cls(degree, dist.get_rank(ranks), name, owners, ranks)
+        ranks = groups._get_expert_parallel_group(name)
+        return cls(
+            degree=degree,
+            position=dist.get_rank(ranks),
+            name=name,
+            owners=groups._get_expert_data_parallel_group(name),
+            ranks=ranks,
+        )
 
     @torch.no_grad()
     def own_experts(self, stack: nn.Parameter) -> nn.Parameter:
@@ -44,23 +50,34 @@ class ExpertGroup(ExpertShare):
         ``stack``: (E, ...). The result is frozen, (E / degree, ...), and partitioned over its owners. Collective; needs
         memory for twice its values while it runs.
         """
-        own, numel, world = sharding.shard_of(stack).values, sharding.full_numel(stack), sharding.num_shards(stack)
-        share, rank = numel // self.degree, sharding.shard_index(stack)
+        shard_values = sharding.shard_of(stack).values
+        numel = sharding.full_numel(stack)
+        world = sharding.num_shards(stack)
+        rank = sharding.shard_index(stack)
+        share = numel // self.degree
 
         def common(shard: int, position: int) -> slice:
             """Return the values of a shard that are of the experts at a position."""
             start, stop = shard_range(numel, world, shard)
-            first, last = (min(max(at, start), stop) - start for at in (position * share, (position + 1) * share))
-            return slice(first, last)
+            first = min(max(position * share, start), stop)
+            last = min(max((position + 1) * share, start), stop)
+            return slice(first - start, last - start)
 
-        sent = [own[common(rank, other % self.degree)] for other in range(world)]
-        sizes = [common(shard, self.position) for shard in range(world)]
-        rows, ranks = torch.cat(sent).unsqueeze(1), sharding.process_group(stack)
+        # groups are neighbours, so rank r of all has position r % degree in its own
+        sent = [shard_values[common(rank, other % self.degree)] for other in range(world)]
+        received: list[int] = []
+        for shard in range(world):
+            part_of_shard = common(shard, self.position)
+            received.append(part_of_shard.stop - part_of_shard.start)
+        rows = torch.cat(sent).unsqueeze(1)  # (values, 1)
+        ranks = sharding.process_group(stack)
         if dist.get_backend(ranks) == "nccl":  # the shard may be in host memory
             rows = rows.cuda()
-        values = _all_to_all(rows, list(map(len, sent)), [s.stop - s.start for s in sizes], ranks)
+        # pieces arrive by shard, and shards are in the order of the flat index, so they join to this rank's experts
+        values = _all_to_all(rows, sent=list(map(len, sent)), received=received, ranks=ranks)
         shape = sharding.full_shape(stack)
         part = nn.Parameter(values.view(shape[0] // self.degree, *shape[1:]), requires_grad=False)
+        # marked first: ZeRO-3 looks at the mark to choose the ranks that it partitions over
         self.mark([part])
         stack.convert_to_zero_parameters(param_list=[part])  # type: ignore[attr-defined]
         sharding.drop(stack)
@@ -72,14 +89,21 @@ class ExpertGroup(ExpertShare):
         ``hidden``: (N, H). ``home``: its experts among those of all ranks. Collective, also in the backward pass; the
         host waits for the numbers of tokens.
         """
-        counts = home.tokens_of_experts.view(self.degree, -1)
-        arriving = _all_to_all(counts, [1] * self.degree, [1] * self.degree, self.ranks)
+        counts = home.tokens_of_experts.view(self.degree, -1)  # (ranks, experts of a rank)
+        one_row = [1] * self.degree
+        # row r of it: how many tokens rank r sends to each of this rank's experts
+        arriving = _all_to_all(counts, sent=one_row, received=one_row, ranks=self.ranks)
+        # both in one tensor, so that the host waits once
         sent, received = torch.stack([counts, arriving]).sum(2).tolist()
-        number, total = counts.shape[1], sum(received)  # with the total the host need not wait again
-        experts = torch.arange(number, device=hidden.device).repeat(self.degree)
-        expert = experts.repeat_interleave(arriving.flatten(), output_size=total).unsqueeze(1)
+        num_experts = counts.shape[1]
+        total = sum(received)  # with the total the host need not wait again
+        # tokens arrive by rank, and from each rank sorted by expert
+        experts = torch.arange(num_experts, device=hidden.device).repeat(self.degree)
+        expert = experts.repeat_interleave(arriving.flatten(), output_size=total).unsqueeze(1)  # (total, 1)
         gates = home.weights.new_ones(total, 1)  # gates are applied at home
-        trip = _Trip(home, Routing.of(expert, gates, number), sent, received, self.ranks)
+        trip = _Trip(
+            home=home, away=Routing.of(expert, gates, num_experts), sent=sent, received=received, ranks=self.ranks
+        )
         return _Return.apply(compute(_Leave.apply(hidden, trip), trip.away), trip)
 
 
@@ -95,11 +119,11 @@ class _Trip:
 
     def out(self, rows: Tensor) -> Tensor:
         """Return the rows that arrive, by rank, for this rank's ``rows`` (N*k, H) sorted by expert. Collective."""
-        return _all_to_all(rows, self.sent, self.received, self.ranks)
+        return _all_to_all(rows, sent=self.sent, received=self.received, ranks=self.ranks)
 
     def back(self, rows: Tensor) -> Tensor:
         """Undo :meth:`out`. Collective."""
-        return _all_to_all(rows, self.received, self.sent, self.ranks)
+        return _all_to_all(rows, sent=self.received, received=self.sent, ranks=self.ranks)
 
 
 class _Leave(torch.autograd.Function):

@@ -74,7 +74,8 @@ def fetch_halos(
     before = [[values[:0]] for values in shards]
     after = [[values[:0]] for values in shards]
     for piece, values in zip(incoming, received, strict=True):  # by rank, so by rising flat index
-        side = before if piece.other < splits[piece.param].own else after
+        is_before = piece.other < splits[piece.param].own
+        side = before if is_before else after
         side[piece.param].append(values)
     halos: list[Halo] = []
     for pieces_before, pieces_after in zip(before, after, strict=True):
@@ -83,8 +84,10 @@ def fetch_halos(
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:
-    """Return neighbouring pieces as one tensor: mostly there is one at most, which needs no copy."""
-    return pieces[-1] if len(pieces) <= 2 else torch.cat(pieces)
+    """Return neighbouring pieces as one tensor. The first one is empty."""
+    if len(pieces) <= 2:
+        return pieces[-1]  # mostly there is one more at most, which needs no copy
+    return torch.cat(pieces)
 
 
 def _pieces(param: int, split: sharding.Split, widen: Widen) -> tuple[list[Piece], list[Piece]]:
@@ -146,6 +149,7 @@ def _exchange(
         send.append(values.contiguous().view(torch.uint8).to(device))
     received_bytes = bytes_by_rank(incoming)
     sent_bytes = bytes_by_rank(outgoing)
+    # every rank knows both lists, so sizes need no exchange and the host does not wait
     received = torch.empty(sum(received_bytes), dtype=torch.uint8, device=device)
     # ranks that exchange nothing must call it too
     dist.all_to_all_single(received, torch.cat(send), received_bytes, sent_bytes, group=group)

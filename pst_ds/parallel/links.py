@@ -43,7 +43,10 @@ class Group:
     @property
     def hops(self) -> int:
         """Hops of a ring that take time: between its nodes, or else between its ranks."""
-        return self.nodes if self.nodes > 1 else self.ranks - 1
+        if self.nodes > 1:
+            # hops inside a node are so much faster that they do not count next to these
+            return self.nodes
+        return self.ranks - 1
 
     @classmethod
     def of_neighbours(cls, ranks: int, node_size: int) -> Group:
@@ -52,6 +55,7 @@ class Group:
     def owners(self, degree: int) -> Group:
         """Return the ranks, one of each ``degree`` neighbours, that own the same experts."""
         ranks = self.ranks // degree
+        # they are apart by the degree, so they may be on fewer nodes than the whole group
         return Group(ranks, min(ranks, self.nodes))
 
     def gathered(self, nbytes: float) -> Received:
@@ -61,10 +65,14 @@ class Group:
         twice that.
         """
         received = nbytes * (self.ranks - 1) / self.ranks
-        between = received * self.nodes / self.ranks if self.nodes > 1 else 0.0
+        between = 0.0
+        if self.nodes > 1:
+            # of the ring's hops, as many as there are ranks, those into the first rank of a node come from another one
+            between = received * self.nodes / self.ranks
         return Received(received - between, between)
 
     def exchanged(self, nbytes: float) -> Received:
         """Return what an all-to-all brings to a rank that holds ``nbytes`` afterwards: directly from every other."""
+        # every rank sends the same number of bytes, and every node has the same number of ranks
         between = nbytes * (self.nodes - 1) / self.nodes
         return Received(nbytes * (self.ranks - 1) / self.ranks - between, between)

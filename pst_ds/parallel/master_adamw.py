@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 from pst_ds.parallel import sharding
 
 _MASTERS = "masters"
+"""Key of the masters in a state dict."""
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -33,20 +34,30 @@ class MasterAdamW(torch.optim.AdamW):
         """Return the master of each parameter, in the order of the groups. The host waits once for a comparison."""
         params = self._params()
         apart = [param for param in params if param.dtype != torch.float32]
+        # together, so that the host waits once for all of them
         for param, kept in zip(apart, sharding.kept_masters(apart), strict=True):
             master = self._masters.get(param)
             if master is None:
                 self._masters[param] = param.fp32_master = nn.Parameter(param.detach().float())  # type: ignore[attr-defined]
-            elif kept is None or master.device != kept.device:  # other values, or the model was moved
-                master.data = param.detach().float() if kept is None else kept
-        # a parameter that was cast to fp32 since is its own master, although an old master remains
-        return [param if param.dtype == torch.float32 else self._masters[param] for param in params]
+            elif kept is None:
+                # the parameter got other values; the same object, because AdamW keeps its moments by it
+                master.data = param.detach().float()
+            elif master.device != kept.device:
+                # the model was moved, and kept is the master on the new device
+                master.data = kept
+        masters: list[nn.Parameter] = []
+        for param in params:
+            # a parameter that was cast to fp32 since is its own master, although an old master remains
+            is_own_master = param.dtype == torch.float32
+            masters.append(param if is_own_master else self._masters[param])
+        return masters
 
     def take_gradients(self) -> list[nn.Parameter]:
         """Move the parameters' gradients to their masters, in fp32, and return the masters.
 
         Until the step, the parameters may get gradients but no other values.
         """
+        # new gradients come after a forward pass, before which the parameters may have got other values
         if self._taken is None or any(param.grad is not None for param in self._masters):
             self._taken = self.masters()
         for param, master in zip(self._params(), self._taken, strict=True):
@@ -66,6 +77,7 @@ class MasterAdamW(torch.optim.AdamW):
             super().step()
         self._taken = None
         for param, master in self._masters.items():
+            # rounds to the parameter's dtype; the master keeps what was rounded off for the next step
             param.copy_(master)
             master.grad = None
         return loss
@@ -85,11 +97,13 @@ class MasterAdamW(torch.optim.AdamW):
         for number, (param, master) in enumerate(zip(self._params(), masters, strict=True)):
             if master is not param:
                 numbered[number] = master.detach()
-        # without separate masters, the state dict is the one of torch's AdamW
-        return state | {_MASTERS: numbered} if numbered else state
+        if not numbered:
+            return state  # the one of torch's AdamW, which it and its checkpoints can load
+        return state | {_MASTERS: numbered}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         masters = self.masters()
+        # torch casts loaded moments to the dtype of the parameter in the group: fp32 for a master
         with self._groups_of(masters):
             super().load_state_dict(state_dict)
         for number, values in state_dict.get(_MASTERS, {}).items():

@@ -14,7 +14,9 @@ from pst_ds.parallel import sharding
 from pst_ds.parallel.engine import Engine, inner_optimizer
 from pst_ds.parallel.sharding import Fragment, sharding_of
 
-MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
+MASTER = "master"
+EXP_AVG = "exp_avg"
+EXP_AVG_SQ = "exp_avg_sq"
 KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
 """Kinds of state of every trainable value: its fp32 master and Adam's two moments."""
 
@@ -59,7 +61,10 @@ def values(engine: Engine, fragments: Sequence[Fragment], kind: str) -> list[Ten
 def adam_steps(engine: Engine, fragments: Sequence[Fragment]) -> dict[str, int]:
     """Return Adam's step count of each fragment's parameter, which its bias correction depends on."""
     state = inner_optimizer(engine).state
-    return {fragment.name: int(state.get(fragment.owner, {}).get("step", 0)) for fragment in fragments}
+    steps: dict[str, int] = {}
+    for fragment in fragments:
+        steps[fragment.name] = int(state.get(fragment.owner, {}).get("step", 0))
+    return steps
 
 
 def prepare_moments(engine: Engine, fragments: Sequence[Fragment], steps: dict[str, int]) -> None:
@@ -74,6 +79,7 @@ def prepare_moments(engine: Engine, fragments: Sequence[Fragment], steps: dict[s
     for owner, count in counts.items():
         if count:
             entry = state[owner]
+            # fp32 on the CPU, as torch's AdamW creates it unless it is fused
             entry["step"] = torch.tensor(float(count))
             for kind in (EXP_AVG, EXP_AVG_SQ):
                 if kind not in entry:
@@ -85,9 +91,10 @@ def forget_moments(engine: Engine, fragments: Sequence[Fragment]) -> None:
     """Reset the owners of ``fragments`` to the optimizer state before the first step."""
     state = inner_optimizer(engine).state
     for fragment in fragments:
-        for kept in state.get(fragment.owner, {}).values():
-            if torch.is_tensor(kept):
-                kept.zero_()
+        # the moments, and torch's count of steps, which is a tensor too
+        for value in state.get(fragment.owner, {}).values():
+            if torch.is_tensor(value):
+                value.zero_()
 
 
 def set_counters(engine: Engine, *, applied: int, skipped: int, accumulation: int) -> None:

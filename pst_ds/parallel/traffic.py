@@ -57,7 +57,8 @@ def _counted(name: str, collective: Code) -> Code:
             ranks = dist.get_process_group_ranks(group)
             _groups[group] = Group(len(ranks), len({rank // _node_size for rank in ranks}))
         # every collective has its output first, and what is scattered is the second argument
-        nbytes = _nbytes(args[1] if name in _SCATTERS else args[0])
+        counted_argument = args[1] if name in _SCATTERS else args[0]
+        nbytes = _nbytes(counted_argument)
         if name in _EXCHANGES:
             _received += _groups[group].exchanged(nbytes)
         elif name in _SUMS:
@@ -71,4 +72,6 @@ def _counted(name: str, collective: Code) -> Code:
 
 def _nbytes(tensors: Tensor | Iterable[Tensor]) -> int:
     """Return the bytes of a tensor, or of all tensors in lists of lists."""
-    return tensors.nbytes if isinstance(tensors, Tensor) else sum(map(_nbytes, tensors))
+    if isinstance(tensors, Tensor):
+        return tensors.nbytes
+    return sum(map(_nbytes, tensors))

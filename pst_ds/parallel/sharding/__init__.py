@@ -110,10 +110,14 @@ def require_supported(params: Iterable[tuple[str, nn.Parameter]]) -> None:
 def require_alike(params: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Raise InputError for named parameters of pruned layers that are divided so that they cannot share masks."""
     named = list(params)
-    divided_by = {name: sharding_of(param) for name, param in named}
     for sharding in shardings():
-        alike = [(name, param) for name, param in named if divided_by[name] is sharding]
-        others = [name for name, _ in named if divided_by[name] is not sharding]
+        alike: list[tuple[str, nn.Parameter]] = []
+        others: list[str] = []
+        for name, param in named:
+            if sharding_of(param) is sharding:
+                alike.append((name, param))
+            else:
+                others.append(name)
         sharding.require_alike(alike, others)
 
 
@@ -156,7 +160,9 @@ def full_shape(param: nn.Parameter) -> torch.Size:
     is released."""
     shape = sharding_of(param).shape(param)
     share = expert_share(param)
-    return shape if share is None else torch.Size((shape[0] * share.degree, *shape[1:]))
+    if share is None:
+        return shape
+    return torch.Size((shape[0] * share.degree, *shape[1:]))  # experts are the first dimension
 
 
 def full_numel(param: nn.Parameter) -> int:
@@ -180,13 +186,17 @@ def process_group(param: nn.Parameter) -> dist.ProcessGroup | None:
 
 def holders(param: nn.Parameter) -> dist.ProcessGroup | None:
     """Return the ranks that hold a part of ``param``, or other experts of its stack; None for the default group."""
-    return process_group(param) if expert_share(param) is None else None
+    if expert_share(param) is None:
+        return process_group(param)
+    return None  # the owners of all positions together are all ranks
 
 
 def num_holders(param: nn.Parameter) -> int:
     """Return the number of :func:`holders`; 1 if ``param`` is not partitioned."""
     share = expert_share(param)
-    return num_shards(param) * (1 if share is None else share.degree)
+    if share is None:
+        return num_shards(param)
+    return num_shards(param) * share.degree
 
 
 def first_index(param: nn.Parameter) -> int:

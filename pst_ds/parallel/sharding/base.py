@@ -214,7 +214,9 @@ class Sharding(ABC):
     def own_master(self, param: nn.Parameter) -> Tensor:
         """Return this rank's flat values of the fp32 master of a trained ``param``, or its values without one."""
         master = self.optimized(param)
-        return self.local(param) if master is param else master.detach().view(-1)
+        if master is param:
+            return self.local(param)
+        return master.detach().view(-1)
 
     def masters(self, params: Sequence[nn.Parameter], device: torch.device | None) -> list[Tensor]:
         """Return the full fp32 masters of trained ``params`` in their shapes, on ``device`` (None: unchanged).

@@ -43,7 +43,8 @@ class FSDP2(Sharding):
     def share(self, param: nn.Parameter, numel: int) -> int:
         """Return the number of values of ``param`` on every rank but the last ones: those of whole rows."""
         rows = param.shape[0]
-        return -(-rows // self.ranks(param)) * (param.numel() // max(rows, 1))
+        values_of_row = param.numel() // max(rows, 1)
+        return -(-rows // self.ranks(param)) * values_of_row  # rounded up to whole rows
 
     def local(self, param: nn.Parameter) -> Tensor:
         return self.rows(param).view(-1)
@@ -81,9 +82,16 @@ class FSDP2(Sharding):
 
     def require_supported(self, name: str, param: nn.Parameter) -> None:
         """Raise InputError unless ``param`` is split by rows only, over one dimension of its mesh (FSDP2 and HSDP)."""
-        by_rows = ("Shard", 0)
-        kinds = [(type(place).__name__, getattr(place, "dim", None)) for place in _dtensor(param).placements]
-        if kinds.count(by_rows) != 1 or any(kind not in (by_rows, ("Replicate", None)) for kind in kinds):
+        # by the names of their classes, whose import takes two seconds
+        splits = 0
+        is_supported = True
+        for placement in _dtensor(param).placements:
+            kind = type(placement).__name__
+            if kind == "Shard" and getattr(placement, "dim", None) == 0:
+                splits += 1
+            elif kind != "Replicate":
+                is_supported = False
+        if splits != 1 or not is_supported:
             raise InputError(
                 f"{name} is a DTensor with placements {_dtensor(param).placements}: PST layers support Shard(0) over "
                 "one dimension of a mesh and Replicate() over the others, as fully_shard makes them by default. "
@@ -109,23 +117,31 @@ class FSDP2(Sharding):
 
     def masters(self, params: Sequence[nn.Parameter], device: torch.device | None) -> list[Tensor]:
         """Return the full fp32 masters. Collective: one all-gather and copy for all of them."""
-        own = [self._padded_master(param, kept) for param, kept in zip(params, kept_masters(params), strict=True)]
-        return self.all_gathered(params, own, device)
+        values_of_rank: list[Tensor] = []
+        for param, kept in zip(params, kept_masters(params), strict=True):
+            values_of_rank.append(self._padded_master(param, kept))
+        return self.all_gathered(params, values_of_rank, device)
 
     def _padded_master(self, param: nn.Parameter, kept: Tensor | None) -> Tensor:
         """Return this rank's flat values of the master, or of ``param`` if ``kept`` is None, padded to its share."""
-        return self._padded(param, param if kept is None else kept).float()
+        values = param if kept is None else kept
+        return self._padded(param, values).float()
 
     def _padded(self, param: nn.Parameter, values: Tensor) -> Tensor:
         """Return this rank's part of ``values``, a DTensor split like ``param``, flat and padded to its share."""
-        own = self.rows(values).flatten()
-        return functional.pad(own, (0, self.share(param, param.numel()) - own.numel()))
+        values_of_rank = self.rows(values).flatten()
+        padding = self.share(param, param.numel()) - values_of_rank.numel()
+        return functional.pad(values_of_rank, (0, padding))
 
 
 def _dimension(tensor: Tensor) -> int:
     """Return the dimension of the mesh over which the rows are split; HSDP has another that replicates them."""
-    return next(i for i, place in enumerate(_dtensor(tensor).placements) if place.is_shard())
+    for dimension, placement in enumerate(_dtensor(tensor).placements):
+        if placement.is_shard():
+            return dimension
+    raise AssertionError("require_supported rejects a DTensor that is not split")
 
 
 def _dtensor(tensor: Tensor) -> "DTensor":
+    # for the type checker: an isinstance would import the class
     return tensor  # type: ignore[return-value]

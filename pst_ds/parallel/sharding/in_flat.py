@@ -41,9 +41,14 @@ class InFlat(Whole):
 
     def masters(self, params: Sequence[nn.Parameter], device: torch.device | None) -> list[Tensor]:
         """Return the full fp32 masters. Collective: those of each flat parameter are gathered at once."""
-        flats: dict[nn.Parameter, Tensor | None] = {self._place(param).flat: None for param in params}
-        sharding = sharding_of(next(iter(flats)))
-        flat_masters = dict(zip(flats, sharding.masters(list(flats), device), strict=True))
+        # each once, in the order in which they come: the same order on every rank, for the collective
+        flats: list[nn.Parameter] = []
+        for param in params:
+            flat = self._place(param).flat
+            if not any(flat is other for other in flats):
+                flats.append(flat)
+        sharding = sharding_of(flats[0])  # one engine divides all of them alike
+        flat_masters = dict(zip(flats, sharding.masters(flats, device), strict=True))
         masters: list[Tensor] = []
         for param in params:
             place = self._place(param)
@@ -58,6 +63,7 @@ class InFlat(Whole):
         if of_flat is None:
             return None
         part = of_flat.cut(place.offset, place.offset + param.numel())
+        # a rank may hold other factors of the flat parameter only
         if part.start >= part.stop:
             return None
         return Fragment(
@@ -73,6 +79,7 @@ class InFlat(Whole):
         return sharding_of(flat).replicates_optimizer(flat)
 
     def cuts_optimizer_evenly(self, param: nn.Parameter) -> bool:
+        # shares of the flat parameter end anywhere in a factor
         return self.replicates_optimizer(param)
 
     @staticmethod

@@ -34,10 +34,16 @@ def kept_masters(params: Sequence[nn.Parameter]) -> list[Tensor | None]:
         if master is None or master.shape != param.shape:
             continue
         masters[i] = master.detach()
+        # compared in the parameter's dtype, to which the optimizer rounds the master
         kept_rows = sharding_of(masters[i]).rows(masters[i])
         rows = sharding_of(param).rows(param)
         same.append((kept_rows.to(rows.dtype) == rows).all())
     # One tensor for all flags, since each call of tolist waits for the device.
-    flags = torch.stack([flag.to(same[0].device) for flag in same]).tolist() if same else []
-    current = {i: flag or differs_from_master(params[i]) for i, flag in zip(masters, flags, strict=True)}
-    return [masters[i].to(param.device) if current.get(i) else None for i, param in enumerate(params)]
+    flags: list[bool] = []
+    if same:
+        flags = torch.stack([flag.to(same[0].device) for flag in same]).tolist()
+    kept: list[Tensor | None] = [None] * len(params)
+    for (i, master), is_same in zip(masters.items(), flags, strict=True):
+        if is_same or differs_from_master(params[i]):
+            kept[i] = master.to(params[i].device)
+    return kept

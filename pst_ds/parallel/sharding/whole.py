@@ -34,19 +34,23 @@ class Whole(Sharding):
         return self.masters([param], None)[0].view(-1)
 
     def masters(self, params: Sequence[nn.Parameter], device: torch.device | None) -> list[Tensor]:
-        masters = []
-        for param, kept in zip(params, kept_masters(params), strict=True):
-            master = _master_of(param) if kept is None else kept
-            masters.append(master if device is None else master.to(device))
+        masters: list[Tensor] = []
+        for param, master in zip(params, kept_masters(params), strict=True):
+            if master is None:
+                # collective at stages 1 and 2, where no parameter has a kept master, so all ranks come here
+                master = _master_of(param)
+            if device is not None:
+                master = master.to(device)
+            masters.append(master)
         return masters
 
     def fragment(self, name: str, param: nn.Parameter, optimizer: Optimizer) -> Fragment | None:
         if not _is_in_flat_master(param):
             return super().fragment(name, param, optimizer)
+        # DeepSpeed says high and low precision for the fp32 master and the parameter
         mapping = param._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:  # no value of the parameter lies in this rank's range
             return None
-        # DeepSpeed says high and low precision for the fp32 master and the parameter
         in_owner = mapping.hp_fragment_address
         in_param = mapping.lp_fragment_address
         return Fragment(

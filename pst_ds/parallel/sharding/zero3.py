@@ -75,7 +75,9 @@ class ZeRO3(Sharding):
 
     def first_index(self, param: nn.Parameter) -> int:
         share = expert_share(param)
-        return 0 if share is None else share.position * param.ds_numel
+        if share is None:
+            return 0
+        return share.position * param.ds_numel  # all positions have the same number of experts
 
     def local(self, param: nn.Parameter) -> Tensor:
         split = self.split(param)
@@ -144,22 +146,33 @@ class ZeRO3(Sharding):
         return param.ds_tensor.numel() < param.ds_tensor.ds_numel
 
     def own_master(self, param: nn.Parameter) -> Tensor:
-        own = self.local(param)
-        return _master(param)[: own.numel()] if _has_master(param) else own
+        values = self.local(param)
+        if not _has_master(param):
+            return values
+        return _master(param)[: values.numel()]  # without the padding
 
     def masters(self, params: Sequence[nn.Parameter], device: torch.device | None) -> list[Tensor]:
         """Return the full fp32 masters. Collective: one all-gather and copy, or two if experts are on ranks."""
         if not all(_has_master(param) for param in params):  # before deepspeed.initialize
-            values = [self.gather(param).to(torch.float32, copy=True) for param in params]
-            return values if device is None else [value.to(device) for value in values]
+            copies: list[Tensor] = []
+            for param in params:
+                values = self.gather(param).to(torch.float32, copy=True)
+                copies.append(values.to(device or values.device))
+            return copies
         # Experts of a rank are partitioned over other ranks than the parameters that all share.
-        shared = [param for param in params if expert_share(param) is None]
-        of_experts = [param for param in params if expert_share(param) is not None]
+        shared: list[nn.Parameter] = []
+        of_experts: list[nn.Parameter] = []
+        for param in params:
+            if expert_share(param) is None:
+                shared.append(param)
+            else:
+                of_experts.append(param)
         masters: dict[nn.Parameter, Tensor] = {}
+        # in this order on every rank: each is a collective over other ranks
         for alike in (shared, of_experts):
             if alike:
-                values = self.all_gathered(alike, [_master(param) for param in alike], device)
-                masters.update(zip(alike, values, strict=True))
+                full_values = self.all_gathered(alike, [_master(param) for param in alike], device)
+                masters.update(zip(alike, full_values, strict=True))
         return [masters[param] for param in params]
 
     def fragment(self, name: str, param: nn.Parameter, optimizer: Optimizer) -> Fragment:
@@ -232,12 +245,13 @@ def copying_frozen(ranks: int) -> Iterator[None]:
 
         return marked
 
-    whole = patched(Init, "_convert_to_deepspeed_param", marking) if ranks == 1 else nullcontext()
+    # a rank that has whole copies needs no gather, so DeepSpeed's is replaced by one that takes the copies
+    taking_copies = patched(Init, "_convert_to_deepspeed_param", marking) if ranks == 1 else nullcontext()
     # DeepSpeed makes one group per process, and refuses to make another
     with (
         patched(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP", lambda _: group),
         patched(Init, "__init__", copying),
-        whole,
+        taking_copies,
     ):
         yield
 
@@ -245,7 +259,9 @@ def copying_frozen(ranks: int) -> Iterator[None]:
 def _gather_or_take(gather: Code, params: Iterable[nn.Parameter], **options: object) -> object:
     """Return the handle of a gather of ``params``, which use their whole copies where they have them."""
     params = list(params)  # DeepSpeed never mixes those with and without copies
-    return _Taken(params) if params and params[0].ds_secondary_tensor is not None else gather(params, **options)
+    if params and params[0].ds_secondary_tensor is not None:
+        return _Taken(params)
+    return gather(params, **options)
 
 
 class _Taken:
@@ -255,6 +271,7 @@ class _Taken:
         self._params = params
         for param in params:
             param.data = param.ds_secondary_tensor[: param.ds_numel].view(param.ds_shape)
+            # DeepSpeed expects a gather in progress between the start and wait()
             param.ds_status = type(param.ds_status).INFLIGHT
 
     def wait(self, **_: object) -> None:
