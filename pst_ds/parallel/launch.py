@@ -61,6 +61,7 @@ def use_cpu_without_accelerator() -> None:
     import torch
 
     if torch.accelerator.is_available():
+        _grow_segments()
         return
     asked = os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if asked != "cpu":
@@ -70,6 +71,19 @@ def use_cpu_without_accelerator() -> None:
         )
 
 
+def _grow_segments() -> None:
+    """Let torch's allocator grow its segments of GPU memory, unless the environment configures the allocator.
+
+    Weights that ZeRO-3 gathers have many sizes, and blocks that are freed on another stream return late. Segments of
+    fixed size then fragment. The launcher for several hosts forwards no ``PYTORCH_`` variables, so each rank sets this.
+    """
+    # Torch takes the first of these that is set, so a value in one would hide the user's in another.
+    if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
+        os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
+
+
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Variables that configure torch's allocator."""
 FEW_RANKS = 16
 """Ranks up to which gloo connects all pairs at the start, so that the death of one is noticed at once."""
 

@@ -147,3 +147,19 @@ def test_a_rank_connects_with_few_others(run_ranks, monkeypatch):
     monkeypatch.setenv(LAZY, "1")
     before = open_sockets()
     assert max(run_ranks(_sockets_after_what_training_does, 16)) - before <= 2 * 4 + 3
+
+
+@pytest.mark.parametrize("name", ["", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+@pytest.mark.parametrize("on_accelerator", [True, False])
+def test_segments_of_gpu_memory_grow_unless_the_environment_configures_the_allocator(monkeypatch, name, on_accelerator):
+    variables = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    environment = {key: value for key, value in os.environ.items() if key not in variables}
+    environment["DS_ACCELERATOR"] = "cpu"
+    if name:
+        environment[name] = "max_split_size_mb:64"
+    monkeypatch.setattr(os, "environ", dict(environment))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: on_accelerator)
+    launch.use_cpu_without_accelerator()
+    if on_accelerator and not name:
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    assert os.environ == environment
