@@ -6,15 +6,25 @@ import hashlib
 import sys
 
 import pytest
+from fsspec.registry import _registry
 
 from pst_ds import remote_folder
 from pst_ds.errors import InputError
 from pst_ds.remote_folder import RemoteError, RemoteFolder, is_address
+from tests.s3_server import s3_bucket
 
 
-@pytest.fixture(params=["path", "file", "memory"])
+@pytest.fixture(scope="module")
+def bucket():
+    with s3_bucket() as address:
+        yield address
+
+
+@pytest.fixture(params=["path", "file", "memory", pytest.param("s3", marks=pytest.mark.thorough)])
 def address(request, tmp_path):
-    """A local path, its URL, and a folder in memory."""
+    """A local path, its URL, a folder in memory, and one of an object store."""
+    if request.param == "s3":
+        return f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
     kinds = {"path": str(tmp_path / "far"), "file": f"file://{tmp_path}/far", "memory": f"memory://{tmp_path.name}"}
     return kinds[request.param]
 
@@ -91,6 +101,8 @@ def test_an_unknown_protocol_is_refused():
 @pytest.mark.parametrize(("address", "package", "extra"), [("s3://b/a", "s3fs", "s3"), ("gs://b/a", "gcsfs", "gcs")])
 def test_a_missing_package_is_named(monkeypatch, address, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
+    # fsspec keeps the classes that it has imported
+    monkeypatch.delitem(_registry, address.partition(":")[0], raising=False)
     with pytest.raises(InputError, match=rf"needs a package that is not .* pip install 'pst-ds\[{extra}\]'"):
         RemoteFolder(address, "here")
 
