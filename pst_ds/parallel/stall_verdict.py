@@ -1,26 +1,31 @@
-"""Decide which ranks and hosts a stalled run has to look at, from the reports of its ranks. Needs no torch."""
+"""Decide which rank a stalled run waits for, from the reports of its ranks. Needs no torch."""
 
 import contextlib
 import json
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Self
 
 VERDICT_FILE = "verdict.json"
 """Name of the verdict in the folder of stalls."""
-MARKS = 200
-"""Signs of life that a rank gives in twice the timeout, and remembers."""
+LONG_SHARE = 0.5
+"""Share of the timeout after which a wait is evidence. The rest covers reports that are late, and ranks whose hosts
+entered more collectives while their devices waited."""
 
 
-class Store(Protocol):
-    """The part of ``torch.distributed.Store`` that ranks use."""
+@dataclass(frozen=True, slots=True)
+class GroupState:
+    """Collectives of a rank in one of its groups, numbered from 1."""
 
-    def add(self, key: str, amount: int, /) -> int: ...
-    def set(self, key: str, value: str, /) -> None: ...
-    def get(self, key: str, /) -> bytes: ...
-    def check(self, keys: list[str], /) -> bool: ...
+    members: list[int]
+    """Ranks of the group."""
+    reached: int
+    """Last collective that the device has started, or that the host has entered if start times are not recorded."""
+    waits_at: int
+    """First collective that is entered and not complete; 0 if all are complete."""
+    seconds: float
+    """Time for which these numbers have not changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +36,27 @@ class StallReport:
     host: str
     pid: int
     doing: str
-    beats: int
-    """Heartbeats so far; all ranks count the same events."""
     idle: float
-    """Seconds since the last heartbeat."""
-    waits: bool
-    """True if it waits for other ranks."""
+    """Seconds since the last heartbeat and the last change in the numbers of collectives."""
+    groups: Mapping[str, GroupState]
+    """Collectives by the name of their group; empty if they are not known."""
     stack: str
+    """For readers; no evidence, since a call of NCCL returns while its collective waits."""
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the report that :func:`json.dumps` has written as a table."""
+        table = json.loads(text)
+        groups = {name: GroupState(**group) for name, group in table.pop("groups").items()}
+        return cls(groups=groups, **table)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a collective that the rank has entered is not complete."""
+        return any(group.waits_at for group in self.groups.values())
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.host}, pid {self.pid})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +66,8 @@ class Verdict:
     ranks: list[int]
     hosts: list[str]
     why: str
+    unseen: list[int] = field(default_factory=list)
+    """Ranks that sent no report. They are not known to be at fault: a report may be late."""
 
     def write(self, folder: Path, reports: Collection[StallReport] = ()) -> None:
         """Write the verdict with the reports behind it. A full disk must not keep the process alive."""
@@ -63,107 +84,73 @@ class Verdict:
         )
 
 
-class SignsOfLife:
-    """Numbered marks that every rank leaves in a store while its threads run. Clocks of hosts are not compared."""
+def verdict_of(reports: Collection[StallReport], hosts: Sequence[str], timeout: float) -> Verdict:
+    """Judge the ranks on ``hosts`` by the reports that arrived.
 
-    def __init__(self, store: Store, key: str, rank: int, clock: Callable[[], float]):
-        self._store = store
-        self._key = key
-        self._rank = rank
-        self._clock = clock
-        self._marks = deque[tuple[int, float]](maxlen=MARKS)
-        self._longest_gap = 0.0
-
-    def give(self) -> None:
-        """Leave a mark, and the longest time between two marks of this rank."""
-        number = self._store.add(f"{self._key}/marks", 1)  # of all ranks, so numbers order the marks of all ranks
-        now = self._clock()
-        if self._marks:
-            self._longest_gap = max(self._longest_gap, now - self._marks[-1][1])
-        self._marks.append((number, now))
-        self._store.set(f"{self._key}/mark-{self._rank}", f"{number} {self._longest_gap}")
-
-    def silent(self, world: int, least: float) -> set[int]:
-        """Return the ranks without a mark for ``least`` seconds, and for twice the longest gap of any rank."""
-        last_marks: list[int] = []
-        for rank in range(world):
-            number, longest_gap = self._last_mark(rank)
-            last_marks.append(number)
-            # on a loaded machine the marks of healthy ranks come late too
-            least = max(least, 2 * longest_gap)
-        before = [number for number, when in self._marks if when <= self._clock() - least]
-        if not before:
-            return set()  # this rank has not watched for long enough
-        return {rank for rank, number in enumerate(last_marks) if number < before[-1]}
-
-    def _last_mark(self, rank: int) -> tuple[int, float]:
-        """Return the number of a rank's last mark, and its longest gap in seconds; zeros before its first mark."""
-        key = f"{self._key}/mark-{rank}"
-        if not self._store.check([key]):  # get() would wait for the key
-            return 0, 0.0
-        number, longest_gap = self._store.get(key).decode().split()
-        return int(number), float(longest_gap)
-
-
-def collect(
-    alive: set[int], arrived: Callable[[], Mapping[int, StallReport]], pauses: Iterable[object]
-) -> tuple[Mapping[int, StallReport], set[int]]:
-    """Return the reports by rank, and the ranks of ``alive`` that are still late when ``pauses`` are over.
-
-    ``arrived`` returns all reports so far.
+    A rank waits for the members of a group that have not reached the collective at which it waits. As all ranks enter
+    their collectives in one order, a rank only waits for ranks that are behind it. The rank that is furthest behind is
+    named if it waits for no other, has done nothing for long, and all others have waited for it for long, directly or
+    through ranks that wait for it. Anything else names nobody.
     """
-    reports = arrived()
-    for _ in pauses:
-        if alive <= reports.keys():
-            break
-        reports = arrived()
-    return reports, alive - reports.keys()
-
-
-def verdict_of(
-    reports: Collection[StallReport], hosts: Sequence[str], timeout: float, late: Collection[int] = ()
-) -> Verdict:
-    """Judge the ranks on ``hosts`` by the reports that arrived. ``late`` ranks sent no report, and may be healthy.
-
-    A rank with the fewest heartbeats that waits for no other hangs. Without one, a rank without report is at fault.
-    """
-
-    def named(ranks: Collection[int]) -> str:
-        names: list[str] = []
-        for number in sorted(ranks):
-            names.append(f"{number} ({hosts[number]})" if hosts[number] else f"{number}")
-        return ", ".join(names)
-
-    # ranks count the same events, so one with fewer heartbeats has not reached the collective of the others
-    fewest = min(report.beats for report in reports)
-    behind = [report for report in reports if not report.waits and report.beats == fewest]
-    hanging = [report for report in behind if report.idle >= timeout / 2]
-    silent = sorted(set(range(len(hosts))) - {report.rank for report in reports} - set(late))
-    if hanging:
-        ranks: list[int] = []
-        at_fault: set[str] = set()
-        facts: list[str] = []
-        for report in hanging:
-            ranks.append(report.rank)
-            # the launcher's name of the host, if known, since it is the one that a restart can exclude
-            at_fault.add(hosts[report.rank] or report.host)
-            facts.append(f"rank {report.rank} ({report.host}, pid {report.pid}) hangs in {report.doing}")
-        why = "; ".join(facts)
-        if len(hosts) > len(hanging):
+    by_rank = {report.rank: report for report in reports}
+    unseen = sorted(set(range(len(hosts))) - by_rank.keys())
+    if unseen:
+        names = ", ".join(f"{rank} ({hosts[rank]})" if hosts[rank] else f"{rank}" for rank in unseen)
+        return Verdict([], [], f"no report of rank {names}: stopped, cut off or late, or its host is down", unseen)
+    least = LONG_SHARE * timeout
+    behind = [report for report in reports if not _blockers(report, by_rank) and not _is_stuck_inside(report)]
+    if len(hosts) > 1 and not all(report.groups for report in reports):
+        return Verdict([], [], "the numbers of collectives are not known, so no rank can be named; see the stacks")
+    if len(behind) == 1 and behind[0].idle >= least and _all_wait_for(behind[0].rank, by_rank, least):
+        found = behind[0]
+        why = f"{found} hangs in {found.doing}"
+        if len(hosts) > 1:
             why += ", and the others wait for it"
-        return Verdict(ranks, sorted(at_fault), why)
-    if silent:
-        why = f"rank {named(silent)} gave no sign of life: its process is stopped, or its host is down or cut off"
-        return Verdict(silent, sorted({hosts[number] for number in silent} - {""}), why)
-    if behind:
-        # slower than the others, but it has moved within half of the timeout
-        facts = [f"rank {r.rank} ({r.host}) in {r.doing}, for {r.idle:.0f} s" for r in behind]
-        why = f"the others wait for work that goes on: {', '.join(facts)}. Raise the timeout if that is normal"
-        return Verdict([], [], why)
-    if late:
-        return Verdict([], [], f"rank {named(late)} answers too late to tell whether it is alive")
-    why = "every rank waits for another: the network between them is cut, or not all reached the same collective"
-    return Verdict([], [], why)
+        # the launcher's name of the host, if known, since it is the one that a restart can exclude
+        return Verdict([found.rank], [hosts[found.rank] or found.host], why)
+    return Verdict([], [], _why_nobody(reports, behind, least))
+
+
+def _blockers(report: StallReport, by_rank: Mapping[int, StallReport], least: float = 0.0) -> set[int]:
+    """Return the other ranks that have not reached a collective in which this one has waited for ``least`` seconds."""
+    found: set[int] = set()
+    for name, group in report.groups.items():
+        # a collective that its own device has not started waits for earlier work of this rank
+        if not 0 < group.waits_at <= group.reached or group.seconds < least:
+            continue
+        for member in group.members:
+            theirs = by_rank[member].groups.get(name)  # None before their first collective
+            if member != report.rank and (theirs is None or theirs.reached < group.waits_at):
+                found.add(member)
+    return found
+
+
+def _is_stuck_inside(report: StallReport) -> bool:
+    """Return whether the rank has started a collective that is not complete. Then the network may be at fault."""
+    return any(0 < group.waits_at <= group.reached for group in report.groups.values())
+
+
+def _all_wait_for(rank: int, by_rank: Mapping[int, StallReport], least: float) -> bool:
+    """Return whether every other rank has waited for ``least`` seconds for ``rank``, or for ranks that wait for it."""
+    blockers = {other: _blockers(report, by_rank, least) for other, report in by_rank.items() if other != rank}
+    reached = {rank}
+    while True:
+        # a rank in a circle of waits is never added, since its ranks wait for each other
+        more = {other for other, ranks in blockers.items() if ranks and ranks <= reached} - reached
+        if not more:
+            return reached == by_rank.keys()
+        reached |= more
+
+
+def _why_nobody(reports: Collection[StallReport], behind: Sequence[StallReport], least: float) -> str:
+    if not any(report.waits for report in reports):
+        return "no rank waits in a collective, so none can be named; see what each one does"
+    active = [f"{report} in {report.doing}" for report in behind if report.idle < least]
+    if active:
+        return f"the others wait for work that goes on: {'; '.join(active)}. Raise the timeout if that is normal"
+    if any(_is_stuck_inside(report) for report in reports) and not behind:
+        return "all ranks have entered the same collectives; the network or a device does not complete one"
+    return "the collectives of the ranks do not show one that all others wait for; see what each one does"
 
 
 def blamed_hosts(folder: Path) -> list[str]:

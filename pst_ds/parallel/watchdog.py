@@ -1,8 +1,8 @@
 """End a stalled run and say which rank is at fault. Importing this needs no torch.
 
 A rank that hangs makes all others wait in a collective. Each rank has a thread that notices when its training makes no
-progress, and one that hears the same from other ranks through the store. Every rank then reports what it does; the
-first to notice judges the reports, and all end.
+progress, and one that hears the same from other ranks through the store. Every rank then reports its numbers of
+collectives and what it does; the first to notice judges the reports, and all end.
 """
 
 import contextlib
@@ -22,23 +22,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pst_ds.parallel.stall_verdict import MARKS, SignsOfLife, StallReport, Verdict, collect, verdict_of
+from pst_ds.parallel.stall_verdict import StallReport, verdict_of
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+_LOOKS = 50
+"""How often a rank looks at its collectives, and for stalls of other ranks, in a timeout."""
 _GRACE_SECONDS = 5.0
 _BACKSTOP_SECONDS = 30.0
 _ARM_SECONDS = 1.0
 """Shortest time between two deferrals of the backstop, each of which starts a thread."""
 _EXIT_CODE = 1
-_WAITING_FILES = (
-    os.path.join("torch", "distributed", ""),
-    os.path.join("deepspeed", "comm", ""),
-    os.path.join("pst_ds", "parallel", "store.py"),
-)
-"""Parts of the paths of files in which a rank waits for others."""
-_DEEPSPEED_FILES = os.path.join("deepspeed", "")
 _numbers = itertools.count()
 
 
@@ -51,6 +46,7 @@ class Watchdog:
     """Watch the calling thread until closed. ``hosts``: host of every rank, if known. All ranks create it together."""
 
     def __init__(self, folder: Path, timeout_seconds: float, hosts: Sequence[str] = ()):
+        from pst_ds.parallel.flight_recorder import FlightRecorder
         from pst_ds.parallel.ranks import rank, world_size
         from pst_ds.parallel.store import store_connection
 
@@ -60,7 +56,7 @@ class Watchdog:
         self._world = world_size()
         self._hosts = hosts or [""] * self._world
         self._longest = longest_wait(timeout_seconds)
-        self._pause = 2 * timeout_seconds / MARKS
+        self._pause = timeout_seconds / _LOOKS
         self._main = threading.get_ident()
         self._closed = threading.Event()
         self._heard = threading.Event()
@@ -69,8 +65,10 @@ class Watchdog:
         """Set when the report of this rank is ready."""
         self._judged = threading.Event()
         """Set when the verdict is written."""
-        self._beats = 0
         self._armed = -math.inf
+        self._recorder = FlightRecorder()
+        self._moved = time.monotonic()
+        """When a number of a collective last changed."""
         # keys of the store outlive a watchdog; all ranks create theirs together, so the numbers agree
         self._key = f"pst_ds/stall/{next(_numbers)}"
         self.heartbeat("start")
@@ -83,7 +81,6 @@ class Watchdog:
         """Note progress, and that ``doing`` comes next, in this thread or in a ``worker`` that it waits for."""
         self._last = time.monotonic()
         self._doing = doing
-        self._beats += 1
         self._worker = worker
         # a main thread that never releases the interpreter blocks our threads; this timer is C code and needs no GIL
         if sys.__stderr__ is not None and self._last - self._armed >= _ARM_SECONDS:
@@ -97,6 +94,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.is_set():
+            if self._recorder.sample():
+                self._moved = time.monotonic()
             if self._heard.wait(self._pause) or time.monotonic() - self._last > self._timeout:
                 self._end()
 
@@ -105,15 +104,15 @@ class Watchdog:
         self._own = self._report()
         self._reported.set()
         if self._store is None:
-            self._say(verdict_of([self._own], [self._own.host], self._timeout), [self._own])
-        elif not self._judged.wait(self._longest + 2 * _GRACE_SECONDS):
-            self._judge_the_store()
+            self._say([self._own])
+        else:
+            # without an answer, the store or its host is gone, and the report above has to do
+            self._judged.wait(self._longest + 2 * _GRACE_SECONDS)
         # sys.exit would only end this thread, and the main thread may be in a collective that never returns
         os._exit(_EXIT_CODE)
 
     def _report(self) -> StallReport:
         """Print and return what the watched thread does."""
-        idle = time.monotonic() - self._last
         frames = sys._current_frames()
         thread = self._main
         if self._worker is not None and self._worker.ident in frames:
@@ -124,30 +123,27 @@ class Watchdog:
             host=socket.gethostname(),
             pid=os.getpid(),
             doing=self._doing,
-            beats=self._beats,
-            idle=idle,
-            waits=_waits(stack),
+            idle=time.monotonic() - max(self._last, self._moved),
+            groups=self._recorder.groups(),
             stack="".join(traceback.format_list(stack)),
         )
-        where = f"{report.doing}, {'' if report.waits else 'not '}waiting for other ranks:\n{report.stack}"
-        who = f"rank {report.rank} ({report.host}, pid {report.pid})"
-        print(f"{who} made no progress for {report.idle:.4g} seconds in {where}", file=sys.stderr, flush=True)
+        waits = "in a collective" if report.waits else "not in a collective"
+        made = f"{report} made no progress for {time.monotonic() - self._last:.4g} seconds in {report.doing}, {waits}"
+        print(f"{made}:\n{report.stack}", file=sys.stderr, flush=True)
         return report
 
     def _listen(self, store: "dist.Store") -> None:
-        """Give signs of life, and exchange reports once this rank or another notices a stall."""
-        signs = SignsOfLife(store, self._key, self._rank, time.monotonic)
+        """Exchange reports once this rank or another notices a stall."""
         with contextlib.suppress(RuntimeError):  # the store is gone: its host is, or the run has ended
             while not self._closed.is_set():
-                signs.give()
                 if self._reported.wait(self._pause) or store.check([f"{self._key}/judge"]):
                     self._heard.set()
                     self._reported.wait()
-                    self._exchange(store, signs)
+                    self._exchange(store)
                     self._judged.set()
                     return
 
-    def _exchange(self, store: "dist.Store", signs: SignsOfLife) -> None:
+    def _exchange(self, store: "dist.Store") -> None:
         """Send this rank's report. The first rank judges, and the others stay until it is done: their end would be its
         own."""
         # the counter is atomic: exactly one rank gets 1
@@ -156,31 +152,17 @@ class Watchdog:
         if not is_judge:
             store.wait([f"{self._key}/said"], timedelta(seconds=self._longest + _GRACE_SECONDS))
             return
-
-        def arrived() -> dict[int, StallReport]:
-            lines = store.get(f"{self._key}/reports").decode().splitlines()
-            reports = [StallReport(**json.loads(line)) for line in lines]
-            return {report.rank: report for report in reports}
-
         until = time.monotonic() + self._longest
-        pauses = itertools.takewhile(lambda _: time.monotonic() < until, map(time.sleep, itertools.repeat(0.1)))
-        alive = set(range(self._world)) - signs.silent(self._world, self._timeout / 2)
-        by_rank, late = collect(alive, arrived, pauses)
-        reports = list(by_rank.values())
-        self._say(verdict_of(reports, self._hosts, self._timeout, late), reports)
+        reports = [self._own]
+        while len(reports) < self._world and time.monotonic() < until:
+            time.sleep(0.1)
+            lines = store.get(f"{self._key}/reports").decode().splitlines()
+            reports = [StallReport.from_json(line) for line in lines]
+        self._say(reports)
         store.set(f"{self._key}/said", "")
 
-    def _judge_the_store(self) -> None:
-        """Blame the host of the store if most ranks cannot reach it; each leaves a file in the run folder."""
-        with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            (self._folder / f"cut-off-{self._rank}").touch()
-            time.sleep(_GRACE_SECONDS)
-            if 2 * len(list(self._folder.glob("cut-off-*"))) > self._world:
-                why = f"most ranks do not reach the store on the host of rank 0 ({self._hosts[0]})"
-                self._say(Verdict([0], sorted({self._hosts[0]} - {""}), why), [self._own])
-
-    def _say(self, verdict: Verdict, reports: Sequence[StallReport]) -> None:
+    def _say(self, reports: Sequence[StallReport]) -> None:
+        verdict = verdict_of(reports, self._hosts, self._timeout)
         print(verdict.message(self._timeout), file=sys.stderr, flush=True)
         verdict.write(self._folder, reports)
 
@@ -210,12 +192,3 @@ def heartbeat(doing: str, worker: threading.Thread | None = None) -> None:
     """Call :meth:`Watchdog.heartbeat` of the process's watchdog, if there is one."""
     if _current is not None:
         _current.heartbeat(doing, worker)
-
-
-def _waits(stack: traceback.StackSummary) -> bool:
-    """Return whether a stack is inside a collective or the store, or in DeepSpeed's wait for an earlier collective."""
-    # a handle of an asynchronous collective waits in a file that also does other things, so its name counts
-    for entry in stack[-3:]:
-        if entry.name == "wait" and _DEEPSPEED_FILES in entry.filename:
-            return True
-    return any(part in entry.filename for entry in stack for part in _WAITING_FILES)
