@@ -63,7 +63,7 @@ class FlightRecorder:
             name = self._names[number]
             status = self._statuses[number]
             try:
-                group = torch._C._distributed_c10d._resolve_process_group(name)
+                group = torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
             except RuntimeError:  # destroyed
                 continue
             entered = status["last_enqueued_collective"]

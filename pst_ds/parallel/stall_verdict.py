@@ -135,11 +135,28 @@ def _all_wait_for(rank: int, by_rank: Mapping[int, StallReport], least: float) -
     blockers = {other: _blockers(report, by_rank, least) for other, report in by_rank.items() if other != rank}
     reached = {rank}
     while True:
-        # a rank in a circle of waits is never added, since its ranks wait for each other
-        more = {other for other, ranks in blockers.items() if ranks and ranks <= reached} - reached
+        # ranks that only wait for each other are never added
+        more = {other for other, ranks in blockers.items() if ranks & reached} - reached
+        if not more:
+            # hosts enter collectives ahead of their devices, so one that all have entered may wait for a device
+            more = {other for other in by_rank.keys() - reached if _waits_with(by_rank[other], reached, by_rank, least)}
         if not more:
             return reached == by_rank.keys()
         reached |= more
+
+
+def _waits_with(report: StallReport, ranks: set[int], by_rank: Mapping[int, StallReport], least: float) -> bool:
+    """Return whether a rank without blockers has waited long in a collective in which one of ``ranks`` waits too."""
+    if _blockers(report, by_rank):
+        return False
+    for name, group in report.groups.items():
+        if not 0 < group.waits_at <= group.reached or group.seconds < least:
+            continue
+        for member in ranks & set(group.members):
+            theirs = by_rank[member].groups.get(name)
+            if theirs is not None and theirs.waits_at == group.waits_at:
+                return True
+    return False
 
 
 def _why_nobody(reports: Collection[StallReport], behind: Sequence[StallReport], least: float) -> str:

@@ -111,6 +111,49 @@ class Streams:
 
 
 streams = Streams()
+
+
+class LateCollectives:
+    """Collectives whose calls return before they complete, as with NCCL: the host waits at the first operator that
+    touches their tensors."""
+
+    def __init__(self) -> None:
+        self.are_on = False
+        self._works: dict[int, Any] = {}
+        """Work that is not complete, by the address of the storage."""
+
+    def wait_for(self, tensors: list[Tensor]) -> None:
+        """Let the host wait for collectives on these tensors."""
+        for tensor in tensors:
+            if isinstance(tensor, PretendedTensor):
+                work = self._works.pop(tensor.host.untyped_storage().data_ptr(), None)
+                if work is not None:
+                    work.wait()
+
+    def returned(self, result: Any, tensors: list[Tensor]) -> Any:
+        """Return a collective's result with work that seems complete, and keep the real one."""
+        if isinstance(result, torch.ScriptObject):
+            work = torch._C._distributed_c10d.Work.unbox(result)
+            for tensor in tensors:
+                if isinstance(tensor, PretendedTensor):
+                    self._works[tensor.host.untyped_storage().data_ptr()] = work
+            return torch._C._distributed_c10d.FakeWork().boxed()
+        if isinstance(result, (tuple, list)):
+            return type(result)([self.returned(one, tensors) for one in result])
+        return result
+
+
+late = LateCollectives()
+
+
+@contextmanager
+def late_collectives() -> Iterator[None]:
+    """Let collectives on the device return before they complete."""
+    late.are_on = True
+    yield
+    late.are_on = False
+
+
 _live: dict[int, int] = {}
 """Tensors of this device that hold each storage, by the storage's address."""
 
@@ -285,7 +328,12 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if on_device and name not in MOVES:
         _require_one_device(func, name, tensors)
     streams.run(name, tensors, writes=name.endswith("_"))
+    is_collective = func._schema.name.startswith("c10d::")
+    if late.are_on:
+        late.wait_for(tensors)
     result = func(*_mapped(_host_of, args), **{key: _mapped(_host_of, value) for key, value in kwargs.items()})
+    if late.are_on and is_collective:
+        result = late.returned(result, tensors)
     if name == "copy_":
         is_ours = isinstance(args[0], PretendedTensor)
     else:
