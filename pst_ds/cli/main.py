@@ -18,7 +18,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from pst_ds import __version__, progress
@@ -26,9 +25,8 @@ from pst_ds.cli.flags import in_flags
 from pst_ds.config import toml
 from pst_ds.config.run import RunConfig
 from pst_ds.errors import InputError
-from pst_ds.file_names import EXIT_CODES_VARIABLE
 from pst_ds.json_text import json_of
-from pst_ds.parallel.stop_signals import EXIT_STOPPED
+from pst_ds.parallel.stop_signals import EXIT_INPUT, EXIT_STOPPED, end_elastic_torchrun, record_exit_code
 
 N = TypeVar("N", int, float)
 EXIT_UNREAD = 141
@@ -108,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json_of(result), flush=True)
     except InputError as error:
         _say_on_main(f"pst-ds {args.verb}: {in_flags(str(error), flags)}")
-        return _leave(2)
+        return _leave(EXIT_INPUT)
     except KeyboardInterrupt:
         return _leave(130)
     except Exception as error:
@@ -141,9 +139,8 @@ def program() -> NoReturn:
         code = int(ended.code or 0)
     except BrokenPipeError:  # from the final message
         code = EXIT_UNREAD
-    if folder := os.environ.get(EXIT_CODES_VARIABLE):  # some launchers lose the codes of their ranks
-        with contextlib.suppress(OSError):
-            (Path(folder) / f"rank-{os.environ.get('RANK', '0')}").write_text(f"{code}\n", encoding="utf-8")
+    record_exit_code(code)
+    end_elastic_torchrun(code)
     joined = getattr(sys.modules.get("pst_ds.parallel.launch"), "joined", False)
     if joined:
         logging.shutdown()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from pst_ds.errors import InputError
+from pst_ds.parallel import presence
 from pst_ds.parallel.store import AGENT_STORE, StoreServer
 
 
@@ -96,7 +97,8 @@ _store_server: StoreServer | None = None
 def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0) -> None:
     """Join the process group of all ranks: gloo on CPU, the accelerator's backend elsewhere. Collective.
 
-    ``timeout_seconds``: after which a collective fails; 0 for the backend's default. Raises InputError if several ranks
+    ``timeout_seconds``: after which a collective fails, 0 for the backend's default. With it, ranks also end when they
+    lose one, until :func:`shut_down`. Raises InputError if several ranks
     lack an address or port to meet at; a single process needs neither.
     """
     import torch.distributed as dist
@@ -109,6 +111,8 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
         )
     use_cpu_without_accelerator()
     _prepare_connections(launch.world_size)
+    if timeout_seconds and launch.world_size > 1 and not dist.is_initialized():
+        presence.begin(launch.rank, launch.world_size)  # before the ranks meet: a host may be lost while others wait
     if launch.world_size > FEW_RANKS and launch.rank == 0:
         _start_store_server()  # it takes as long as the imports below
     os.environ["LOCAL_RANK"] = str(launch.local_rank)  # zero.Init reads it from there
@@ -198,6 +202,7 @@ def shut_down() -> None:
     """Leave the process group, if there is one."""
     import torch.distributed as dist
 
+    presence.close()
     if dist.is_available() and dist.is_initialized():
         comm = sys.modules.get("deepspeed.comm")  # it also forgets the groups that DeepSpeed has made
         (comm if comm is not None and comm.is_initialized() else dist).destroy_process_group()

@@ -348,6 +348,7 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
     state.tokens = 0
     values = {
         "event": "step",
+        "ranks": world_size(),
         "loss": loss,
         "losses": losses,
         **({} if norm is None else {"grad_norm": float(norm)}),

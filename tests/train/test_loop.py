@@ -269,7 +269,7 @@ def test_every_line_of_the_metrics_says_what_it_should(tmp_path):
     assert [line["step"] for line in steps] == list(range(1, 21))
     for line in steps:
         expected = {
-            "step", "seconds", "event", "loss", "losses", "grad_norm", "lr/scores", "lr/updates", "lr/head",
+            "step", "seconds", "event", "ranks", "loss", "losses", "grad_norm", "lr/scores", "lr/updates", "lr/head",
             "sparsity/target", "sparsity/actual", "flip_rate", "tokens_per_second", "tokens_per_second_per_rank",
             "time/forward", "time/backward", "time/optimizer", "time/masks", "data_wait", "peak_memory_bytes",
             "skipped_steps",

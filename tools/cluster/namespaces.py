@@ -32,6 +32,10 @@ class Network:
         """Disconnect a host."""
         call("ip", "-n", self.namespaces[host], "link", "set", INTERFACE, "down")
 
+    def connect(self, host: str) -> None:
+        """Connect a host again that was cut off."""
+        call("ip", "-n", self.namespaces[host], "link", "set", INTERFACE, "up")
+
 
 @contextmanager
 def network(addresses: Mapping[str, str], switch_address: str = "") -> Iterator[Network]:
