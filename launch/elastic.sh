@@ -33,5 +33,6 @@ stopped='' code=0
 stop_torchrun() { [[ $stopped ]] || kill -TERM "$1" && stopped=1; }
 run_stoppable stop_torchrun torchrun -m pst_ds train "$@" --resume || code=$?
 grep -qsx 2 "$PST_DS_EXIT_CODES"/* && exit 2
-[[ ! $stopped || $code -eq 0 ]] || exit 75
-exit $((code > 0))
+[[ $code -eq 0 ]] && exit 0
+[[ $stopped ]] && code=75 || code=1
+exit "${PST_DS_RETRY_CODE:-$code}" # for schedulers that start again after certain codes

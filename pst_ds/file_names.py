@@ -16,8 +16,6 @@ CHECKPOINTS, STALLS = "checkpoints", "stalls"
 FINETUNED, MODEL, START, SOLVED = "finetuned", "model", "start", "solved"
 """Folders of the fine-tuning before a run, of its model inside that, of the one-shot pruned model that a run starts
 from, and of the base models after each solve."""
-LAUNCH, ATTEMPTS_FILE = "launch", "attempts.jsonl"
-"""The folder of ``pst-ds launch``, and its file with a line for each start of the launcher."""
 EXIT_CODES_VARIABLE = "PST_DS_EXIT_CODES"
 """Names the folder in which every rank leaves its exit code, which some launchers lose."""
 SUBMITTED_FILE, SUBMITTED_VARIABLE = "submitted.sbatch", "PST_DS_SUBMITTED"

@@ -28,7 +28,7 @@ LAYERS = [
         "third_party",
     },
     {"config", "formats", "parallel"},
-    {"data", "nn", "storage_format", "supervise"},
+    {"data", "nn", "storage_format"},
     {"additions", "checkpoint", "masks", "prune"},
     {"runtime", "writing"},
     {"hf"},

@@ -39,7 +39,6 @@ VERBS = {
     "plan": "show what a run would do (modules, parameters, memory, schedule) without starting it",
     "prepare": "tokenise a corpus once, into a token store that runs map into memory",
     "train": "train a run in one process, or as a rank of a launcher",
-    "launch": "train a run through a launcher, restart it after failures, and exclude faulty hosts",
     "users": "train, evaluate, list, export and remove per-user adapters of one sparse model",
     "prune": "prune a pretrained model in one shot: weights (magnitude, Wanda, SparseGPT, ALPS), experts, or channels",
     "eval": "evaluate a checkpoint of a run",

@@ -67,7 +67,7 @@ def without_other_runs(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path, locks: ExitStack) -> str:
-    # under pst-ds launch, ranks of the previous start may still be ending
+    # under launch/elastic.sh, ranks of the previous start may still be ending
     patience = 0.0
     if EXIT_CODES_VARIABLE in os.environ:
         patience = _PATIENCE_SECONDS

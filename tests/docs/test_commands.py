@@ -16,7 +16,7 @@ from .pages import PAGES, ROOT, all_blocks, commands, settings
 COMMANDS = [(str(block), words) for block in all_blocks("bash") for words in commands(block)]
 KNOWN_ELSEWHERE = ("cd", "git", "kubectl", "lm_eval", "podman", "scancel", "source", "tensorboard")
 WORDS_BEFORE_THE_RUN = {
-    "launch/local.sh": 2, "launch/multinode.sh": 2, "launch/slurm_array.sbatch": 1, "launch/slurm_unattended.sbatch": 1,
+    "launch/local.sh": 2, "launch/elastic.sh": 6, "launch/slurm_array.sbatch": 1, "launch/slurm_elastic.sbatch": 1,
 }  # fmt: skip
 
 
@@ -42,10 +42,9 @@ def _pst_ds(arguments: list[str]) -> None:
 
 def _launch_script(script: str, arguments: list[str]) -> None:
     assert (ROOT / script).is_file(), script
-    first = {"launch/local.sh": "--ranks", "launch/multinode.sh": "--hostfile"}.get(script)
+    first = {"launch/local.sh": "--ranks", "launch/elastic.sh": "--hosts"}.get(script)
     assert first in (None, arguments[0]), f"{script} wants {first} first"
-    verb = "launch" if "unattended" in script else "train"
-    _pst_ds([verb, *arguments[WORDS_BEFORE_THE_RUN.get(script, 0) :]])
+    _pst_ds(["train", *arguments[WORDS_BEFORE_THE_RUN.get(script, 0) :]])
 
 
 def _sbatch(arguments: list[str]) -> None:

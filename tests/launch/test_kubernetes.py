@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
 import subprocess
 import tomllib
@@ -12,8 +11,6 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-
-from pst_ds.cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFESTS = ROOT / "launch" / "kubernetes"
@@ -40,6 +37,7 @@ CONTAINER = _object(
     ["name", "image", "command"], name=NAME, image=TEXT, workingDir={"type": "string", "pattern": "^/"}, command=TEXTS,
     resources=_object(["limits"], limits={"type": "object", "additionalProperties": COUNT}),
     volumeMounts={"type": "array", "items": MOUNT},
+    env={"type": "array", "items": _object(["name", "value"], name=TEXT, value={"type": "string"})},
 )  # fmt: skip
 
 
@@ -81,9 +79,13 @@ SPECS = {
         replicatedJobs={"type": "array", "minItems": 1, "items": REPLICATED},
     )),
     "pytorchjob.yaml": ("kubeflow.org/v1", "PyTorchJob", _object(
-        ["pytorchReplicaSpecs"], nprocPerNode=TEXT,
+        ["pytorchReplicaSpecs"],
+        elasticPolicy=_object(
+            [], rdzvBackend={"enum": ["c10d", "etcd", "etcd-v2"]}, minReplicas=COUNT, maxReplicas=COUNT,
+            nProcPerNode=COUNT, maxRestarts=COUNT,
+        ),
         runPolicy=_object([], backoffLimit=COUNT, cleanPodPolicy={"enum": ["Running", "All", "None"]}),
-        pytorchReplicaSpecs=_object(["Master"], Master=REPLICA, Worker=REPLICA),
+        pytorchReplicaSpecs=_object(["Worker"], Master=REPLICA, Worker=REPLICA),
     )),
 }  # fmt: skip
 """Of the fields that the manifests use: those of batch/v1, JobSet v1alpha2 and the training operator's v1."""
@@ -93,21 +95,17 @@ def _manifest(name):
     return yaml.safe_load((MANIFESTS / name).read_text(encoding="utf-8"))
 
 
+def _in_image(path):
+    """The file here that the Containerfile copies to ``path``."""
+    return ROOT / Path(path).relative_to("/opt/pst-ds")
+
+
 def _pods(manifest):
     """The pod templates of a manifest."""
     spec = manifest["spec"]
     if "replicatedJobs" in spec:
         return [job["template"]["spec"]["template"]["spec"] for job in spec["replicatedJobs"]]
     return [replica["template"]["spec"] for replica in spec["pytorchReplicaSpecs"].values()]
-
-
-def _launched(words):
-    """The words of --by in a command of a container that is pst-ds launch."""
-    assert words[0] == "pst-ds"
-    parsed = build_parser("launch").parse_args(words[1:])
-    assert parsed.run == "run.toml"
-    assert parsed.retries == 0  # Kubernetes does it
-    return shlex.split(parsed.by)
 
 
 def test_every_manifest_has_a_schema():
@@ -138,13 +136,14 @@ def test_a_job_set_counts_its_hosts_alike_and_restarts_all_but_bad_input():
     name, (hosts,) = manifest["metadata"]["name"], manifest["spec"]["replicatedJobs"]
     job = hosts["template"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
-    torchrun = _launched(container["command"])
-    options = dict(word.removeprefix("--").split("=", 1) for word in torchrun if word.startswith("--"))
-    assert job["completions"] == job["parallelism"] == int(options["nnodes"])
-    assert int(options["nproc-per-node"]) == container["resources"]["limits"]["nvidia.com/gpu"]
-    assert options["node-rank"] == "$(JOB_COMPLETION_INDEX)"
-    assert options["master-addr"] == f"{name}-{hosts['name']}-0-0.{name}"
-    assert torchrun[-3:] == ["-m", "pst_ds", "train"]
+    script, *words = container["command"]
+    assert _in_image(script).is_file()
+    *options, run = words
+    assert run == "run.toml"
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    assert job["completions"] == job["parallelism"] == int(given["--hosts"])
+    assert int(given["--ranks"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert given["--meet"] == f"{name}-{hosts['name']}-0-0.{name}:29400"
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule == {
         "action": "FailJob",
@@ -156,19 +155,22 @@ def test_a_job_set_counts_its_hosts_alike_and_restarts_all_but_bad_input():
     assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
 
 
-@pytest.mark.parametrize(("code", "expected"), [(0, 0), (2, 2), (75, 130), (1, 130)])
-def test_a_pytorch_job_tries_again_all_but_bad_input(tmp_path, code, expected):
+@pytest.mark.parametrize(("code", "of_rank", "expected"), [(0, 0, 0), (1, 2, 2), (1, 75, 130), (1, 1, 130)])
+def test_a_pytorch_job_tries_again_all_but_bad_input(tmp_path, code, of_rank, expected):
     manifest = _manifest("pytorchjob.yaml")
-    replicas = manifest["spec"]["pytorchReplicaSpecs"]
-    assert replicas["Master"]["template"] == replicas["Worker"]["template"]
-    (container,) = replicas["Master"]["template"]["spec"]["containers"]
+    policy = manifest["spec"]["elasticPolicy"]
+    worker = manifest["spec"]["pytorchReplicaSpecs"]["Worker"]
+    (container,) = worker["template"]["spec"]["containers"]
     assert container["name"] == "pytorch"  # where the operator puts its variables
-    assert int(manifest["spec"]["nprocPerNode"]) == container["resources"]["limits"]["nvidia.com/gpu"]
-    script = container["command"][-1]
-    assert _launched(shlex.split(script.split("||")[0])) == ["torchrun", "-m", "pst_ds", "train"]
-    (tmp_path / "pst-ds").write_text(f"#!/bin/sh\nexit {code}\n")
-    (tmp_path / "pst-ds").chmod(0o755)
-    done = subprocess.run(container["command"], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=False)
+    assert policy["nProcPerNode"] == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert policy["minReplicas"] <= worker["replicas"] == policy["maxReplicas"]
+    script, run = container["command"]
+    assert run == "run.toml"
+    (tmp_path / "torchrun").write_text(f'#!/bin/sh\necho {of_rank} >"$PST_DS_EXIT_CODES/rank-0"\nexit {code}\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    env = {entry["name"]: entry["value"] for entry in container["env"]}
+    env["PATH"] = f"{tmp_path}:/usr/bin:/bin"
+    done = subprocess.run([str(_in_image(script)), run], env=env, check=False)
     assert done.returncode == expected
 
 

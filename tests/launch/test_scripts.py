@@ -28,7 +28,6 @@ exit $code
 RECORD = '#!/bin/bash\necho "$*" >>"$RECORD/{name}"\n'
 PST_DS = """#!/bin/bash
 printf "%s\\n" "$PST_DS_SUBMITTED" >"$RECORD/submitted"
-[[ $1 != launch ]] || printf "%s\\n" "$PST_DS_SRUN_ARGS" >"$RECORD/srun-args"
 echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT: $*" >>"$RECORD/pst-ds"
 exit "${CODE:-0}"
 """
@@ -43,7 +42,7 @@ def _job(tmp_path: Path, script: str, *arguments: str, **variables: str) -> tupl
     programs, record = tmp_path / "bin", tmp_path / "record"
     programs.mkdir()
     record.mkdir()
-    texts = {"srun": SRUN, "scontrol": RECORD.format(name="scontrol"), "pst-ds": PST_DS}
+    texts = {"srun": SRUN, "scontrol": RECORD.format(name="scontrol"), "pst-ds": PST_DS, "torchrun": TORCHRUN}
     for name, text in texts.items():
         (programs / name).write_text(text, encoding="utf-8")
         (programs / name).chmod(0o755)
@@ -81,9 +80,8 @@ def test_help_says_how_to_start_it_and_no_arguments_are_refused(script):
         ("local.sh", "--ranks"),
         ("local.sh", "--ranks", "two", "run.toml"),
         ("local.sh", "--ranks", "2"),
-        ("multinode.sh", "run.toml"),
-        ("multinode.sh", "--hostfile", "no-such-file", "run.toml"),
-        ("multinode.sh", "--hostfile", "pyproject.toml"),
+        ("elastic.sh", "--hosts", "2"),
+        ("elastic.sh", "--nodes", "2", "run.toml"),
     ],
 )
 def test_bad_arguments_exit_with_2(arguments):
@@ -126,34 +124,41 @@ def test_a_site_s_container_and_modules_need_no_edit(tmp_path):
     assert len(records["pst-ds"].splitlines()) == 2
 
 
-UNATTENDED = {"SLURM_JOB_NUM_NODES": "3", "SLURM_NTASKS_PER_NODE": "8", "SLURMD_NODENAME": "n1"}
+ELASTIC = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURMD_NODENAME": "n1"}
+TORCHRUN = """#!/bin/bash
+echo "$PET_NNODES $PET_NPROC_PER_NODE $PET_RDZV_BACKEND $PET_RDZV_ENDPOINT $PET_MAX_RESTARTS: $*" >>"$RECORD/torchrun"
+printf "%s\\n" "$PST_DS_SUBMITTED" >"$RECORD/submitted"
+[[ -z ${CODE_OF_RANK:-} ]] || echo "$CODE_OF_RANK" >"$PST_DS_EXIT_CODES/rank-0"
+exit "${CODE:-0}"
+"""
 
 
-def test_an_unattended_job_supervises_the_other_script_on_fewer_nodes(tmp_path):
-    settings = ("--retries", "20", "--set", f"output_dir={tmp_path}/run")
-    script, site = "slurm_unattended.sbatch", {**UNATTENDED, "PST_DS_SRUN_ARGS": "--gpu-bind=none"}
-    code, records = _job(tmp_path, script, "1", RUN_FILE, *settings, **site)
+@pytest.mark.parametrize(("least", "fewest"), [("1", "1:2"), ("2", "2:2")])
+def test_an_elastic_job_starts_a_torchrun_on_each_node(tmp_path, least, fewest):
+    settings = ("--set", f"output_dir={tmp_path}/run")
+    site = {**ELASTIC, "PST_DS_SRUN_ARGS": "--gpu-bind=none"}
+    code, records = _job(tmp_path, "slurm_elastic.sbatch", least, RUN_FILE, *settings, **site)
     assert code == 0
-    by = f"env PST_DS_EXCLUDED={{excluded}} bash {Path.cwd()}/launch/slurm.sbatch"
-    assert records["pst-ds"].endswith(f": launch {RUN_FILE} {' '.join(settings)} --spares 1 --by {by}\n")
-    assert records["srun-args"] == "--overlap --nodes=2 --nodelist=n1 --ntasks=16 --gpu-bind=none\n"
-    assert records["submitted"] == (FOLDER / script).read_text(encoding="utf-8")
+    said = f"{fewest} 8 c10d n1:10041 20: -m pst_ds train {RUN_FILE} {' '.join(settings)} --resume"
+    assert records["torchrun"].splitlines() == [said] * 2
+    assert " --wait=0 --ntasks-per-node=1 --ntasks=2 --gpu-bind=none bash " in records["srun"]
+    assert records["submitted"] == (FOLDER / "slurm_elastic.sbatch").read_text(encoding="utf-8")
+    assert "scontrol" not in records
 
 
-@pytest.mark.parametrize("spares", ["3", "one"])
-def test_an_unattended_job_leaves_a_node_to_train_on(tmp_path, spares):
-    code, records = _job(tmp_path, "slurm_unattended.sbatch", spares, RUN_FILE, **UNATTENDED)
+@pytest.mark.parametrize("least", ["3", "0", "one"])
+def test_an_elastic_job_asks_for_no_more_nodes_than_it_has(tmp_path, least):
+    code, records = _job(tmp_path, "slurm_elastic.sbatch", least, RUN_FILE, **ELASTIC)
     assert (code, records) == (2, {})
 
 
-def test_under_pst_ds_launch_a_job_leaves_out_nodes_and_is_not_requeued_by_its_script(tmp_path):
-    supervised = {"PST_DS_EXIT_CODES": str(tmp_path), "PST_DS_SUBMITTED": "another", "PST_DS_EXCLUDED": "n2,n3"}
-    settings = ("--set", f"output_dir={tmp_path}/run")
-    code, records = _job(tmp_path, "slurm.sbatch", RUN_FILE, *settings, CODE="75", **supervised)
-    assert code == 75
-    assert " --exclude=n2,n3 bash " in records["srun"]
-    assert records["submitted"] == "another\n"
-    assert "scontrol" not in records
+@pytest.mark.parametrize(
+    ("of_torchrun", "of_rank", "expected"), [("0", "0", 0), ("1", "1", 1), ("1", "2", 2), ("7", "75", 1)]
+)
+def test_an_elastic_run_ends_with_2_after_bad_input_though_torchrun_loses_it(tmp_path, of_torchrun, of_rank, expected):
+    codes = {"CODE": of_torchrun, "CODE_OF_RANK": of_rank}
+    ended, _ = _job(tmp_path, "slurm_elastic.sbatch", "1", RUN_FILE, **ELASTIC, **codes)
+    assert ended == expected
 
 
 def test_a_program_that_is_not_on_path_is_named(tmp_path):
@@ -177,15 +182,3 @@ def test_a_task_of_an_array_has_its_sparsity_and_folder_and_requeues_only_itself
     assert f"train {RUN_FILE} {settings} --resume\n" in records["pst-ds"]
     assert records["scontrol"] == "requeue 41_75\n"
     assert records["submitted"] == (FOLDER / "slurm_array.sbatch").read_text(encoding="utf-8")
-
-
-def test_a_variable_that_the_launcher_cannot_forward_is_refused(tmp_path):
-    (tmp_path / "hosts").write_text("host-a slots=1\n", encoding="utf-8")
-    env = {**os.environ, "MASTER_ADDR": "10.1.2.3", "NCCL_TEST": "two\nlines"}
-    for name in ("deepspeed", "pdsh"):
-        (tmp_path / name).write_text("#!/bin/sh\n", encoding="utf-8")
-        (tmp_path / name).chmod(0o755)
-    env["PATH"] = f"{tmp_path}{os.pathsep}{env['PATH']}"
-    done = _run("launch/multinode.sh", "--hostfile", str(tmp_path / "hosts"), RUN_FILE, env=env)
-    assert done.returncode == 2
-    assert "NCCL_TEST=two" in done.stderr

@@ -150,7 +150,7 @@ def test_all_ranks_of_a_second_run_say_the_same(run_ranks, tmp_path, locked_else
 
 
 def test_a_run_takes_over_from_one_that_was_killed(tmp_path, locked_elsewhere, monkeypatch):
-    """At once; or, if ``pst-ds launch`` starts it again, after waiting for the ranks before it to end."""
+    """At once; or, if launch/elastic.sh starts it again, after waiting for the ranks before it to end."""
     pid = locked_elsewhere(tmp_path / "run.lock")
     said = []
 

@@ -1,1 +1,0 @@
-"""Unattended runs: restart after failures, and exclude faulty hosts."""
