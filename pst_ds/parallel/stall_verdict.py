@@ -168,14 +168,3 @@ def _why_nobody(reports: Collection[StallReport], behind: Sequence[StallReport],
     if any(_is_stuck_inside(report) for report in reports) and not behind:
         return "all ranks have entered the same collectives; the network or a device does not complete one"
     return "the collectives of the ranks do not show one that all others wait for; see what each one does"
-
-
-def blamed_hosts(folder: Path) -> list[str]:
-    """Return the hosts that the verdict in ``folder`` names; none without a readable verdict."""
-    try:
-        hosts = json.loads((folder / VERDICT_FILE).read_text(encoding="utf-8"))["hosts"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    if not isinstance(hosts, list):
-        return []
-    return [host for host in hosts if isinstance(host, str)]

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
-from pst_ds.parallel.stall_verdict import VERDICT_FILE, GroupState, StallReport, blamed_hosts, verdict_of
+from pst_ds.parallel.stall_verdict import VERDICT_FILE, GroupState, StallReport, verdict_of
 from tools.chaos.stalls import simulated
 
 
@@ -60,15 +60,12 @@ def test_ranks_that_wait_for_each_other_in_two_groups_name_nobody():
     assert verdict_of([first, second], ["", ""], 12.0).ranks == []
 
 
-def test_the_hosts_to_leave_out_can_be_read_back(tmp_path):
-    hosts = ["node0", "node0", "node1", "node1"]
-    assert blamed_hosts(tmp_path) == []
-    verdict_of([_report(0), _report(1), _stuck(2), _report(3)], hosts, 12.0).write(tmp_path)
-    assert blamed_hosts(tmp_path) == ["node1"]
-    verdict_of([_report(i) for i in range(4)], hosts, 12.0).write(tmp_path)
-    assert blamed_hosts(tmp_path) == []
-    (tmp_path / VERDICT_FILE).write_text('{"hosts": 3}')
-    assert blamed_hosts(tmp_path) == []
+def test_the_verdict_is_written_with_its_reports(tmp_path):
+    reports = [_report(0), _report(1), _stuck(2), _report(3)]
+    verdict_of(reports, ["node0", "node0", "node1", "node1"], 12.0).write(tmp_path, reports)
+    written = json.loads((tmp_path / VERDICT_FILE).read_text())
+    assert (written["ranks"], written["hosts"]) == ([2], ["node1"])
+    assert [StallReport.from_json(json.dumps(report)) for report in written["reports"]] == reports
 
 
 def test_a_report_travels_as_json():
