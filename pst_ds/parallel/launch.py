@@ -98,8 +98,8 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
     """Join the process group of all ranks: gloo on CPU, the accelerator's backend elsewhere. Collective.
 
     ``timeout_seconds``: after which a collective fails, 0 for the backend's default. With it, ranks also end when they
-    lose one, until :func:`shut_down`. Raises InputError if several ranks
-    lack an address or port to meet at; a single process needs neither.
+    lose one, until :func:`shut_down`. Raises InputError if several ranks lack an address or port to meet at; a single
+    process needs neither.
     """
     import torch.distributed as dist
 
@@ -136,6 +136,7 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
     global joined
     joined = True
     deepspeed.init_distributed(dist_backend=_backend(), auto_mpi_discovery=False, verbose=False, **timeout)
+    presence.all_have_met()
 
 
 def require_own_triton_cache() -> None:

@@ -21,7 +21,7 @@ PERIOD_SECONDS = 2.0
 LOST_SECONDS = 60.0
 """Seconds without a sign of the next rank, or without an answer of the store, after which a host is lost."""
 START_SECONDS = 300.0
-"""Seconds until the first sign of the next rank, whose imports may take long."""
+"""Seconds until the ranks have met, or the next rank has given its first sign: its imports may take long."""
 _LOST = "lost"
 """Key that is set once a rank has found another one lost."""
 _LEFT = b"left"
@@ -50,12 +50,21 @@ class Presence:
         self._end = end
         self._closed = threading.Event()
         self._last_sign = b""
+        self._have_met = False
         self._silent_periods = 0
         self._is_lost = False
         """Whether another rank has said that a host is lost."""
         self._exchanging = threading.Thread(target=self._exchange, name="presence", daemon=True)
         self._exchanging.start()
         threading.Thread(target=self._watch, name="watch on presence", daemon=True).start()
+
+    def all_have_met(self) -> None:
+        """Note that every rank has started, so that none is awaited for longer than LOST_SECONDS from now on.
+
+        Without it, a host that is cut off before it has read a first sign would wait as if its next rank imported.
+        """
+        self._silent_periods = 0
+        self._have_met = True
 
     def close(self) -> None:
         """End the signs; the rank before this one then waits for none."""
@@ -83,7 +92,7 @@ class Presence:
         time in which this process itself was stopped."""
         while not self._closed.wait(PERIOD_SECONDS):
             self._silent_periods += 1
-            patience = LOST_SECONDS if self._last_sign else START_SECONDS
+            patience = LOST_SECONDS if self._last_sign or self._have_met else START_SECONDS
             if self._is_lost:
                 self._end("")
                 return
@@ -132,6 +141,12 @@ def begin(rank: int, world_size: int) -> None:
         return PrefixStore(f"pst_ds/presence-{start}", store)
 
     _current = Presence(rank, world_size, connect, _end_process)
+
+
+def all_have_met() -> None:
+    """Call :meth:`Presence.all_have_met` of this process, if it gives signs."""
+    if _current is not None:
+        _current.all_have_met()
 
 
 def close() -> None:

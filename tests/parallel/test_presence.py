@@ -105,6 +105,18 @@ def test_a_rank_that_never_comes_is_lost_after_longer(fast):
     assert "no sign of life of rank 1 in the store for 3 s" in reasons[0]
 
 
+def test_a_rank_cut_off_after_all_have_met_and_before_a_first_sign_ends_as_soon_as_any(fast):
+    store = SharedStore()
+    store.cut.add(0)
+    ended = threading.Event()
+    alone = Presence(0, 2, lambda: store.of(0), lambda reason: ended.set())
+    began = time.monotonic()
+    alone.all_have_met()
+    assert ended.wait(WAIT_SECONDS)
+    assert time.monotonic() - began < presence.START_SECONDS
+    store.cut.clear()
+
+
 @pytest.mark.parametrize(
     ("code", "restarts", "local_rank", "ends"),
     [(2, "20", "0", True), (2, "20", "1", False), (2, "0", "0", False), (75, "20", "0", False)],
