@@ -96,9 +96,8 @@ class FlatFactors(nn.Module):
         for param in factors:
             layer, attribute = owners[param]
             shape = sharding.full_shape(param)
-            view = nn.Parameter(values[offset : offset + shape.numel()].view(shape))
+            view = views.add(shape)
             sharding.put_into_flat(view, PlaceInFlat(flat, offset))
-            views.add(view)
             # None keeps the factor's place in the order of the layer's parameters, and hides it from the engine
             layer.register_parameter(attribute, None)
             vars(layer)[attribute] = view
@@ -125,13 +124,18 @@ class _Views:
     def __init__(self, values: Tensor):
         self._values = values
         self._gradient = torch.zeros_like(values)
-        self._views: list[nn.Parameter] = []
+        self._views: list[tuple[nn.Parameter, int]] = []
+        """Each view with the offset of its first element."""
+        self._end = 0
+        """Elements that have a view."""
 
-    def add(self, view: nn.Parameter) -> None:
-        """Add the view of the values that follow those of the last one."""
-        self._views.append(view)
-        first = view.storage_offset()
-        view.grad = self._gradient[first : first + view.numel()].view(view.shape)
+    def add(self, shape: torch.Size) -> nn.Parameter:
+        """Return the view of the values that follow those of the last view."""
+        view = nn.Parameter(self._values.new_empty(shape))
+        self._views.append((view, self._end))
+        self._point(view, self._end)
+        self._end += view.numel()
+        return view
 
     @torch.no_grad()
     def read(self, flat: nn.Parameter) -> None:
@@ -144,13 +148,16 @@ class _Views:
         """Let the views be of tensors on ``device``, to which an engine has moved the flat parameter."""
         self._values = self._values.to(device)
         self._gradient = self._gradient.to(device)
-        offset = 0
-        for view in self._views:
-            last = offset + view.numel()
-            view.grad = None
-            view.data = self._values[offset:last].view(view.shape)
-            view.grad = self._gradient[offset:last].view(view.shape)
-            offset = last
+        for view, offset in self._views:
+            self._point(view, offset)
+
+    def _point(self, view: nn.Parameter, offset: int) -> None:
+        """Let a view and its gradient be the elements of both tensors from ``offset`` on."""
+        last = offset + view.numel()
+        # torch refuses values on another device than those of the gradient
+        view.grad = None
+        view.data = self._values[offset:last].view(view.shape)
+        view.grad = self._gradient[offset:last].view(view.shape)
 
     def take_gradient(self) -> Tensor:
         """Return the gradient since the last call, in a separate tensor."""
