@@ -255,6 +255,13 @@ def _cure(first: Plan, changed: Choice | None) -> str:
     return f"{' '.join(words)}: {bytes_text(plan.verdict.needed_bytes)} of a rank, a step {_seconds(plan.time.step)}"
 
 
+def _recomputes(plan: Plan) -> str:
+    """Return the cell that says whether blocks recompute their activations, or how many do."""
+    if plan.run.model.recomputed_blocks is None:
+        return _YES_NO[plan.run.model.gradient_checkpointing]
+    return f"{plan.run.model.recomputed_blocks} of {plan.num_blocks}"
+
+
 def search_lines(choices: Sequence[Choice]) -> Iterator[str]:
     """Yield a table of the best choices, and the settings of the first."""
     rows = [list(_COLUMNS)]
@@ -265,7 +272,7 @@ def search_lines(choices: Sequence[Choice]) -> Iterator[str]:
                 str(place),
                 str(plan.micro_batch_size),
                 str(plan.run.train.gradient_accumulation_steps),
-                _YES_NO[plan.run.model.gradient_checkpointing],
+                _recomputes(plan),
                 str(plan.run.train.sequence_parallel),
                 str(plan.run.train.expert_parallel),
                 plan.placement,

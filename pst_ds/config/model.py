@@ -6,7 +6,7 @@ from typing import Literal
 
 from pst_ds.config.methods import METHODS
 from pst_ds.config.pst import PSTConfig
-from pst_ds.config.settings import ConfigError, MayDiffer, NotNegative, Section, Share, settings
+from pst_ds.config.settings import ConfigError, MayDiffer, NotNegative, Positive, Section, Share, settings
 from pst_ds.core.schedule import CubicSchedule, RoundingSchedule, Schedule, ScheduleConfig
 
 _TOLERANCE = 1e-9
@@ -31,6 +31,9 @@ class ModelConfig(Section):
     default. On CPUs, "eager" trains short examples in bf16 faster than "sdpa"."""
     gradient_checkpointing: MayDiffer[bool] = False
     """Recompute activations in the backward pass."""
+    recomputed_blocks: MayDiffer[Positive | None] = None
+    """Blocks that do so, from the first; unset is all of them. The others are faster and keep their activations:
+    ``pst-ds plan --search`` finds how many fit."""
     gradient_checkpointing_reentrant: MayDiffer[bool] = False
     """Use torch's older, reentrant checkpointing, which nests a backward pass in the backward pass. Same gradients."""
     activation_offload: MayDiffer[bool] = False
@@ -58,6 +61,11 @@ class ModelConfig(Section):
         if self.gradient_checkpointing_reentrant and not self.gradient_checkpointing:
             yield (
                 "model.gradient_checkpointing_reentrant = true does nothing without checkpointing. Set "
+                "model.gradient_checkpointing = true"
+            )
+        if self.recomputed_blocks is not None and not self.gradient_checkpointing:
+            yield (
+                f"model.recomputed_blocks = {self.recomputed_blocks} does nothing without checkpointing. Set "
                 "model.gradient_checkpointing = true"
             )
         if self.activation_offload and not self.gradient_checkpointing_reentrant:

@@ -18,6 +18,7 @@ from pst_ds.core.coded_weight import CodedWeight
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.head_loss import ChunkSizes, Teacher, chunk_sizes, head_loss
 from pst_ds.errors import first_line
+from pst_ds.nn.checkpointing import recompute_activations
 from pst_ds.nn.experts import PSTExpertStack, of_routing, registered
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.language_head import LanguageHead, UnknownHeadError, language_head
@@ -65,6 +66,7 @@ def trace_micro_batch(
     batch: int,
     sequence: int,
     checkpointing: bool,
+    recomputed_blocks: int | None = None,
     persistence_threshold: int = 0,
     distilled: bool = False,
     device: str = "cpu",
@@ -79,12 +81,14 @@ def trace_micro_batch(
         batch: examples of the micro-batch.
         sequence: tokens per example.
         checkpointing: whether activations are checkpointed.
+        recomputed_blocks: number of blocks that are then recomputed; None for all.
         persistence_threshold: elements up to which ZeRO-3 never gathers a parameter.
         distilled: whether the loss of a language model also needs a teacher's hidden states.
         device: "cpu" or "cuda", for the size of the chunks in which the loss of a known head is computed.
 
     Raises:
         UntraceableError: the model cannot run without values.
+        InputError: the model has fewer than ``recomputed_blocks``.
     """
     trace = Trace()
 
@@ -94,7 +98,9 @@ def trace_micro_batch(
             _count_gathers(module, trace, persistence_threshold)
 
     model.register_forward_pre_hook(start)
-    seen = _run(model, batch=batch, sequence=sequence, checkpointing=checkpointing, distilled=distilled, device=device)
+    if checkpointing:
+        recompute_activations(model, num_blocks=recomputed_blocks, preserve_rng_state=False)
+    seen = _run(model, batch=batch, sequence=sequence, distilled=distilled, device=device)
     trace.activations = seen.peak
     trace.moved = seen.moved
     trace.launches = seen.launches
@@ -134,9 +140,7 @@ def _count_gathers(module: nn.Module, trace: Trace, threshold: int) -> None:
     module.register_forward_hook(count)
 
 
-def _run(
-    model: nn.Module, *, batch: int, sequence: int, checkpointing: bool, distilled: bool, device: str
-) -> "_Operators":
+def _run(model: nn.Module, *, batch: int, sequence: int, distilled: bool, device: str) -> "_Operators":
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
@@ -145,10 +149,6 @@ def _run(
         head = None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model.train()
-    if checkpointing:
-        model.gradient_checkpointing_enable(  # type: ignore[operator]
-            gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
-        )
     _pretend_on_cpu(model, mode)
     seen = _Operators(model)
     attention: AbstractContextManager[object] = nullcontext()

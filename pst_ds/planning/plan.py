@@ -18,6 +18,7 @@ from pst_ds.errors import InputError
 from pst_ds.json_text import JsonObject
 from pst_ds.nn.addition import extra_tokens_of
 from pst_ds.nn.base_model import DTYPES, Pretrained
+from pst_ds.nn.checkpointing import blocks_of
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.parallel.ds_config import load_deepspeed_config, place_frozen, zero_stage
@@ -126,6 +127,8 @@ class Plan:
     unit: str
     """Plural noun for the examples."""
     machine: str
+    num_blocks: int
+    """Blocks of the model that can recompute their activations."""
     copy_ranks: int
     """Ranks that share a second copy of frozen weights and masks; 0 without one, 1 for whole copies."""
     trained_in_full: list[str]
@@ -277,6 +280,8 @@ def plan_resolved(resolved: ResolvedRun, options: PlanOptions, data: PlannedData
         before = plan_resolved(resolved.with_settings(finetuning), replace(options, trace=None), data)
     # tracing changes the model, and the shapes are shared with other plans of this run
     trace = options.trace or _trace(copy.deepcopy(model), run, ranks, zero.persistence_threshold, machine.device)
+    num_blocks = len(blocks_of(model))
+    recomputed = _recomputed_share(run, num_blocks)
     scale_bytes = numbers.bytes_of("scales")
     checkpoint_bytes = most_bytes(numbers.trainables, numbers.pruned_weights, scale_bytes // SCALE_BYTES)
     memory, times, judged = _cost(
@@ -289,6 +294,7 @@ def plan_resolved(resolved: ResolvedRun, options: PlanOptions, data: PlannedData
         trace=trace,
         machine=machine,
         num_steps=num_steps,
+        recomputed=recomputed,
         extra_tokens=extra_tokens_of(model),
         checkpoint_bytes=checkpoint_bytes,
         options=options,
@@ -303,6 +309,7 @@ def plan_resolved(resolved: ResolvedRun, options: PlanOptions, data: PlannedData
         unit=task_of(run).unit,
         machine=machine_name,
         copy_ranks=zero.copy_ranks,
+        num_blocks=num_blocks,
         trained_in_full=trained_in_full,
         layers=layers,
         updated_embeddings=embeddings,
@@ -355,14 +362,15 @@ def _cost(
     trace: Trace | None,
     machine: Machine,
     num_steps: int,
+    recomputed: float,
     extra_tokens: int,
     checkpoint_bytes: int,
     options: PlanOptions,
 ) -> tuple[MemoryPlan, TimePlan, Verdict]:
     """Predict memory and time.
 
-    ``groups``: trained parameters of each optimizer group; ``before``: the fine-tuning; ``extra_tokens``: positions
-    that additions take in every sequence.
+    ``groups``: trained parameters of each optimizer group; ``before``: the fine-tuning; ``recomputed``: share of the
+    blocks that recompute their activations; ``extra_tokens``: positions that additions take in every sequence.
     """
     teacher_bytes, teacher_weights = _teacher(run, numbers, options.no_data)
     model_bytes = numbers.whole_bytes
@@ -379,7 +387,7 @@ def _cost(
         teacher=teacher_bytes,
         solves=run.schedule.solves > 0,
     )
-    batch = _batch(run, ranks, teacher_weights, trace or Trace(), extra_tokens=extra_tokens)
+    batch = _batch(run, ranks, teacher_weights, trace or Trace(), recomputed=recomputed, extra_tokens=extra_tokens)
     schedule = run.make_schedules(num_steps).masks
     times = time_plan(numbers, zero, batch, machine)
     peak = memory.peak
@@ -387,7 +395,7 @@ def _cost(
     if start is not None:
         peak = max(peak, int(start.memory["peak"]))
         seconds_before += start.time["all"]
-    kept = 0 if run.model.gradient_checkpointing else memory.activations
+    kept = round((1.0 - recomputed) * memory.activations)
     # a save before the last step is written from a copy; the last one is written from the engine's own memory
     copies = 0 < run.checkpoint.interval < num_steps or run.eval.interval > 0
     need = need_of_rank(machine.device, peak, kept, copies * checkpoint_bytes / ranks)
@@ -404,7 +412,7 @@ def _cost(
         steps=num_steps,
         mask_updates=mask_updates,
         tokens=run.train.batch_size * run.data.max_length,
-        flops=accumulation * step_flops(numbers, replace(batch, checkpointing=False)),
+        flops=accumulation * step_flops(numbers, replace(batch, recomputed=0.0)),
         start_seconds=seconds_before,
         need=need,
         model_bytes=model_bytes,
@@ -504,6 +512,7 @@ def _trace(model: nn.Module, run: RunConfig, ranks: int, threshold: int, device:
             batch=micro_batch_size,
             sequence=run.data.max_length // run.train.sequence_parallel,
             checkpointing=run.model.gradient_checkpointing,
+            recomputed_blocks=run.model.recomputed_blocks,
             persistence_threshold=threshold,
             distilled=run.distillation.weight > 0.0 and run.task_facts.predicts_tokens,
             device=device,
@@ -517,7 +526,18 @@ def _trace(model: nn.Module, run: RunConfig, ranks: int, threshold: int, device:
     return trace
 
 
-def _batch(run: RunConfig, ranks: int, teacher_weights: int, trace: Trace, *, extra_tokens: int) -> Batch:
+def _recomputed_share(run: RunConfig, num_blocks: int) -> float:
+    """Return the share of the ``num_blocks`` blocks of a model that recompute their activations."""
+    if not run.model.gradient_checkpointing:
+        return 0.0
+    if run.model.recomputed_blocks is None or num_blocks == 0:
+        return 1.0
+    return run.model.recomputed_blocks / num_blocks
+
+
+def _batch(
+    run: RunConfig, ranks: int, teacher_weights: int, trace: Trace, *, recomputed: float, extra_tokens: int
+) -> Batch:
     sequence = run.data.max_length + extra_tokens
     return Batch(
         tokens=run.micro_batch_size(ranks) * sequence // run.train.sequence_parallel,
@@ -525,7 +545,7 @@ def _batch(run: RunConfig, ranks: int, teacher_weights: int, trace: Trace, *, ex
         shared_by=run.train.sequence_parallel,
         element_size=DTYPES[run.train.precision].itemsize,
         micro_batches=run.train.gradient_accumulation_steps,
-        checkpointing=run.model.gradient_checkpointing,
+        recomputed=recomputed,
         teacher_weights=teacher_weights,
         own_teacher=run.distillation.weight > 0 and not run.distillation.teacher,
         trace=trace,

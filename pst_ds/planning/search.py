@@ -44,7 +44,7 @@ class Choice:
     def settings(self) -> dict[str, str]:
         """The settings of the run that a search or a cure may change, with their values as in TOML."""
         run = self.plan.run
-        return {
+        settings = {
             "train.batch_size": str(run.train.batch_size),
             "train.gradient_accumulation_steps": str(run.train.gradient_accumulation_steps),
             "train.sequence_parallel": str(run.train.sequence_parallel),
@@ -54,11 +54,19 @@ class Choice:
             "model.base_bits": str(run.model.base_bits),
             "model.embedding_bits": str(run.model.embedding_bits),
         }
+        if run.model.recomputed_blocks is not None:
+            settings["model.recomputed_blocks"] = str(run.model.recomputed_blocks)
+        return settings
 
     def changes(self, found: Plan) -> dict[str, str]:
         """Return the settings that differ from those of ``found``."""
         before = Choice(found).settings
-        return {name: value for name, value in self.settings.items() if before[name] != value}
+        changed = {name: value for name, value in self.settings.items() if before.get(name) != value}
+        is_unset = "model.recomputed_blocks" in before and self.plan.run.model.recomputed_blocks is None
+        if is_unset and self.plan.run.model.gradient_checkpointing:
+            # a setting cannot be unset: name all blocks
+            changed["model.recomputed_blocks"] = str(self.plan.num_blocks)
+        return changed
 
     def as_json(self) -> dict[str, object]:
         """Return the choice as JSON values."""
@@ -79,7 +87,8 @@ class Choice:
 def search(resolved: ResolvedRun, options: PlanOptions, first: Plan) -> list[Choice]:
     """Plan all :func:`ways` for the ranks of ``first``, the plan of the run; return the possible ones, best first.
 
-    The best of them is also planned with experts divided among ranks, and that with other placements of frozen weights.
+    The best of them is also planned with experts divided among ranks, the best of all with other placements of frozen
+    weights, and then with fewer blocks that recompute their activations.
     The best fit with a margin, and are the fastest; of equally fast ones, they keep the network busy for the shortest
     time and then need the least memory.
     """
@@ -92,9 +101,10 @@ def search(resolved: ResolvedRun, options: PlanOptions, first: Plan) -> list[Cho
                 changed = resolved.with_settings(_changed(run, *way))
                 planned.append(Choice(plan_resolved(changed, options, first.data)))
             progress.at(number)
-    for kind in (_dividing, _placing):
+    for kind in (_dividing, _placing, _keeping):
         best = _sorted(planned)[0].plan
-        traced = replace(options, trace=best.trace)  # the micro-batch is the same
+        # the micro-batch is the same, and so are its activations if as many blocks recompute theirs
+        traced = options if kind is _keeping else replace(options, trace=best.trace)
         for changed_run in kind(best):
             with suppress(InputError):
                 planned.append(Choice(plan_resolved(resolved.with_settings(changed_run), traced, first.data)))
@@ -127,6 +137,14 @@ def _placing(found: Plan) -> Iterator[RunConfig]:
         for placement in ("sharded", *in_nodes, "replicated"):
             if placement != found.placement:
                 yield _with(found.run, "model", base_placement=placement)
+
+
+def _keeping(found: Plan) -> Iterator[RunConfig]:
+    """Yield the run of ``found`` with three, two and one quarter of the blocks that recompute their activations."""
+    if found.run.model.gradient_checkpointing:
+        for quarters in (3, 2, 1):
+            if num_blocks := found.num_blocks * quarters // 4:
+                yield _with(found.run, "model", recomputed_blocks=num_blocks)
 
 
 def ways(run: RunConfig, found: Plan, node_size: int) -> Iterator[tuple[int, int, bool]]:
@@ -190,7 +208,9 @@ def _accumulating(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]
 
 
 def _checkpointing(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
-    return [] if run.model.gradient_checkpointing else [_with(run, "model", gradient_checkpointing=True)]
+    if run.model.gradient_checkpointing and run.model.recomputed_blocks is None:
+        return []
+    return [_with(run, "model", gradient_checkpointing=True, recomputed_blocks=None)]
 
 
 def _placed(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
@@ -229,6 +249,7 @@ def _changed(run: RunConfig, shared_by: int, steps: int, checkpoints: bool) -> R
         run,
         "model",
         gradient_checkpointing=checkpoints,
+        recomputed_blocks=None,
         gradient_checkpointing_reentrant=checkpoints and run.model.gradient_checkpointing_reentrant,
         activation_offload=checkpoints and run.model.activation_offload,
     )

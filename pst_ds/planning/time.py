@@ -133,7 +133,8 @@ class Batch:
     sequence: int
     """Tokens that attention covers, over all ranks that share a sequence."""
     micro_batches: int = 1
-    checkpointing: bool = False
+    recomputed: float = 0.0
+    """Share of the blocks that are computed again in the backward pass."""
     teacher_weights: int = 0
     """Weights in the linear layers of a distillation teacher; 0 without one."""
     own_teacher: bool = False
@@ -208,7 +209,7 @@ def step_flops(model: ModelNumbers, batch: Batch) -> float:
     weight, regardless of the tokens (each expert is assumed to have some): U V in every forward and backward pass, and
     the four factor gradients. A teacher adds a forward pass without masks or low-rank products.
     """
-    forwards = 2 if batch.checkpointing else 1
+    forwards = 1 + batch.recomputed
     pruned = model.multiplied_weights * batch.tokens * (2 * forwards + 4)
     update_products = 2 * model.update_rank * (forwards + 1)
     factor_gradients = 4 * (model.score_rank + model.update_rank)
@@ -239,13 +240,13 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> Traff
         return Traffic(
             reductions=everyone.gathered(2 * gradients), collectives=2 * buckets, hops=2 * buckets * everyone.hops
         )
-    passes = 2 + batch.checkpointing
+    passes = 2 + batch.recomputed
     modules = sum(m.count for m in model.modules)
-    collectives = (batch.trace.gathers or passes * modules) + batch.own_teacher * modules
+    collectives = (batch.trace.gathers or round(passes * modules)) + batch.own_teacher * modules
     # with copies of the frozen parameters, only what trains is gathered from all ranks
     among_all = collectives
     if zero.copy_ranks:
-        among_all = batch.trace.trained_gathers or passes * model.num_layers
+        among_all = batch.trace.trained_gathers or round(passes * model.num_layers)
     copies = zero.group(max(1, zero.copy_ranks))
     among_copies = collectives if zero.copy_ranks > 1 else 0
     # a divided stack's gradients are reduced among the ranks that hold the same experts
@@ -267,7 +268,7 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> Traff
     )
 
 
-def _gathers(model: ModelNumbers, zero: ZeroSettings, batch: Batch, *, passes: int, gradients: int) -> Received:
+def _gathers(model: ModelNumbers, zero: ZeroSettings, batch: Batch, *, passes: float, gradients: float) -> Received:
     """Count the bytes that ZeRO-3 gathers in a step. ``gradients``: bytes of what trains, in all passes."""
     everyone = zero.group(zero.world_size)
     degree = model.divided_by
@@ -281,10 +282,10 @@ def _gathers(model: ModelNumbers, zero: ZeroSettings, batch: Batch, *, passes: i
         traced -= trace.in_stacks - divided
     gathered = max(traced - kept_bytes(model, zero), model.whole_bytes) + batch.own_teacher * model.whole_bytes
     of_all = traced - divided
-    of_copies = 0
+    of_copies = 0.0
     if zero.copy_ranks:
         trained = trace.trained - degree * of_owners if trace.trained else gradients - of_owners
-        of_all = max(0, trained)
+        of_all = max(0.0, trained)
         of_copies = traced - divided - of_all
     received = everyone.gathered(of_all)
     received += everyone.owners(degree).gathered(of_owners if zero.copy_ranks == 1 else divided)
@@ -325,7 +326,7 @@ def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
 
 def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Machine) -> TimePlan:
     """Predict the times of a step and of a mask update on ``machine``."""
-    forwards = 2 if batch.checkpointing else 1
+    forwards = 1 + batch.recomputed
     launches = Launches()
     moved: float = batch.trace.moved + model.coded_weights * EXPAND_BYTES * (forwards + 1)
     for matrices in model.matrices:
@@ -461,7 +462,7 @@ def _full_step(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: M
     batch = replace(batch, trace=replace(batch.trace, gathered=gathered), teacher_weights=0, own_teacher=False)
     zero = replace(zero, copy_ranks=0)  # which would be made anew in every step
     flops = step_flops(full, batch) + 2 * full.dense_weights * batch.tokens
-    products = 4 if batch.checkpointing else 3  # forward, twice if it is recomputed, and two gradients
+    products = 3 + batch.recomputed  # forward, once more where it is recomputed, and two gradients
     seconds = _step_seconds(
         full,
         zero,

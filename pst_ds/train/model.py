@@ -16,6 +16,7 @@ from pst_ds.config.train import RATES
 from pst_ds.data.tasks import task_of
 from pst_ds.errors import shortened
 from pst_ds.nn.base_model import DTYPES, Pretrained
+from pst_ds.nn.checkpointing import recompute_activations
 from pst_ds.nn.experts import expert_stacks
 from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.optimizer import pst_parameter_groups
@@ -127,8 +128,9 @@ def build_model(
     module.config.use_cache = False  # no run generates text; a cache would hold every layer's keys and values
     keep_documents_apart(module)
     if run.model.gradient_checkpointing:
-        reentrant = run.model.gradient_checkpointing_reentrant
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        recompute_activations(
+            module, num_blocks=run.model.recomputed_blocks, reentrant=run.model.gradient_checkpointing_reentrant
+        )
     return BuiltModel(module, keep_alive, outputs, unit)
 
 

@@ -87,6 +87,21 @@ def test_what_makes_a_run_fit_is_planned_and_the_mildest_change(plan):
     assert "to fix: --set train.gradient_accumulation_steps=4: " in text
 
 
+def test_where_memory_is_short_only_as_many_blocks_are_recomputed_as_must_be(plan):
+    def needed(*settings):  # on a CPU, where a mask update takes less than the activations
+        return plan(*settings)[1]["verdict"]["needed_bytes"]
+
+    alone = ("--machine", "cpu", "--set", "train.batch_size=1", "--ranks", "1")
+    every = ("--set", "model.gradient_checkpointing=true")
+    one = (*every, "--set", "model.recomputed_blocks=1")
+    assert needed(*alone) > needed(*alone, *one) > needed(*alone, *every)
+    memory = needed(*alone, *one) / 1e9 * 1.12  # with the margin that the best ways leave
+    text, found = plan("--search", *alone, *every, "--memory", f"{memory:.9f}")
+    best = found["search"][0]["settings"]
+    assert (best["model.gradient_checkpointing"], best.get("model.recomputed_blocks")) == ("true", "1")
+    assert "1 of 2" in text
+
+
 @pytest.mark.thorough
 def test_heads_that_ranks_cannot_share_are_left_out(plan):
     _, found = plan("--search", "--ranks", "16", "--set", "train.batch_size=16")

@@ -8,6 +8,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, LlamaCo
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.head_loss import ChunkSizes
+from pst_ds.errors import InputError
 from pst_ds.nn.inject import inject_pst
 from pst_ds.planning.activations import UntraceableError, trace_micro_batch
 
@@ -32,6 +33,24 @@ def test_checkpointed_layers_keep_their_inputs_alone(vocabulary):
     inputs, layer = 6 * 2 * 256, 2 * (10 * 256 + 6 * 640)  # of a token
     loss = 2 * vocabulary * 128 + 2 * 4 * (1 << 20)  # one chunk; softmax and what it is made from in fp32
     assert found == pytest.approx(128 * inputs + max(128 * layer, min(loss, 128 * 12 * vocabulary)), rel=0.15)
+
+
+def test_each_block_that_is_not_recomputed_adds_what_it_keeps():
+    shape = {"batch": 2, "sequence": 64, "checkpointing": True}
+    some = [_bytes(_llama(100), recomputed_blocks=blocks, **shape) for blocks in (1, 3, 5)]
+    every = _bytes(_llama(100), recomputed_blocks=6, **shape)
+    none = _bytes(_llama(100), batch=2, sequence=64, checkpointing=False)
+    assert every == _bytes(_llama(100), **shape)
+    assert none > some[0] > some[1] > some[2]
+    # the first block that keeps its activations takes the room of the one that was being recomputed
+    two_blocks = some[1] - some[2]
+    assert 0 <= some[2] - every < two_blocks / 4
+    assert some[0] - some[1] == pytest.approx(two_blocks, rel=0.01)
+
+
+def test_more_blocks_than_a_model_has_are_refused():
+    with pytest.raises(InputError, match=r"model.recomputed_blocks = 7, and LlamaForCausalLM has 6 blocks"):
+        _bytes(_llama(100), batch=1, sequence=8, checkpointing=True, recomputed_blocks=7)
 
 
 @pytest.mark.thorough

@@ -174,7 +174,7 @@ def test_a_step_gathers_what_deepspeed_gathers(run_ranks):
         numbers = model_numbers(model)
         small = zero.persistence_threshold
         trace = trace_micro_batch(model, batch=1, sequence=16, checkpointing=checkpointing, persistence_threshold=small)
-        batch = Batch(16, 16, checkpointing=checkpointing, trace=trace)
+        batch = Batch(16, 16, recomputed=float(checkpointing), trace=trace)
         counted = step_traffic(numbers, zero, batch).gathers.total * 2  # a rank receives half of what two gather
         kept = zero.max_reuse_distance or zero.prefetch_bucket_size
         assert counted == pytest.approx(found[0], rel=0.06 if kept or small else 1e-6), (checkpointing, config)

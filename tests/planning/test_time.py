@@ -39,7 +39,7 @@ def _gathers(zero, batch):
 def test_a_pruned_weight_costs_six_flops_a_token_and_eight_when_recomputed():
     low_rank = 4_000_000 * (2 * 2 * 2 + 4 * 6)
     assert step_flops(MODEL, BATCH) == 4_000_000 * 10 * 6 + low_rank + 500_000 * 10 * 4
-    again = step_flops(MODEL, replace(BATCH, checkpointing=True)) - step_flops(MODEL, BATCH)
+    again = step_flops(MODEL, replace(BATCH, recomputed=1.0)) - step_flops(MODEL, BATCH)
     assert again == 4_000_000 * (10 * 2 + 2 * 2)
 
 
@@ -53,7 +53,7 @@ def test_a_teacher_is_one_more_forward_pass_and_of_the_model_itself_one_more_gat
 
 def test_ranks_that_share_sequences_exchange_queries_keys_values_and_results():
     zero, model = ZeroSettings(stage=3, world_size=4), replace(MODEL, attention_width=64)
-    shared = replace(BATCH, tokens=10, sequence=20, shared_by=2, checkpointing=True, micro_batches=3)
+    shared = replace(BATCH, tokens=10, sequence=20, shared_by=2, recomputed=1.0, micro_batches=3)
     found = step_traffic(model, zero, shared)
     assert found.exchanged == Received(3 * 3 * 4 * 64 * 10 * 2 / 2)
     assert found.received == found.gathers + found.reductions + found.exchanged
@@ -69,14 +69,14 @@ def test_without_a_trace_zero3_receives_all_weights_of_others_in_every_pass():
     assert found.gathers == Received(WHOLE * 2 * 3 / 4)
     assert found.reductions == Received(40_000 * 2 * 3 / 4)
     assert (found.collectives, found.hops) == (2 * 5 + 2, 3 * (2 * 5 + 2))
-    assert _gathers(zero, replace(BATCH, checkpointing=True)) == WHOLE * 3 * 3 / 4
+    assert _gathers(zero, replace(BATCH, recomputed=1.0)) == WHOLE * 3 * 3 / 4
     twice = step_traffic(MODEL, zero, replace(BATCH, micro_batches=2))
     assert (twice.gathers, twice.reductions) == (found.gathers * 2, found.reductions * 2)
 
 
 def test_zero3_receives_what_was_traced_less_what_is_kept_and_small_parameters_once_a_step():
     zero = ZeroSettings(stage=3, world_size=4, reduce_bucket_size=40_000)
-    traced = replace(BATCH, checkpointing=True, trace=Trace(gathered=WHOLE * 2 + 500_000, gathers=13))
+    traced = replace(BATCH, recomputed=1.0, trace=Trace(gathered=WHOLE * 2 + 500_000, gathers=13))
     found = step_traffic(MODEL, zero, traced)
     assert (found.gathers, found.collectives) == (Received((WHOLE * 2 + 500_000) * 3 / 4), 14)
     kept = kept_bytes(MODEL, zero_kept := replace(zero, max_reuse_distance=1_000_000))
@@ -145,7 +145,7 @@ def test_times_add_up_and_overlap_where_the_machine_does():
 def test_a_host_that_launches_slower_than_the_device_computes_decides():
     zero = ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 20)
     slow = replace(MACHINES["h100"], launch_seconds=1.0, triton_launch_seconds=10.0)
-    t = time_plan(MODEL, zero, replace(BATCH, checkpointing=True, trace=Trace(launches=100), micro_batches=2), slow)
+    t = time_plan(MODEL, zero, replace(BATCH, recomputed=1.0, trace=Trace(launches=100), micro_batches=2), slow)
     counts = COUNTS["triton"]
     ops, kernels = (
         4 * (2 * getattr(counts.forward_launches, kind) + getattr(counts.layer_launches, kind))

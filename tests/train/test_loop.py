@@ -350,3 +350,30 @@ def test_inputs_that_wait_on_the_host_change_nothing(tmp_path, monkeypatch):
         losses.append([line["loss"] for line in lines if line["event"] == "step"])
         assert bool(packed) == bool(more)
     assert losses[0] == losses[1]
+
+
+def test_blocks_that_keep_their_activations_change_no_loss(tmp_path, monkeypatch):
+    computed = []
+
+    def count(block, *arguments):
+        computed.append(type(block).__name__)
+
+    losses = {}
+    products = {}
+    for name, more in {
+        "none": [],
+        "all": ["model.gradient_checkpointing=true"],
+        "first": ["model.gradient_checkpointing=true", "model.recomputed_blocks=1"],
+    }.items():
+        computed.clear()
+        settings = [f"output_dir={tmp_path / name}", "deepspeed_config=", "train.num_steps=2", *more]
+        prepared = prepare(load_run("tests/data/causal_lm.toml", settings), LaunchEnvironment(0, 1, 0))
+        with torch.nn.modules.module.register_module_forward_pre_hook(count):
+            train_prepared(prepared, quiet=True)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [line["loss"] for line in lines if line["event"] == "step"]
+        products[name] = computed.count("LlamaMLP")
+    assert losses["none"] == losses["all"] == losses["first"]
+    blocks = (products["all"] - products["none"]) // 2  # a step recomputes each once
+    assert blocks > 1
+    assert products["first"] - products["none"] == 2

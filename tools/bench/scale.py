@@ -126,7 +126,7 @@ def predict(args: argparse.Namespace, size: str, rates: dict[str, float]) -> dic
         latency=rates["latency"],
     )
     tokens = args.batch * args.sequence
-    batch = Batch(tokens, args.sequence, checkpointing=checkpointing, trace=trace)
+    batch = Batch(tokens, args.sequence, recomputed=float(checkpointing), trace=trace)
     times = time_plan(numbers, zero, batch, machine)
     return {
         "parameters": numbers.parameters,
