@@ -68,3 +68,9 @@ class Gguf(StorageFormat):
 
     def verify_lines(self, export: str, file: Mapping[str, Any]) -> Iterator[str]:
         yield f"{export}: {file['file_bytes']:,} bytes, with the SHA-256 that the export wrote into it"
+
+    def inspection_hint(self, path: Path) -> str:
+        # a folder may have any name
+        if not path.is_file():
+            return ""
+        return f"{path} is a GGUF file. Show its tensors with gguf-dump; check it with pst-ds verify {path}"

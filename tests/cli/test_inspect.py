@@ -67,6 +67,16 @@ def test_a_run_folder(folders, inspect):
     assert f"sparsity measured   {result['sparsity_in_masks']:.6g}" in text
 
 
+def test_a_run_folder_that_was_moved_names_the_model_that_moved_with_it(inspect, copied):
+    run = copied("run")
+    text = (run / "run.toml").read_text()
+    (former,) = (line for line in text.splitlines() if line.startswith("output_dir = "))
+    started_from = former.replace("output_dir", "path").rstrip('"') + '/start"'
+    assert 'path = "tests/data/tiny-llama"' in text
+    (run / "run.toml").write_text(text.replace('path = "tests/data/tiny-llama"', started_from))
+    assert inspect(run)[0]["base_model"] == str(run / "start")
+
+
 def test_the_bytes_of_a_checkpoints_layers_are_those_of_its_files(folders, inspect):
     found, _ = inspect(folders / "run" / "checkpoints" / "best")
     assert found["kind"].endswith(": a checkpoint")
@@ -320,6 +330,31 @@ def test_what_is_none_of_these_is_2(tmp_path, capsys):
     assert "any of run.toml, SHA256SUMS, documents.bin, manifest.json, pst_manifest.json" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "notes.txt")]) == 2
     assert "is not TOML" in capsys.readouterr().err
+
+
+def test_a_gguf_file_is_not_read_as_a_run_file(tmp_path, capsys):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF\x03\xff")
+    assert main(["inspect", str(path)]) == 2
+    line = capsys.readouterr().err
+    assert f"{path} is a GGUF file" in line
+    assert f"pst-ds verify {path}" in line
+    assert "TOML" not in line
+
+
+def test_a_weight_file_is_not_read_as_a_run_file(capsys):
+    assert main(["inspect", "tests/data/tiny-llama/model.safetensors"]) == 2
+    line = capsys.readouterr().err
+    assert "Name its folder: pst-ds inspect tests/data/tiny-llama" in line
+    assert "TOML" not in line
+
+
+def test_a_quantization_config_that_is_not_an_object_is_2(tmp_path, capsys):
+    shutil.copytree("tests/data/tiny-llama", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": "gptq"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'config.json'}: quantization_config = 'gptq' is not an object" in capsys.readouterr().err
 
 
 def test_a_config_without_weights_says_what_the_config_says(tmp_path, inspect):

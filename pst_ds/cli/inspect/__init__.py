@@ -9,15 +9,18 @@ from pst_ds.storage_format import format_recognising
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``pst-ds inspect``."""
     kinds = "run file, run folder, checkpoint, export, model folder, name of a model on the hub, or token store"
     parser.add_argument("path", metavar="PATH", help=kinds)
     parser.add_argument("--layers", action="store_true", help="one line per layer, instead of one for all blocks")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
+    """Print the description of ``args.path`` and return it as JSON values. Raises InputError."""
     path = Path(args.path)
     # without a slash it is more likely a typing error than one of the hub's oldest models
     if "/" in args.path and not path.exists():
+        # imported here because it imports torch, which a run file on disk does not need
         from pst_ds.nn.base_model import Pretrained
 
         path = Pretrained(args.path).download()
@@ -28,15 +31,23 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 def inspect(path: Path) -> Inspection:
     """Inspect a file or folder. Raises InputError if it is missing, damaged or of an unknown kind."""
+    # they import torch, which the parser of the command line must not
     from pst_ds.cli.inspect import models, runs
 
     if not path.exists():
         raise InputError(f"{str(path)!r} does not exist (looked in {path.absolute()})")
-    if path.is_file():
-        return runs.run_file(path)
+    # first, because a GGUF file is not a run file, and an ONNX export contains some of the files below
     storage = format_recognising(path)
     if storage is not None and (hint := storage.inspection_hint(path)):
         raise InputError(hint)
+    if path.suffix == ".safetensors" and path.is_file():
+        raise InputError(
+            f"{path} is a weight file, and only folders are described. Name its folder: pst-ds inspect {path.parent}"
+        )
+    if path.is_file():
+        return runs.run_file(path)
+    # The order matters where a folder has several of these files: an export and a pruned model are model folders, too.
+    # SHA256SUMS and manifest.json are both a checkpoint's, so that one that has lost either is reported as damaged.
     readers = {
         "run.toml": runs.run_folder,
         "SHA256SUMS": runs.checkpoint_folder,
@@ -49,8 +60,9 @@ def inspect(path: Path) -> Inspection:
     for name, reader in readers.items():
         if (path / name).exists():
             return reader(path)
-    inside = sorted(p.name for p in path.iterdir())
+    names = sorted(file.name for file in path.iterdir())
+    content = f"It contains {shortened(names, 6)}" if names else "It is empty"
     raise InputError(
         f"{str(path)!r} is not a run, checkpoint, export, model or token store: it does not contain any of "
-        f"{', '.join(readers)}. " + (f"It contains {shortened(inside, 6)}" if inside else "It is empty")
+        f"{', '.join(readers)}. {content}"
     )
