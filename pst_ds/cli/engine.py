@@ -17,10 +17,33 @@ def native_decoder(
 
     Options of transformers (``--load-as``, ``--dtype``) choose transformers.
     """
-    asked = {"--load-as": args.load_as != "auto", "--dtype": args.dtype, "--engine torch": args.engine == "torch"}
-    against = [*(name for name, value in asked.items() if value), *([device] if device != "cpu" else [])]
-    wanted = "--store" if options.get("users") is not None else "--engine native" if args.engine == "native" else ""
-    if wanted and against:
-        raise InputError(f"{wanted} is for the native decoder on a CPU. Omit {' and '.join(against)}")
-    engine: Engine = "native" if wanted else "torch" if against else "auto"
+    for_transformers = _choices_of_transformers(args, device)
+    for_decoder = ""
+    if options.get("users") is not None:
+        # transformers has no adapters of users
+        for_decoder = "--store"
+    elif args.engine == "native":
+        for_decoder = "--engine native"
+    if for_decoder and for_transformers:
+        # rather than ignore one of two options, of which either may be the mistake
+        raise InputError(f"{for_decoder} is for the native decoder on a CPU. Omit {' and '.join(for_transformers)}")
+    engine: Engine = "auto"
+    if for_decoder:
+        engine = "native"
+    elif for_transformers:
+        engine = "torch"
     return open_decoder(folder, engine, context=context, device=device, **options)
+
+
+def _choices_of_transformers(args: argparse.Namespace, device: str) -> list[str]:
+    """Return the options, and the device, that only transformers supports."""
+    choices: list[str] = []
+    if args.load_as != "auto":
+        choices.append("--load-as")
+    if args.dtype:
+        choices.append("--dtype")
+    if args.engine == "torch":
+        choices.append("--engine torch")
+    if device != "cpu":
+        choices.append(device)
+    return choices

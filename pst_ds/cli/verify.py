@@ -15,14 +15,15 @@ from pst_ds.storage_format import storage_format
 
 if TYPE_CHECKING:
     from pst_ds.export.verify import VerifyReport
-    from pst_ds.export.verify.against_run import Comparison
+    from pst_ds.export.verify.against_run import Comparison, KeptSparse, Rounding
+    from pst_ds.export.verify.masked_run import FewerTokens
     from pst_ds.export.verify.onnx import OnnxComparison
-
 
 FLAGS = flags_of_fields(["against", "reference"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``pst-ds verify``."""
     add = parser.add_argument
     add("export", help="export folder, or GGUF file")
     add("--against", dest="run", metavar="RUN", help="run folder the export came from")
@@ -35,28 +36,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
+    """Verify an export, print what was compared and return it.
+
+    Raises InputError, and VerificationError for an export that is not the trained model.
+    """
+    # it imports torch, for which --help must not wait
     from pst_ds.export.verify import verify
-    from pst_ds.export.verify.against_run import Comparison
 
     if args.reference and args.run is None:
         raise InputError(f"--reference {args.reference} needs the data of a run. Add --against RUN")
-    config = load_run_or_folder(args) if args.run is not None else None
+    config = None
+    if args.run is not None:
+        config = load_run_or_folder(args)
     report = verify(
         args.export, config, checkpoint=args.checkpoint, split=args.split, limit=args.limit, reference=args.reference
     )
-    compared = report.comparison
-    shown = storage_format(str(report.file["kind"])).verify_lines(report.export_dir, report.file)
-    lines = list(_lines_of_file(report) if shown is None else shown)
-    if isinstance(compared, Comparison):
-        lines += _lines_of_comparison(args.split, compared, quantised="rounded_tensors" in report.file)
-    elif compared is not None:
-        lines.append(_line_of_onnx_comparison(args.split, compared))
-    if compared is not None:
-        measured = (("the trained model", compared.kl), (args.reference, compared.kl_from_reference))
-        lines += [f"from {model}: {KL_FORMAT.format(**kl)}" for model, kl in measured if kl]
-    print("\n".join(lines))
+    for line in _lines(report, args.split, args.reference):
+        print(line)
+    # after the lines, which show what differs
     report.require_equal()
     return report.to_json()
+
+
+def _lines(report: VerifyReport, split: str, reference: str | None) -> Iterator[str]:
+    """Yield what was verified. ``split`` and ``reference`` as in the arguments."""
+    from pst_ds.export.verify.against_run import Comparison
+
+    lines_of_format = storage_format(str(report.file["kind"])).verify_lines(report.export_dir, report.file)
+    if lines_of_format is None:
+        yield from _lines_of_file(report)
+    else:
+        yield from lines_of_format
+    compared = report.comparison
+    if compared is None:
+        return
+    if isinstance(compared, Comparison):
+        yield from _lines_of_comparison(split, compared, quantised="rounded_tensors" in report.file)
+    else:
+        yield _line_of_onnx_comparison(split, compared)
+    # without quantisation or a cast there is no divergence to measure
+    if compared.kl:
+        yield f"from the trained model: {KL_FORMAT.format(**compared.kl)}"
+    if compared.kl_from_reference:
+        yield f"from {reference}: {KL_FORMAT.format(**compared.kl_from_reference)}"
 
 
 def _lines_of_file(report: VerifyReport) -> Iterator[str]:
@@ -64,8 +86,13 @@ def _lines_of_file(report: VerifyReport) -> Iterator[str]:
     from pst_ds.writing.refilled import refilled_text
 
     file: dict[str, Any] = dict(report.file)
-    packed = f"{file['packed_tensors']} packed as {file['kind']}, " if file["packed_tensors"] else ""
-    requested = "unknown" if file["sparsity_requested"] is None else file["sparsity_requested"]
+    packed = ""
+    if file["packed_tensors"]:
+        packed = f"{file['packed_tensors']} packed as {file['kind']}, "
+    requested = file["sparsity_requested"]
+    if requested is None:
+        # in the export of a model folder that another program has pruned, if any
+        requested = "unknown"
     yield (
         f"{report.export_dir}: {file['tensors']} tensors as in the manifest, {packed}sparsity "
         f"{file['sparsity_measured']:.6f} measured in the file, {requested} requested"
@@ -83,39 +110,68 @@ def _lines_of_file(report: VerifyReport) -> Iterator[str]:
 
 def _lines_of_comparison(split: str, compared: Comparison, *, quantised: bool) -> Iterator[str]:
     """Yield how the reloaded export compares with the trained model; ``quantised``: whether the export is."""
-    rounding, fewer, kept = compared.rounding, compared.vocabulary, compared.kept_sparse
+    # first what the export changes on purpose, then what may not differ from the masked model changed in the same way
+    rounding = compared.rounding
     if rounding is not None:
-        yield (
-            f"{'quantisation' if quantised else 'the cast'} changed {rounding.differing_predictions} predictions, and "
-            f"a logit by at most {rounding.max_logit_difference:.3g}: "
-            f"{_before_and_after(rounding.metrics_before, compared.metrics)}"
-        )
-    if fewer is not None:
-        same = "" if fewer.same_tokens is None else f", {fewer.same_tokens} of {compared.examples} texts unchanged"
-        yield f"{fewer.tokens} tokens{same}: {_before_and_after(fewer.metrics_before, compared.metrics)}"
-    as_exported = ", quantised," if quantised else "" if rounding is None else ", cast,"
-    by = "pst_ds.hf, made dense," if kept else "plain transformers"
+        yield _line_of_rounding(rounding, compared.metrics, quantised=quantised)
+    if compared.vocabulary is not None:
+        yield _line_of_vocabulary(compared.vocabulary, compared)
+    as_exported = ""
+    if quantised:
+        as_exported = ", quantised,"
+    elif rounding is not None:
+        as_exported = ", cast,"
+    kept_sparse = compared.kept_sparse
+    # a plain folder is one that users load without this package, so that is what has been compared
+    loader = "plain transformers" if kept_sparse is None else "pst_ds.hf, made dense,"
     yield (
-        f"reloaded with {by} against the masked model{as_exported} on "
+        f"reloaded with {loader} against the masked model{as_exported} on "
         f"{compared.examples} {compared.unit} of {split}: {compared.differing_weights} of "
         f"{compared.compared_weights} weight tensors differ, {compared.differing_predictions} predictions "
         f"differ, largest logit difference {compared.max_logit_difference:.3g}"
     )
-    if kept:
-        yield (
-            f"kept sparse: {kept.differing_weights} of {kept.layers} layers differ, "
-            f"{kept.differing_predictions} predictions differ, largest logit difference "
-            f"{kept.max_logit_difference:.3g}, allowed {kept.allowed_logit_difference:.3g}"
-        )
+    if kept_sparse is not None:
+        yield _line_of_kept_sparse(kept_sparse)
+
+
+def _line_of_rounding(rounding: Rounding, metrics: Mapping[str, float], *, quantised: bool) -> str:
+    """Describe the loss by a narrower dtype or by quantisation. ``metrics``: of the export."""
+    cause = "quantisation" if quantised else "the cast"
+    return (
+        f"{cause} changed {rounding.differing_predictions} predictions, and "
+        f"a logit by at most {rounding.max_logit_difference:.3g}: "
+        f"{_before_and_after(rounding.metrics_before, metrics)}"
+    )
+
+
+def _line_of_vocabulary(fewer: FewerTokens, compared: Comparison) -> str:
+    """Describe the loss by removed tokens."""
+    unchanged = ""
+    if fewer.same_tokens is not None:
+        unchanged = f", {fewer.same_tokens} of {compared.examples} texts unchanged"
+    return f"{fewer.tokens} tokens{unchanged}: {_before_and_after(fewer.metrics_before, compared.metrics)}"
+
+
+def _line_of_kept_sparse(kept_sparse: KeptSparse) -> str:
+    """Describe the model that computes with packed weights, compared with the same model made dense."""
+    return (
+        f"kept sparse: {kept_sparse.differing_weights} of {kept_sparse.layers} layers differ, "
+        f"{kept_sparse.differing_predictions} predictions differ, largest logit difference "
+        f"{kept_sparse.max_logit_difference:.3g}, allowed {kept_sparse.allowed_logit_difference:.3g}"
+    )
 
 
 def _line_of_onnx_comparison(split: str, compared: OnnxComparison) -> str:
-    apart = compared.max_logit_difference_in_8_bits
-    rounded = "" if apart is None else f"{apart:.3g} with int8 activations, as it runs; "
+    """Describe how an ONNX file compares with the masked model."""
+    difference = compared.max_logit_difference_in_8_bits
+    with_int8 = ""
+    if difference is not None:
+        # not compared with a limit: how much int8 activations may change depends on the model
+        with_int8 = f"{difference:.3g} with int8 activations, as it runs; "
     return (
         f"against the masked model in fp32 on {compared.examples} {compared.unit} of {split}: "
         f"{compared.differing_predictions} predictions differ, largest logit difference "
-        f"{compared.max_logit_difference:.3g}, allowed {compared.allowed_logit_difference:.3g}; {rounded}"
+        f"{compared.max_logit_difference:.3g}, allowed {compared.allowed_logit_difference:.3g}; {with_int8}"
         f"{_metrics_text(compared.metrics)}"
     )
 

@@ -11,7 +11,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from pst_ds.cli import bench, eval, export, plan, predict, prepare, prune, train, users, verify
+from pst_ds.cli import bench, eval, export, generate, plan, predict, prepare, prune, train, users, verify
 from pst_ds.cli.flags import in_flags
 from pst_ds.cli.main import VERBS, build_parser, main
 from pst_ds.config.one_shot import PruneConfig
@@ -46,7 +46,7 @@ def _actions(verb):
     return {name: action for action in verbs[verb]._actions for name in action.option_strings}
 
 
-@pytest.mark.parametrize("verb", [bench, eval, export, plan, predict, prepare, prune, train, users, verify])
+@pytest.mark.parametrize("verb", [bench, eval, export, generate, plan, predict, prepare, prune, train, users, verify])
 def test_every_flag_of_the_table_is_an_option_of_the_verb(verb):
     assert set(verb.FLAGS.values()) <= set(_all_options(build_parser(verb.__name__.rpartition(".")[2])))
 

@@ -246,6 +246,8 @@ def test_refusals(folders, copied, capsys, tmp_path):
     assert "pst-ds export" in line
     assert "--temperature" in _refused(capsys, folders / "dense", "--prompt", "a", "--temperature", "-1")
     assert "--top-p" in _refused(capsys, folders / "dense", "--prompt", "a", "--top-p", "1.5")
+    line = _refused(capsys, folders / "dense", "--prompt", "a", "--top-p", "1.5")
+    assert line == "pst-ds generate: --top-p 1.5: not above 0 and at most 1"
     (copied / "run.toml").write_text("")
     assert "pst-ds export" in _refused(capsys, copied, "--prompt", "a")
 

@@ -2,11 +2,15 @@
 
 import argparse
 
+from pst_ds.cli.flags import flags_of_fields
 from pst_ds.cli.main import add_engine_arguments, count
 from pst_ds.errors import InputError
 
+FLAGS = flags_of_fields(["temperature", "top_p"])
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``pst-ds generate``."""
     add = parser.add_argument
     add("model", metavar="DIR", help="model folder: dense, or packed by pst-ds export")
     add("--prompt", required=True, metavar="TEXT", help='text to continue; "-" reads stdin')
@@ -23,8 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
+    """Stream the generated text to stdout; return it with its speed. Raises InputError."""
     if (args.store is None) != (args.user is None):
         raise InputError("--store and --user must be given together")
+    # imported here, because transformers takes seconds to import, and --help must not wait for it
     from pst_ds.cli.generate.answer import answer
 
     return answer(args)
