@@ -421,6 +421,14 @@ def test_nothing_is_written_over(made, tmp_path, capsys):
     assert table["schedule"]["final_sparsity"] == 0.5
 
 
+@pytest.mark.parametrize("force", [(), ("--force",)])
+@pytest.mark.parametrize("folder", [".", "tests/data"])
+def test_a_folder_is_not_a_run_file(capsys, folder, force):
+    assert f"--out {folder} is a folder. Name a file to write" in _refused(
+        capsys, BERT, "--train", TRAIN, "--out", folder, *force
+    )
+
+
 def test_what_cannot_be_is_2_and_writes_nothing(tmp_path, capsys):
     out = ("--out", str(tmp_path / "run.toml"))
     odd = tmp_path / "odd.csv"

@@ -11,6 +11,7 @@ from pst_ds.config.targets import TARGETS
 from pst_ds.config.tasks import TASKS
 from pst_ds.errors import InputError
 
+# by hand, since the names of the flags do not follow from those of the settings
 FLAGS = {
     "task": "--task",
     "method": "--method",
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="DIR", help="model folder, or a name on the hub")
     add("--train", required=True, metavar="FILE", help="JSONL, CSV, Parquet or text file to train on")
+    # argparse formats help texts with %, so a percent sign is written twice
     add("--validation", metavar="FILE", help="chooses the best checkpoint, or none (default: 10 %% of --train)")
     add("--test", metavar="FILE", help="file for pst-ds eval and verify")
     add("--task", choices=tuple(TASKS), help="default: inferred from the columns of the training file")
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target = (
         f"where the model will run, as for export --for; proposes the fastest of similar quality: {', '.join(TARGETS)}"
     )
+    # a metavar, since the names of all targets would fill the usage line; the help lists them
     add("--target", choices=tuple(TARGETS), metavar="TARGET", help=target)
     add("--speedup", type=above(1), metavar="X", help=f"cut until {', '.join(ENGINES)} is X times as fast")
     add("--exclude-modules", type=_names, metavar="NAME,...", help="modules to keep dense (pst.exclude_modules)")
@@ -56,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps.add_argument("--steps", type=count, metavar="N", help="optimizer steps")
     add("--batch-size", type=count, metavar="N", help="examples per step (default: about 32)")
     add("--max-length", type=count, metavar="N", help="tokens per example (default: 128, for causal-lm 512)")
+    # the ranks of a cluster follow from its nodes
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--ranks", type=count, metavar="N", help="processes to train on (default: 1)")
     where.add_argument("--nodes", type=count, metavar="N", help="nodes of a Slurm cluster of --machine to train on")
@@ -67,27 +71,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     out = Path(args.out)
+    # with --force too: a folder is not overwritten by a file
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder. Name a file to write, such as {out / 'run.toml'}")
     deepspeed_file = out.with_suffix(".deepspeed.json")
+    # before the model and the data are read, which may take minutes
     for path in (out, deepspeed_file):
         if path.exists() and not args.force:
             raise InputError(f"{path} exists. Name another file with --out, or overwrite it with --force")
         require_writable(path, f"--out {out}")
+    # torch and transformers are imported only now, so that --help and the messages above do not wait for them
     from pst_ds.cli.init.draft import chosen_run
     from pst_ds.cli.init.text import write_files
 
     chosen = chosen_run(args, deepspeed_file)
     write_files(chosen, out, deepspeed_file)
-    result = chosen.summary | {"out": args.out, "deepspeed_config": chosen.run.deepspeed_config}
-    shown = f", sparsity {result['sparsity']}" if result["sparsity"] else ""
+    summary = chosen.summary
+    # 0 for methods that do not prune
+    sparsity = f", sparsity {summary['sparsity']}" if summary["sparsity"] else ""
     print(
-        f"wrote {out}: {result['task']}, method {result['method']}{shown}, {result['num_layers']} layers, "
-        f"{result['trained_parameters']:,} trained parameters, {result['num_steps']} steps over {result['examples']} "
-        f"{result['unit']}"
+        f"wrote {out}: {summary['task']}, method {summary['method']}{sparsity}, {summary['num_layers']} layers, "
+        f"{summary['trained_parameters']:,} trained parameters, {summary['num_steps']} steps over "
+        f"{summary['examples']} {summary['unit']}"
     )
-    for remark in result["remarks"]:
+    for remark in summary["remarks"]:
         print(remark)
     print(f"next: {chosen.plan_command(out)}; then {chosen.train_command(out)}")
-    return result
+    return {**summary, "out": args.out, "deepspeed_config": chosen.run.deepspeed_config}
 
 
 def _names(text: str) -> list[str]:

@@ -3,15 +3,16 @@
 import argparse
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TypedDict
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pst_ds.cli.init.first_table import Settings, first_table, is_cut, laid_over, proposed_pattern
 from pst_ds.cli.init.held_out import with_validation
@@ -27,7 +28,8 @@ from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
 from pst_ds.nn.inject import pst_layers
 from pst_ds.planning.machines import MACHINES, Machine, machine_of
-from pst_ds.planning.plan import start_cost
+from pst_ds.planning.plan import PlanOptions, plan, start_cost
+from pst_ds.planning.search import search
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.text_table import bytes_text
 from pst_ds.train.one_shot.start import require_startable
@@ -35,12 +37,31 @@ from pst_ds.train.prepare import require_trainable
 from pst_ds.train.resolved import ResolvedRun, load_model_config, load_tokenizer, num_trainable, resolve
 from pst_ds.train.stages import require_schedules
 
-if TYPE_CHECKING:
-    pass
-
 _UNKNOWN_LIMIT = 128
 """Tokens per example if neither model nor tokenizer states its limit."""
 _BATCH_SIZE = 32
+
+
+class Summary(TypedDict):
+    """What the JSON of ``pst-ds init`` says about the run."""
+
+    task: str
+    method: str
+    sparsity: float
+    """Final sparsity; 0 for methods that do not prune."""
+    num_layers: int
+    """Layers that the run prunes."""
+    trained_parameters: int
+    num_steps: int
+    """Optimizer steps."""
+    examples: int
+    unit: str
+    """Unit of the examples, such as "sequences"."""
+    classes: list[str]
+    ranks: int
+    machine: str | None
+    """Machine of ``--nodes``; None to train here."""
+    remarks: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +84,14 @@ class Chosen:
     """Reason for the number of steps or epochs."""
     pattern_reason: str
     """Reason for the sparsity pattern; empty if the user chose it."""
-    summary: Settings
+    summary: Summary
 
     def plan_command(self, out: Path) -> str:
         """Return the shell command that plans the run."""
         command = f"pst-ds plan {shlex.quote(str(out))}"
         if self.run.deepspeed_config:
             command += f" --ranks {self.summary['ranks']}"
-        if self.node_size:
+        if self.summary["machine"]:
             command += f" --machine {shlex.quote(self.summary['machine'])}"
         return command
 
@@ -86,24 +107,121 @@ class Chosen:
         return f"deepspeed --num_accelerators {self.summary['ranks']} --module pst_ds train {file}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the run will train."""
+
+    machine: Machine | None
+    """Machine of a cluster's nodes; None to train here."""
+    ranks: int
+
+    @property
+    def node_size(self) -> int:
+        """GPUs of a node of a cluster; 0 to train here."""
+        return 0 if self.machine is None else self.machine.node_size
+
+    @property
+    def has_accelerator(self) -> bool:
+        return self.machine is not None or torch.accelerator.is_available()
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """True if the run file names a DeepSpeed JSON: one rank on a CPU trains without."""
+        return self.ranks > 1 or self.has_accelerator
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """The training data, and what the model's files say about it."""
+
+    table: Settings
+    """Settings of the run file, with ``data.max_length`` and validation data."""
+    tokenizer: Tokenizer
+    labels: list[str]
+    family: str
+    positions: int | None
+    """Most tokens that model and tokenizer support; None without a limit."""
+    examples: int
+    remarks: list[str]
+    """Remarks on the data; some may be empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A table of settings that the checks of ``pst-ds plan`` accept."""
+
+    table: Settings
+    run: RunConfig
+    model: nn.Module
+    """The run's model on the meta device."""
+    remark: str
+    """That the weights which ``[start]`` prunes could not be examined; "" if they were, or without a start."""
+
+
 def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     """Return the run that ``args`` ask for, checked as by ``pst-ds plan``. Raises InputError."""
     if args.speedup and args.target not in ENGINES:
         raise InputError(f"--speedup {args.speedup} needs an engine to count for. Add --target {' or '.join(ENGINES)}")
     _require_useful_pattern(args)
-    machine = _machine(args)
-    ranks = args.ranks or 1
-    node_size = 0
-    if machine:
-        node_size = machine.node_size
-        ranks = args.nodes * node_size
-    has_accelerator = machine is not None or torch.accelerator.is_available()
-    table = first_table(args, deepspeed_file if ranks > 1 or has_accelerator else None)
-    if args.target and TARGETS[args.target].only_causal and not TASKS[table["task"]].predicts_tokens:
-        raise InputError(
-            f"--target {args.target} runs language models, and the task is {table['task']}. Choose another --target"
-        )
-    asked = table["data"].pop("max_length", 0)
+    place = _place(args)
+    table = first_table(args, deepspeed_file if place.uses_deepspeed else None)
+    _require_task_of_target(args, table["task"])
+    inputs = _read_inputs(args, table)
+    examples = inputs.examples
+    ranks = place.ranks
+    table, length_reason = _with_batches(inputs.table, args, examples=examples, ranks=ranks)
+    run = run_from_table(table)
+    # for its check only: raises InputError for a batch that the ranks cannot divide
+    run.micro_batch_size(ranks)
+    resolved = resolve(run, labels=inputs.labels, tokenizer=inputs.tokenizer)
+    model = resolved.shapes.model
+    if resolved.only_fp32:
+        table = laid_over(table, "train", precision="fp32")
+    check = partial(_checked, resolved=resolved, examples=examples, ranks=ranks)
+    draft, remark = _first_sound(_proposals(table, run, args=args, model=model, examples=examples), check)
+    remarks = [*inputs.remarks, remark]
+    if place.machine:
+        table, remark = _for_cluster(draft.table, resolved, examples=examples, ranks=ranks, machine=args.machine)
+        remarks.append(remark)
+        # again: the search changed settings
+        draft = check(table)
+    layers = pst_layers(draft.model)
+    summary = Summary(
+        task=draft.run.task,
+        method=draft.run.method,
+        sparsity=_sparsity_of(draft.run),
+        num_layers=len(layers),
+        trained_parameters=num_trainable(draft.model),
+        num_steps=draft.run.num_steps(examples),
+        examples=examples,
+        unit=task_of(draft.run).unit,
+        classes=inputs.labels,
+        ranks=ranks,
+        machine=args.machine,
+        remarks=[remark for remark in remarks if remark],
+    )
+    _, pattern_reason = proposed_pattern(args, draft.run.task)
+    return Chosen(
+        table=draft.table,
+        run=draft.run,
+        labels=inputs.labels,
+        family=inputs.family,
+        positions=inputs.positions,
+        has_accelerator=place.has_accelerator,
+        node_size=place.node_size,
+        layers=_last_parts(layers),
+        length_reason=length_reason,
+        pattern_reason=pattern_reason,
+        summary=summary,
+    )
+
+
+def _read_inputs(args: argparse.Namespace, table: Settings) -> _Inputs:
+    """Read the data, the tokenizer and the model's config, and choose ``data.max_length`` and validation data.
+
+    Raises InputError.
+    """
+    requested_length = table["data"].pop("max_length", 0)
     # with the task's shortest length, which every model supports, until the model's limit is known
     first = run_from_table(laid_over(table, "data", max_length=TASKS[table["task"]].min_length))
     task = task_of(first)
@@ -111,59 +229,46 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     labels = task.label_names(first.data)
     model_config = load_model_config(first, labels, tokenizer)
     positions = _most_tokens(positions_of(model_config), tokenizer.model_max_length)
-    length = asked or min(first.task_facts.init_max_length, positions or _UNKNOWN_LIMIT)
-    table = laid_over(table, "data", max_length=length)
+    usual_length = min(first.task_facts.init_max_length, positions or _UNKNOWN_LIMIT)
+    table = laid_over(table, "data", max_length=requested_length or usual_length)
     held_out = ""
     if not args.validation:
         table, held_out = with_validation(table, tokenizer, labels)
     data = run_from_table(table).data
     training = task.load(data, "train", tokenizer, labels)
-    examples = len(training)
-    remarks = [_remark_on_lines(data), held_out, task.remark(data, training)]
-    table, length_reason = _with_batches(
-        table, args, usual_epochs=first.task_facts.init_epochs, examples=examples, ranks=ranks
-    )
-    run = run_from_table(table)
-    run.micro_batch_size(ranks)
-    resolved = resolve(run, labels=labels, tokenizer=tokenizer)
-    model = resolved.shapes.model
-    if resolved.only_fp32:
-        table = laid_over(table, "train", precision="fp32")
-    check = partial(_checked, resolved=resolved, examples=examples, ranks=ranks)
-    if is_cut(args):
-        proposals = [with_cut(table, run, args, examples)]
-    else:
-        if task.new_head:
-            table = for_a_new_task(table, model, run)
-        proposals = [*with_start(table, examples, any_pattern=not args.pattern), table]
-    draft, remark = _first_sound(proposals, check)
-    remarks.append(remark)
-    if machine:
-        table, remark = _for_cluster(draft.table, resolved, examples=examples, ranks=ranks, machine=args.machine)
-        remarks.append(remark)
-        draft = check(table)
-    layers = pst_layers(draft.model)
-    summary = {
-        **_facts_of(draft, num_layers=len(layers), examples=examples),
-        "classes": labels,
-        "ranks": ranks,
-        "machine": args.machine,
-        "remarks": [remark for remark in remarks if remark],
-    }
-    _, pattern_reason = proposed_pattern(args, draft.run.task)
-    return Chosen(
-        table=draft.table,
-        run=draft.run,
+    return _Inputs(
+        table=table,
+        tokenizer=tokenizer,
         labels=labels,
         family=model_config.model_type,
         positions=positions,
-        has_accelerator=has_accelerator,
-        node_size=node_size,
-        layers=list(dict.fromkeys(name.rpartition(".")[2] for name in layers)),
-        length_reason=length_reason,
-        pattern_reason=pattern_reason,
-        summary=summary,
+        examples=len(training),
+        remarks=[_remark_on_lines(data), held_out, task.remark(data, training)],
     )
+
+
+def _proposals(
+    table: Settings, run: RunConfig, *, args: argparse.Namespace, model: nn.Module, examples: int
+) -> list[Settings]:
+    """Return tables that complete ``table`` with what improves the run, the best one first."""
+    if is_cut(args):
+        return [with_cut(table, run, args, examples)]
+    if task_of(run).new_head:
+        table = for_a_new_task(table, model, run)
+    return [*with_start(table, examples, any_pattern=not args.pattern), table]
+
+
+def _last_parts(names: Iterable[str]) -> list[str]:
+    """Return the last part of each dotted name, each once: the layers of a model repeat them."""
+    # a dict keeps the order, which a set does not
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def _sparsity_of(run: RunConfig) -> float:
+    """Return the final sparsity; 0 for methods that do not prune, whose setting has no effect."""
+    if run.mask_method.masks == "none":
+        return 0.0
+    return run.schedule.final_sparsity
 
 
 def _most_tokens(*limits: object) -> int | None:
@@ -188,32 +293,14 @@ def _require_useful_pattern(args: argparse.Namespace) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """A table of settings that the checks of ``pst-ds plan`` accept."""
-
-    table: Settings
-    run: RunConfig
-    model: nn.Module
-    """The run's model on the meta device."""
-    remark: str
-    """That the weights which ``[start]`` prunes could not be examined; "" if they were, or without a start."""
-
-
-def _facts_of(draft: _Draft, *, num_layers: int, examples: int) -> dict[str, object]:
-    """Return what the JSON of ``pst-ds init`` says of the run itself."""
-    run = draft.run
-    is_pruned = run.mask_method.masks != "none"
-    return {
-        "task": run.task,
-        "method": run.method,
-        "sparsity": run.schedule.final_sparsity if is_pruned else 0.0,
-        "num_layers": num_layers,
-        "trained_parameters": num_trainable(draft.model),
-        "num_steps": run.num_steps(examples),
-        "examples": examples,
-        "unit": task_of(run).unit,
-    }
+def _require_task_of_target(args: argparse.Namespace, task: str) -> None:
+    """Raise InputError for a target that runs language models only, if the task is another."""
+    if not args.target:
+        return
+    if TARGETS[args.target].only_causal and not TASKS[task].predicts_tokens:
+        raise InputError(
+            f"--target {args.target} runs language models, and the task is {task}. Choose another --target"
+        )
 
 
 def _checked(table: Settings, resolved: ResolvedRun, examples: int, ranks: int) -> _Draft:
@@ -229,9 +316,12 @@ def _checked(table: Settings, resolved: ResolvedRun, examples: int, ranks: int) 
     model = resolved.shapes.model
     require_schedules(run, examples)
     remark = ""
-    if run.start.method != "none" and (unexamined := require_startable(run)):
-        remark = f"[start] was checked with the model's config only, not with its weights: {unexamined}"
-    # for its checks only: raises InputError if the start cannot be planned
+    if run.start.method != "none":
+        # without a connection, the files of a model on the hub cannot be examined
+        unexamined = require_startable(run)
+        if unexamined:
+            remark = f"[start] was checked with the model's config only, not with its weights: {unexamined}"
+    # for its checks only: raises InputError if the start cannot be planned; the costs on a CPU are not used
     start_cost(run, model, model_numbers(model), ranks, machine_of("cpu"))
     return _Draft(table=table, run=run, model=model, remark=remark)
 
@@ -248,6 +338,7 @@ def _first_sound(proposals: Sequence[Settings], check: Callable[[Settings], _Dra
         try:
             draft = check(proposal)
         except InputError as error:
+            # a proposal that does not fit this model is not the user's fault: the next one is simpler
             problem = str(error)
         else:
             return draft, draft.remark
@@ -257,28 +348,25 @@ def _first_sound(proposals: Sequence[Settings], check: Callable[[Settings], _Dra
     return draft, draft.remark
 
 
-def _machine(args: argparse.Namespace) -> Machine | None:
-    """Return the machine of ``--nodes``; None without. Raises InputError."""
+def _place(args: argparse.Namespace) -> _Place:
+    """Return where the run trains: on ``--ranks`` processes here, or on ``--nodes`` of a cluster. Raises InputError."""
     if not args.nodes:
         if args.machine:
             raise InputError(f"--machine {args.machine}: how many nodes of it is not given. Add --nodes")
-        return None
+        return _Place(machine=None, ranks=args.ranks or 1)
     gpus = ", ".join(name for name, machine in MACHINES.items() if machine.device != "cpu")
     if not args.machine:
         raise InputError(f"--nodes {args.nodes}: their machine is unknown. Add --machine with one of {gpus} or a file")
     machine = machine_of(args.machine)
     if machine.device == "cpu":
         raise InputError(f"--machine {args.machine}: its nodes have no GPUs. Name one of {gpus}, or use --ranks")
-    return machine
+    return _Place(machine=machine, ranks=args.nodes * machine.node_size)
 
 
 def _for_cluster(
     table: Settings, resolved: ResolvedRun, *, examples: int, ranks: int, machine: str
 ) -> tuple[Settings, str]:
     """Return ``table`` with the best settings of a search, and a remark on their plan."""
-    from pst_ds.planning.plan import PlanOptions, plan
-    from pst_ds.planning.search import search
-
     run = run_from_table(table)
     # the run's DeepSpeed JSON is written only once all settings are chosen, and the plan reads a file
     with TemporaryDirectory() as folder:
@@ -297,6 +385,7 @@ def _for_cluster(
         ("train", "expert_parallel"),
     ):
         value = getattr(getattr(best.run, section), name)
+        # only changes: the run file omits defaults that say nothing
         if value != getattr(getattr(run, section), name):
             table = laid_over(table, section, **{name: value})
     needed = bytes_text(best.verdict.needed_bytes)
@@ -306,21 +395,24 @@ def _for_cluster(
     return table, remark
 
 
-def _with_batches(
-    table: Settings, args: argparse.Namespace, *, usual_epochs: float, examples: int, ranks: int
-) -> tuple[Settings, str]:
+def _with_batches(table: Settings, args: argparse.Namespace, *, examples: int, ranks: int) -> tuple[Settings, str]:
     """Return ``table`` with a batch size and the length of the run, and the reason for the length."""
-    # a multiple of ranks, at most all examples
-    batch_size = args.batch_size or ranks * max(1, min(_BATCH_SIZE, examples) // ranks)
+    batch_size = args.batch_size
+    if not batch_size:
+        # about the usual size and at most all examples, but the same number for each rank
+        batch_size = ranks * max(1, min(_BATCH_SIZE, examples) // ranks)
     table = laid_over(table, "train", batch_size=batch_size)
     if args.steps or args.epochs is not None:
         return table, "as given"
-    train, reason = proposed_length(usual_epochs, examples, batch_size)
+    usual_epochs = TASKS[table["task"]].init_epochs
+    length, reason = proposed_length(usual_epochs, examples, batch_size)
+    # a run file may have only one of num_epochs and num_steps, and the first table has the usual epochs
     del table["train"]["num_epochs"]
-    return laid_over(table, "train", **train), reason
+    return laid_over(table, "train", **length), reason
 
 
 def _remark_on_lines(data: DataConfig) -> str:
+    """Return a remark on a text file whose lines are not documents; "" for other files."""
     if data.sample_by == "line":
         return ""
     file, _ = file_and_slice(data.train)
@@ -331,14 +423,17 @@ def deepspeed_settings(*, on_cpu: bool) -> dict[str, object]:
     """Return ZeRO-3 settings for ranks on a CPU or on GPUs, as ds_configs/zero3_cpu.json and zero3.json have it."""
     zero: dict[str, object] = {
         "stage": 3,
+        # a CPU has no streams on which communication could overlap with computation
         "overlap_comm": not on_cpu,
         "contiguous_gradients": True,
         "reduce_bucket_size": "auto",
         "stage3_prefetch_bucket_size": 5_000_000 if on_cpu else 50_000_000,
+        # elements up to which a parameter is not sharded
         "stage3_param_persistence_threshold": 0 if on_cpu else 100_000,
     }
     if not on_cpu:
         zero |= {"stage3_max_live_parameters": 10**9, "stage3_max_reuse_distance": 10**9}
+    # "auto": train_run fills in the settings of the run file
     return {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",

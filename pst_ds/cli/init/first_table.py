@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from pst_ds.config.methods import METHODS
 from pst_ds.config.run import DataConfig
@@ -18,42 +18,40 @@ from pst_ds.errors import InputError
 from pst_ds.planning.dense_start import HIGH_SPARSITY
 from pst_ds.train.resolved import load_model_config
 
-if TYPE_CHECKING:
-    pass
-
 Settings: TypeAlias = dict[str, Any]
 """Settings, or tables of settings, by name."""
 NO_VALIDATION = "none"
 """Value of ``--validation`` for a run without validation data."""
-_GUESSED_PAIRS = (["sentence1", "sentence2"], ["premise", "hypothesis"], ["question1", "question2"])
-_GUESSED_TEXTS = (["text"], ["sentence"], *_GUESSED_PAIRS)
+_GUESSED_TEXTS = (
+    ["text"],
+    ["sentence"],
+    ["sentence1", "sentence2"],
+    ["premise", "hypothesis"],
+    ["question1", "question2"],
+)
+"""Names of text columns, or of pairs, in public data sets: the first whose columns all exist."""
 _GUESSED_CONVERSATIONS = (["messages"], ["conversations"], ["prompt", "completion"])
 _TEXT_TYPES = ("string", "large_string")
+"""Arrow types of text; Parquet files by polars have the second one."""
 
 
 def first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Settings:
-    """Return the settings that do not depend on the model, in the order of the file, without uninformative defaults."""
+    """Return the settings that do not depend on the model, in the order of the file, without uninformative defaults.
+
+    Raises InputError.
+    """
     rows = read_rows(DataConfig(train=args.train), "train", {})
     features = column_types(rows, args.train)
     if args.label_column and args.label_column not in features:
         where = f"--label-column {args.label_column!r} is not in {args.train}"
         raise InputError(f"{where}. Name one of the columns: {', '.join(features)}")
     label_column = args.label_column or "label"
-    conversations = _guessed(_GUESSED_CONVERSATIONS, features)
-    if args.task:
-        task = args.task
-    elif conversations:
-        task = "chat"
-    else:
-        label_type = features.get(label_column)
-        task = next(name for name, facts in TASKS.items() if facts.suggested_by(label_type))
+    conversations = _first_existing(_GUESSED_CONVERSATIONS, features)
+    task = args.task or _proposed_task(features, label_column, has_conversations=bool(conversations))
     if TASKS[task].packs_text and not args.task:
         _require_labels_or_causal(args, features)
-    table: Settings = {
-        "output_dir": args.output_dir or f"runs/{Path(args.out).stem}",
-        "task": task,
-        "method": method_of(args),
-    }
+    method = method_of(args)
+    table: Settings = {"output_dir": args.output_dir or f"runs/{Path(args.out).stem}", "task": task, "method": method}
     if deepspeed_file:
         table["deepspeed_config"] = str(deepspeed_file)
     text_columns = args.text_columns
@@ -63,14 +61,24 @@ def first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Settin
         text_columns = _text_columns(features, label_column, task, args.train)
     table["model"] = {"path": args.model}
     table["data"] = _data_section(args, TASKS[task], text_columns, label_column)
-    table["train"] = {**_asked_length(args, TASKS[task]), "precision": "bf16"}
-    if METHODS[method_of(args)].masks != "none":
+    table["train"] = {**_requested_length(args, TASKS[task]), "precision": "bf16"}
+    if METHODS[method].masks != "none":
         pattern, _ = proposed_pattern(args, task)
         table["pst"] = {"target_modules": "all-linear", "pattern": pattern}
         if args.exclude_modules:
             table["pst"]["exclude_modules"] = args.exclude_modules
         table["schedule"] = {"final_sparsity": _sparsity(args, TASKS[task])}
     return table
+
+
+def _proposed_task(features: dict[str, str], label_column: str, *, has_conversations: bool) -> str:
+    """Return the task that the columns of the training file suggest."""
+    # before the labels: conversations may come with a label column, such as a rating
+    if has_conversations:
+        return "chat"
+    label_type = features.get(label_column)
+    # never without a result: without labels causal-lm is suggested, and a task of labels for every type
+    return next(name for name, facts in TASKS.items() if facts.suggested_by(label_type))
 
 
 def _data_section(args: argparse.Namespace, facts: TaskFacts, text_columns: list[str], label_column: str) -> Settings:
@@ -83,7 +91,9 @@ def _data_section(args: argparse.Namespace, facts: TaskFacts, text_columns: list
     data["text_columns"] = text_columns
     if facts.has_labels:
         data["label_column"] = label_column
-    plain = Path(file_and_slice(args.train)[0])
+    file, _ = file_and_slice(args.train)
+    plain = Path(file)
+    # other formats have a row per document
     if facts.packs_text and plain.suffix.lower() == ".txt":
         sample_by = proposed_sample_by(plain)
         if sample_by != "line":
@@ -96,25 +106,33 @@ def _data_section(args: argparse.Namespace, facts: TaskFacts, text_columns: list
     return data
 
 
-def _asked_length(args: argparse.Namespace, facts: TaskFacts) -> Settings:
+def _requested_length(args: argparse.Namespace, facts: TaskFacts) -> Settings:
     """Return the number of steps or epochs that the user gave, or the task's usual epochs."""
     if args.steps:
         return {"num_steps": args.steps}
-    return {"num_epochs": facts.init_epochs if args.epochs is None else args.epochs}
+    # "is None", because 0 epochs are refused with another message
+    epochs = facts.init_epochs if args.epochs is None else args.epochs
+    return {"num_epochs": epochs}
 
 
 def method_of(args: argparse.Namespace) -> str:
     """Return the requested method, or the one for a sparse or a smaller dense model."""
     if args.method:
         return str(args.method)
+    # a smaller model is dense, unless a sparsity is given too
     is_dense = is_cut(args) and args.sparsity is None
     return "lora" if is_dense else "pst"
 
 
 def proposed_pattern(args: argparse.Namespace, task: str) -> tuple[str, str]:
-    """Return the requested pattern, or the best for ``args.target`` and the reason (docs/background/results.md)."""
-    if args.pattern or args.target != "cpu":
-        return args.pattern or "matrix", ""
+    """Return the requested pattern, or the best for ``args.target`` and the reason (docs/background/results.md).
+
+    The reason is empty for a requested pattern and for targets without a recommendation.
+    """
+    if args.pattern:
+        return args.pattern, ""
+    if args.target != "cpu":
+        return "matrix", ""
     if not TASKS[task].has_labels:
         return "matrix", "decoders on CPUs are as fast with unstructured sparsity as with blocks"
     if method_of(args) == "pst" and _sparsity(args, TASKS[task]) >= HIGH_SPARSITY:
@@ -123,10 +141,12 @@ def proposed_pattern(args: argparse.Namespace, task: str) -> tuple[str, str]:
 
 
 def _sparsity(args: argparse.Namespace, facts: TaskFacts) -> float:
+    """Return the requested sparsity, the one that the pattern fixes, or the task's usual one. Raises InputError."""
     try:
         fixed = parse_pattern(args.pattern or "matrix").fixed_sparsity
     except ValueError as error:
         raise InputError(f"--pattern {args.pattern!r}: {error}") from None
+    # first the user's, although the pattern may fix another: the run file's checks then name both
     if args.sparsity is not None:
         return float(args.sparsity)
     return facts.init_sparsity if fixed is None else fixed
@@ -134,16 +154,25 @@ def _sparsity(args: argparse.Namespace, facts: TaskFacts) -> float:
 
 def is_cut(args: argparse.Namespace) -> bool:
     """Return whether to propose a smaller dense model: for engines that do not skip pruned weights."""
+    # a requested pattern was checked: the engine makes use of it
     return bool(args.target) and not TARGETS[args.target].skips_pruned and not args.pattern
 
 
 def _require_labels_or_causal(args: argparse.Namespace, features: dict[str, str]) -> None:
     """Raise InputError if another column may have the labels and the model cannot generate text."""
-    others = [name for name in features if name not in _guessed(_GUESSED_TEXTS, features)]
+    texts = _first_existing(_GUESSED_TEXTS, features)
+    others = [name for name in features if name not in texts]
     if not others:
         return
-    table = {"output_dir": args.out, "task": "causal-lm", "model": {"path": args.model}, "data": {"train": args.train}}
-    config = load_model_config(run_from_table({**table, "train": {"num_epochs": 1.0}}), [], None)
+    # the least that a run file needs, to read the model's config
+    table = {
+        "output_dir": args.out,
+        "task": "causal-lm",
+        "model": {"path": args.model},
+        "data": {"train": args.train},
+        "train": {"num_epochs": 1.0},
+    }
+    config = load_model_config(run_from_table(table), [], None)
     if not is_causal(config):
         raise InputError(
             f"--train {args.train} has no column 'label', and the model is a {config.model_type}, which learns from "
@@ -151,17 +180,25 @@ def _require_labels_or_causal(args: argparse.Namespace, features: dict[str, str]
         )
 
 
-def _guessed(guesses: Sequence[list[str]], names: Iterable[str]) -> list[str]:
-    """Return the first of ``guesses`` whose columns all exist; empty if none do."""
-    return next((columns for columns in guesses if set(columns) <= set(names)), [])
+def _first_existing(choices: Sequence[list[str]], names: Iterable[str]) -> list[str]:
+    """Return the first of ``choices`` whose columns are all among ``names``; empty if there is none."""
+    existing = set(names)
+    for columns in choices:
+        if existing.issuperset(columns):
+            return columns
+    return []
 
 
 def _text_columns(features: dict[str, str], label_column: str, task: str, where: str) -> list[str]:
     """Return the text columns. Raises InputError if they cannot be inferred."""
-    texts = [name for name, kind in features.items() if kind in _TEXT_TYPES and name != label_column]
-    found = _guessed(_GUESSED_TEXTS, texts) or texts
-    if 1 <= len(found) <= TASKS[task].max_text_columns:
-        return found
+    texts = []
+    for name, kind in features.items():
+        # class names are text too, but not what a model reads
+        if kind in _TEXT_TYPES and name != label_column:
+            texts.append(name)
+    columns = _first_existing(_GUESSED_TEXTS, texts) or texts
+    if 1 <= len(columns) <= TASKS[task].max_text_columns:
+        return columns
     raise InputError(
         f"--train {where}: which columns hold the text of task {task!r} is not clear. Name them with --text-columns. "
         f"Columns: {', '.join(features)}"
