@@ -26,8 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
+    # before the model is loaded; a socket refuses other numbers with an OverflowError
     if not 0 <= args.port < 1 << 16:
         raise InputError(f"--port {args.port} is not a port. Use 0 to 65535")
+    # FastAPI and its companions are an extra: most users only train
     try:
         from pst_ds.cli.serve.service import serve
     except ImportError as error:

@@ -3,7 +3,9 @@
 import argparse
 import logging
 import os
+import socket
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -39,45 +41,73 @@ KEYS = "PST_DS_API_KEYS"
 """Environment variable with the keys of clients, separated by commas."""
 _UNLIMITED = 1 << 17
 """Positions of a model whose config has no limit."""
+_TEXT_OPTIONS = {
+    "store": None,
+    "chat_template": None,
+    "memory": None,
+    "max_new_tokens": None,
+    "load_as": "auto",
+    "dtype": None,
+    "engine": "auto",
+}
+"""Options for causal models only, with their defaults."""
 
 
 def serve(args: argparse.Namespace) -> dict[str, object]:
     """Serve until told to stop, from this process or from workers. Returns the model, its users and the port."""
+    # also with workers, which open the folder themselves: an invalid one is reported once, before they start
     folder, tokenizer, store = opened(args)
     facts: dict[str, object] = {"model": args.model, "name": args.name, "users": len(store or ())}
-    with bound(args.host, args.port) as at:
-        facts["port"] = at.getsockname()[1]
+    # before the model is loaded, which may take minutes: the port may be in use
+    with bound(args.host, args.port) as listener:
+        # --port 0 lets the system choose
+        facts["port"] = listener.getsockname()[1]
         if args.workers > 1:
-            _say(args, facts)
-            with TemporaryDirectory(prefix="pst-ds-counters-") as shared:
-                os.environ[FOLDER] = shared
-                ended = answer_from_workers(partial(_app_of_worker, args), at, args.workers)
-            return facts if ended else {**facts, "exit_code": 1}
+            was_told_to_stop = _serve_from_workers(args, listener, facts)
+            return facts if was_told_to_stop else {**facts, "exit_code": 1}
         app = make_app(service_of(args, folder, tokenizer, store))
         _say(args, facts)
         _log_requests()
-        answer(app, at)
+        answer(app, listener)
     return facts
+
+
+def _serve_from_workers(args: argparse.Namespace, listener: socket.socket, facts: Mapping[str, object]) -> bool:
+    """Serve from ``--workers`` processes. Returns False if a worker could not start."""
+    _say(args, facts)
+    with TemporaryDirectory(prefix="pst-ds-counters-") as shared:
+        # the workers inherit the environment; prometheus_client reads it when they import it
+        os.environ[FOLDER] = shared
+        return answer_from_workers(partial(_app_of_worker, args), listener, args.workers)
 
 
 def _log_requests() -> None:
     """Write a line of JSON per request to stderr."""
     handler = logging.StreamHandler()
+    # nothing but the message, which is JSON
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("pst_ds.inference.serve.metrics")
-    log.handlers, log.propagate = [handler], False
+    log.handlers = [handler]
+    # a handler of the root logger would write each line again
+    log.propagate = False
     log.setLevel(logging.INFO)
 
 
-def _say(args: argparse.Namespace, facts: dict[str, object]) -> None:
+def _say(args: argparse.Namespace, facts: Mapping[str, object]) -> None:
+    """Print the address, the users and the number of keys of the server."""
     users = f", {facts['users']} users" if args.store else ""
-    keys = f"{len(_keys())} keys" if _keys() else f"no key required: set {KEYS} to require one"
-    workers = f", {args.workers} workers" if args.workers > 1 else ""
-    print(f"serving {facts['name']}{users} at http://{args.host}:{facts['port']}/v1 ({keys}{workers})", flush=True)
+    access = f"no key required: set {KEYS} to require one"
+    if _keys():
+        access = f"{len(_keys())} keys"
+    if args.workers > 1:
+        access += f", {args.workers} workers"
+    # flushed, since programs that start a server wait for this line
+    print(f"serving {facts['name']}{users} at http://{args.host}:{facts['port']}/v1 ({access})", flush=True)
 
 
 def _app_of_worker(args: argparse.Namespace) -> FastAPI:
     """Load the application of a worker, which uses its share of the cores. Raises InputError."""
+    # a worker is a new process, which has not run main()
     quiet_libraries()
     _log_requests()
     if not args.threads and "OMP_NUM_THREADS" not in os.environ:
@@ -86,7 +116,10 @@ def _app_of_worker(args: argparse.Namespace) -> FastAPI:
 
 
 def _keys() -> tuple[str, ...]:
-    return tuple(key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip())
+    """Return the keys of clients. An environment variable, since others on this machine see the command line."""
+    stripped = (key.strip() for key in os.environ.get(KEYS, "").split(","))
+    # an empty key would admit requests without one
+    return tuple(filter(None, stripped))
 
 
 def opened(args: argparse.Namespace) -> tuple[ModelFolder, Tokenizer, UserStore | None]:
@@ -102,27 +135,31 @@ def opened(args: argparse.Namespace) -> tuple[ModelFolder, Tokenizer, UserStore 
     if tokenizer.chat_template is None:
         why = "the tokenizer has no chat template: only /v1/completions is answered. Add one with --chat-template FILE"
         print(f"{args.model}: {why}", file=sys.stderr)
-    store = UserStore(Path(args.store), kept=args.users_in_memory) if args.store else None
+    store = None
+    if args.store:
+        store = UserStore(Path(args.store), kept=args.users_in_memory)
     return folder, tokenizer, store
 
 
 def _require_no_text_options(args: argparse.Namespace, folder: ModelFolder) -> None:
-    kind, defaults = kind_of(folder), {"load_as": "auto", "engine": "auto"}
-    for name in ("store", "chat_template", "memory", "max_new_tokens", "load_as", "dtype", "engine"):
-        if getattr(args, name) != defaults.get(name):
+    """Raise InputError for options that have no effect on classifiers, regressors and embedding models."""
+    kind = kind_of(folder)
+    for name, default in _TEXT_OPTIONS.items():
+        if getattr(args, name) != default:
             raise InputError(f"--{name.replace('_', '-')} is for causal models, and {args.model} is a {kind}. Omit it")
 
 
 def _encoder_service(args: argparse.Namespace) -> EncoderService:
+    """Load a classifier, regressor or embedding model and return its service. Raises InputError."""
     encoder = Encoder(args.model, threads=args.threads, max_length=args.max_prompt_tokens, batch=args.max_batch)
-    encoder.outputs(["What is the time?"])  # compiles what a request would wait for
-    batcher, limits = Batcher(encoder, args.max_waiting), Limits(body_bytes=args.max_body)
+    # compiles what the first request would wait for
+    encoder.outputs(["What is the time?"])
+    batcher = Batcher(encoder, args.max_waiting)
     batcher.start()
-    access = Access(_keys(), args.host)
     return EncoderService(
         name=args.name,
-        limits=limits,
-        access=access,
+        limits=Limits(body_bytes=args.max_body),
+        access=Access(_keys(), args.host),
         encoder=encoder,
         worker=batcher,
         tokenizers=ReaderTokenizers(encoder.tokenizer),
@@ -135,18 +172,25 @@ def service_of(args: argparse.Namespace, folder: ModelFolder, tokenizer: Tokeniz
         return _encoder_service(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = device_of(LaunchEnvironment(0, 1, 0)) if store is None else "cpu"
+    # only the native decoder has per-user adapters, and it runs on the CPU
+    device = "cpu"
+    if store is None:
+        device = device_of(LaunchEnvironment(0, 1, 0))
     positions = positions_of(folder.config)
+    # adapters of some methods put tokens before every prompt
     if positions:
         positions -= folder.extra_tokens
     ends = folder.end_tokens(tokenizer)
+    # every worker has a cache of its sequences
     cache_bytes = round(1e9 * (args.memory or _memory_of_cache()) / args.workers)
     decoder = native_decoder(
         args, folder, device, positions or _UNLIMITED, sequences=args.max_batch, cache_bytes=cache_bytes, users=store
     )
+    answering: Answering
     if decoder is not None:
+        # less than the model's if the memory is too small for that
         positions = decoder.context
-        answering: Answering = Slots(decoder, ends=ends, most_waiting=args.max_waiting)
+        answering = Slots(decoder, ends=ends, most_waiting=args.max_waiting)
     else:
         answering = _batches(args, folder, tokenizer, device, ends)
     limits = Limits(
@@ -167,6 +211,7 @@ def service_of(args: argparse.Namespace, folder: ModelFolder, tokenizer: Tokeniz
         grammars=Grammars(tokenizer, ends),
         store=store,
     )
+    # before the thread that answers: both compute with the same cache
     _warm_up(args, service)
     answering.start()
     return service
@@ -179,29 +224,47 @@ def _batches(
     if args.memory:
         raise InputError("--memory is for the native decoder, which is not used here. Add --engine native")
     model = folder.load(args.load_as, args.dtype, device)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        # any token will do, since padding is masked
+        pad = next(iter(ends), 0)
     return Batches(model, pad=pad, ends=ends, most_in_batch=args.max_batch, most_waiting=args.max_waiting)
 
 
 def _memory_of_cache() -> float:
-    """Return a quarter of the memory of this machine, in GB."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4e9
+    """Return a quarter of the memory of this machine, in GB. Weights and other programs need the rest."""
+    total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total_bytes / 4 / 1e9
 
 
 def _warm_up(args: argparse.Namespace, service: TextService) -> None:
     """Run what requests run, for a user too, so that no request waits for a compiler. Raises InputError."""
     states: list[State | None] = [None]
     if service.store is not None:
-        common = service.store.common
-        dtype = torch.bfloat16 if common.dtype == "bf16" else torch.float32
-        states.append({name: torch.zeros(shape, dtype=dtype) for name, shape in common.shapes.items()})
-    has_template, text = service.tokenizer.chat_template is not None, "What is the time?"
+        states.append(_empty_state(service.store))
+    text = "What is the time?"
     try:
-        prompt = service.prompt_of([{"role": "user", "content": text}]) if has_template else service.continued(text)
+        if service.tokenizer.chat_template is None:
+            prompt = service.continued(text)
+        else:
+            prompt = service.prompt_of([{"role": "user", "content": text}])
         service.worker.warm_up(prompt, states)
-        with suppress(GrammarError):  # JSON schemas are then refused
+        # without support for the tokenizer, requests with a JSON schema are refused, and others answered
+        with suppress(GrammarError):
             service.grammars.of_schema({"type": "object"})
     except ProtocolError as error:
+        # the chat template rejects a plain question
         raise InputError(f"{args.chat_template or args.model}: {error.message}") from None
+    # a model's own code may raise anything, and every request would
     except Exception as error:
         raise InputError(f"{args.model}: the model fails at a prompt: {error}") from error
+
+
+def _empty_state(store: UserStore) -> State:
+    """Return a state of zeros with the shapes and the dtype of the store's users, of whom there may be none yet."""
+    common = store.common
+    dtype = torch.bfloat16 if common.dtype == "bf16" else torch.float32
+    state = {}
+    for name, shape in common.shapes.items():
+        state[name] = torch.zeros(shape, dtype=dtype)
+    return state
