@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pst_ds.atomic_files import require_writable
 from pst_ds.cli.flags import flags_of_fields
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, load_run_or_folder
+from pst_ds.cli.output_file import require_file_place
 from pst_ds.errors import InputError
-
-KL_FORMAT = "KL divergence {kl_mean:.3g} (99th percentile {kl_p99:.3g}), same prediction {same_top:.2%}"
-"""Text for a result of :class:`pst_ds.core.kl_divergence.KLDivergence`."""
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,8 +21,10 @@ if TYPE_CHECKING:
     from pst_ds.data.tasks.answers import AnswerTask
     from pst_ds.train.run import RunContext
 
-
+KL_FORMAT = "KL divergence {kl_mean:.3g} (99th percentile {kl_p99:.3g}), same prediction {same_top:.2%}"
+"""Text for a result of :class:`pst_ds.core.kl_divergence.KLDivergence`."""
 FLAGS = flags_of_fields(["reference"])
+"""Flags for the settings that messages of this verb name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,27 +39,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     config = load_run_or_folder(args)
-    if args.texts and not config.task_facts.writes_texts:
-        raise InputError(f"--texts {args.texts}: task {config.task!r} does not generate text. Omit it")
+    writes_texts = config.task_facts.writes_texts
     if args.texts:
-        require_writable(Path(args.texts), f"--texts {args.texts}")
+        if not writes_texts:
+            raise InputError(f"--texts {args.texts}: task {config.task!r} does not generate text. Omit it")
+        # now, since generating may take hours
+        require_file_place(Path(args.texts), "--texts")
     from pst_ds.parallel.launch import launch_environment
     from pst_ds.train.run import build, evaluate, prepare
     from pst_ds.train.run_folder import open_checkpoint, same_on_all_ranks
 
     checkpoint = open_checkpoint(config, args.checkpoint)
+    # the classes of the checkpoint: the split may have some of them only
     context = prepare(config, launch_environment(), run_file=args.run, labels=checkpoint.state.labels)
+    # collective. A run that is training may have replaced the best checkpoint between two ranks' looks at it
     checkpoint = same_on_all_ranks(config, checkpoint)
     examples = context.load(args.split)
     if args.reference and context.launch.world_size > 1:
         raise InputError(f"--reference {args.reference} needs both models in a process. Run eval without a launcher")
     kl = dict[str, float]()
-    if context.launch.world_size == 1 and (config.task_facts.writes_texts or args.reference):
+    if context.launch.world_size == 1 and (writes_texts or args.reference):
         metrics, kl = _by_one_process(context, checkpoint, examples, args)
     else:
         engine = build(context, checkpoint)
         metrics = evaluate(engine, examples, context)
-        if config.task_facts.writes_texts and context.launch.rank == 0:
+        # ranks that generate until their answers end would wait for each other at every token
+        if writes_texts and context.launch.rank == 0:
             print("text is generated and scored by one process. Run pst-ds eval without a launcher for BLEU")
     if context.launch.rank == 0:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
@@ -79,10 +84,16 @@ def _by_one_process(
     from pst_ds.train.evaluate import predict
     from pst_ds.train.run import masked_model
 
-    model, task = masked_model(context, checkpoint), context.task
-    kl = kl_from_folder(args.reference, model, context, examples) if args.reference else {}
-    of_texts = _text_metrics(model, context, task, examples, args.texts) if isinstance(task, AnswerTask) else {}
-    return {**task.metrics(predict(model, context, examples), examples), **of_texts}, kl
+    model = masked_model(context, checkpoint)
+    task = context.task
+    kl: dict[str, float] = {}
+    if args.reference:
+        kl = kl_from_folder(args.reference, model, context, examples)
+    text_metrics: dict[str, float] = {}
+    if isinstance(task, AnswerTask):
+        text_metrics = _text_metrics(model, context, task, examples, args.texts)
+    metrics = task.metrics(predict(model, context, examples), examples)
+    return {**metrics, **text_metrics}, kl
 
 
 def _text_metrics(
@@ -92,9 +103,16 @@ def _text_metrics(
     from pst_ds.data.generation import require_text_metrics
 
     require_text_metrics()
-    written = task.write(model, examples, context.tokenizer, context.run.eval_batch_size, context.device)
+    texts = task.write(
+        model, examples, tokenizer=context.tokenizer, batch_size=context.run.eval_batch_size, device=context.device
+    )
     if file:
-        pairs = zip(written, examples.references, strict=True)
-        lines = [json.dumps({"text": text, "references": wanted}, ensure_ascii=False) + "\n" for text, wanted in pairs]
-        Path(file).write_text("".join(lines), encoding="utf-8")
-    return task.text_metrics(written, examples)
+        _write_texts(Path(file), texts, examples.references)
+    return task.text_metrics(texts, examples)
+
+
+def _write_texts(file: Path, texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    """Write a JSON object per line: a text and its references."""
+    with file.open("w", encoding="utf-8") as lines:
+        for text, references_of_text in zip(texts, references, strict=True):
+            lines.write(json.dumps({"text": text, "references": references_of_text}, ensure_ascii=False) + "\n")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pst_ds.cli.flags import flags_of_fields
 from pst_ds.cli.main import add_quiet_argument, add_shard_argument, load_run_or_folder
@@ -26,9 +27,16 @@ FLAGS = flags_of_fields(
 )
 """Flags for the settings that messages of this verb name."""
 LARGE = 1.1
-"""Bytes of an export, relative to dense bf16, above which its user is told; headers add a little."""
+"""Bytes of an export, relative to dense bf16, above which a note says so; headers add a little."""
 FEWEST_ZEROS = 0.1
 """Sparsity from which a bitmask makes a model smaller (1 bit per weight of 16)."""
+
+
+class Option(NamedTuple):
+    """An option of an export that ``--for`` chooses."""
+
+    value: object
+    reason: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,16 +75,18 @@ def run(args: argparse.Namespace) -> Mapping[str, object]:
     from pst_ds.train.run_folder import open_trained
 
     source = Path(args.run)
-    measured: list[str] = []
+    is_folder = is_model_folder(source)
+    lines_of_loss: list[str] = []
     if args.target is None:
         args.format = args.format or DENSE
     else:
-        _choose(args, is_folder=is_model_folder(source))
+        _choose(args, is_folder=is_folder)
+    # not the parser's default, so that --for can tell whether the user gave it
     args.activation_bits = args.activation_bits or 16
-    settings = ExportSettings(
-        **{name: getattr(args, name) for name in ExportSettings.__dataclass_fields__ if hasattr(args, name)}
-    )
-    if is_model_folder(source):
+    # settings and options have the same names
+    given = {field.name: getattr(args, field.name) for field in fields(ExportSettings)}
+    settings = ExportSettings(**given)
+    if is_folder:
         if args.set or args.checkpoint:
             raise InputError(f"{source}: a model folder has no settings or checkpoints. Remove --set and --checkpoint")
         report = export_model_folder(source, args.out, settings)
@@ -88,12 +98,13 @@ def run(args: argparse.Namespace) -> Mapping[str, object]:
         resolved, checkpoint = open_trained(config, args.checkpoint or "best")
         report = export_run(resolved, args.out, settings, checkpoint=checkpoint)
         if args.target and (settings.values in VALUE_BITS or settings.embeddings):
-            report["quantisation_loss"], measured = _measured(args, resolved, checkpoint, settings)
+            report["quantisation_loss"], lines_of_loss = _measured(args, resolved, checkpoint, settings)
     if args.vocabulary:
         print(f"embeds {report['tokens']} tokens")
-    for line in lines_of_report(args, report) + measured:
+    for line in lines_of_report(args, report) + lines_of_loss:
         print(line)
-    if note := target_note(args.target, report, settings):
+    note = target_note(args.target, report, settings)
+    if note:
         report["note"] = note
         print(f"note: {note}", file=sys.stderr)
     return report
@@ -102,11 +113,12 @@ def run(args: argparse.Namespace) -> Mapping[str, object]:
 def _measured(
     args: argparse.Namespace, resolved: ResolvedRun, checkpoint: Checkpoint, settings: ExportSettings
 ) -> tuple[Facts | None, list[str]]:
-    """Return the accuracy lost to quantisation, and a line about it; None if it cannot be measured."""
+    """Return the accuracy lost to quantisation, and lines about it; None and the reason if it cannot be measured."""
     from pst_ds.export.verify.against_run import quantisation_loss
 
     try:
         loss = quantisation_loss(Path(args.out), resolved, checkpoint, settings.options())
+    # the export is written and valid: without validation data or ONNX Runtime only this number is missing
     except (InputError, ImportError, OSError) as error:
         return None, [f"accuracy lost to quantisation is unknown: {error}"]
     changes = []
@@ -129,41 +141,55 @@ def _choose(args: argparse.Namespace, *, is_folder: bool) -> None:
     else:
         run = load_run_or_folder(args)
         is_causal = run.task_facts.predicts_tokens
+        # by the settings: the checkpoint is opened later
         is_sparse = run.mask_method.masks != "none" and run.schedule.final_sparsity >= FEWEST_ZEROS
-    for name, (value, reason) in chosen_options(args.target, is_causal=is_causal, is_sparse=is_sparse).items():
-        if getattr(args, name) in (None, False):
-            setattr(args, name, value)
-            print(f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}: {reason}")
+    for name, option in chosen_options(args.target, is_causal=is_causal, is_sparse=is_sparse).items():
+        # what the user gave stays; a flag without a value is False if it was not given
+        if getattr(args, name) not in (None, False):
+            continue
+        setattr(args, name, option.value)
+        flag = f"--{name.replace('_', '-')}"
+        if option.value is not True:
+            flag += f" {option.value}"
+        print(f"{flag}: {option.reason}")
 
 
-def chosen_options(target: str, *, is_causal: bool, is_sparse: bool) -> dict[str, tuple[object, str]]:
-    """Return the options of an export for ``target``, each with its reason."""
-    small: dict[str, tuple[object, str]] = {
-        "values": ("int8", "half the bytes of bf16"),
-        "embeddings": ("int8", "the same for the embeddings, often half of a small model"),
-    }
+_INT8_VALUES = Option("int8", "half the bytes of bf16")
+_INT8_EMBEDDINGS = Option("int8", "the same for the embeddings, often half of a small model")
+_PLAIN = Option(True, "standard operators, without pst-ds")
+
+
+def chosen_options(target: str, *, is_causal: bool, is_sparse: bool) -> dict[str, Option]:
+    """Return the options of an export for ``target``, by their names, each with its reason."""
+    small = {"values": _INT8_VALUES, "embeddings": _INT8_EMBEDDINGS}
     if target == "cpu" and is_causal:
-        packed = "bitmask", "the native decoder of pst-ds skips pruned weights"
-        return {"format": packed if is_sparse else (DENSE, "the native decoder of pst-ds; nothing is pruned"), **small}
+        form = Option(DENSE, "the native decoder of pst-ds; nothing is pruned")
+        if is_sparse:
+            form = Option("bitmask", "the native decoder of pst-ds skips pruned weights")
+        return {"format": form, **small}
     if target == "cpu" and not is_sparse:
         # a graph with the operators of pst-ds is made of packed weights, and nothing would be packed
-        ours = ONNX, "for ONNX Runtime; nothing is pruned"
-        return {"format": ours, "plain": (True, "standard operators, without pst-ds")}
+        return {"format": Option(ONNX, "for ONNX Runtime; nothing is pruned"), "plain": _PLAIN}
     if target == "cpu":
-        ours = ONNX, "for ONNX Runtime with the operators of pst-ds, which skip pruned weights"
-        return {"format": ours, "dtype": ("bf16", "what is not quantised"), **small}
+        form = Option(ONNX, "for ONNX Runtime with the operators of pst-ds, which skip pruned weights")
+        return {"format": form, "dtype": Option("bf16", "what is not quantised"), **small}
     if target == "llama.cpp":
-        return {"format": (GGUF, "the file format of llama.cpp"), **small}
+        return {"format": Option(GGUF, "the file format of llama.cpp"), **small}
     if target == "vllm":
-        eight = 8, "vLLM has fast products of int8 weights with int8 inputs"
-        layout = COMPRESSED_TENSORS, "the layout that vLLM reads"
-        return {"format": layout, "values": small["values"], "activation_bits": eight}
-    if target in ("onnxruntime", "openvino"):
-        reader = "any runtime of ONNX" if target == "onnxruntime" else "OpenVINO, which reads ONNX"
-        return {"format": (ONNX, f"for {reader}"), "plain": (True, "standard operators, without pst-ds")}
+        # without embeddings: the layout has int8 linear layers only
+        return {
+            "format": Option(COMPRESSED_TENSORS, "the layout that vLLM reads"),
+            "values": _INT8_VALUES,
+            "activation_bits": Option(8, "vLLM has fast products of int8 weights with int8 inputs"),
+        }
+    if target == "onnxruntime":
+        return {"format": Option(ONNX, "for any runtime of ONNX"), "plain": _PLAIN}
+    if target == "openvino":
+        return {"format": Option(ONNX, "for OpenVINO, which reads ONNX"), "plain": _PLAIN}
     if target == "gpu":
-        return {"format": (DENSE, "what every engine on GPUs reads"), "dtype": ("bf16", "half the bytes of fp32")}
-    return {"format": (DENSE, "transformers reads it without pst-ds")}
+        form = Option(DENSE, "what every engine on GPUs reads")
+        return {"format": form, "dtype": Option("bf16", "half the bytes of fp32")}
+    return {"format": Option(DENSE, "transformers reads it without pst-ds")}
 
 
 def target_note(target: str | None, report: Facts, settings: ExportSettings) -> str:
@@ -179,8 +205,10 @@ def target_note(target: str | None, report: Facts, settings: ExportSettings) -> 
         )
     nbytes = int(report.get("file_bytes") or 0)
     dense = int(report.get("dense_bf16_bytes") or 0)
+    # a report without sizes says nothing about them
     if nbytes > LARGE * dense > 0:
         note = f"the files have {nbytes:,} bytes, more than the {dense:,} of dense bf16"
+        # a plain graph is always fp32
         is_cast = settings.dtype == "bf16" or settings.values == "bf16" or settings.plain
         if not is_cast:
             note += ". Add --dtype bf16, which casts what is not quantised"
@@ -201,9 +229,14 @@ def lines_of_report(args: argparse.Namespace, report: Facts) -> list[str]:
     if report["stay_dense"]:
         names = shortened(report["stay_dense"])
         lines.append(f"dense because {args.format} cannot hold them, or would make them larger: {names}")
-    requested = "unknown" if report["sparsity_requested"] is None else report["sparsity_requested"]
+    # a model folder may come without a record of the pruning
+    requested = report["sparsity_requested"]
+    if requested is None:
+        requested = "unknown"
     share = report["file_bytes"] / max(report["dense_bf16_bytes"], 1)
-    pruned = f"{report['pruned_tensors']} pruned tensors of " if report["pruned_tensors"] else "tensors: "
+    pruned = "tensors: "
+    if report["pruned_tensors"]:
+        pruned = f"{report['pruned_tensors']} pruned tensors of "
     lines.append(
         f"wrote {args.out}: {pruned}{report['tensors']}, sparsity "
         f"{report['sparsity_measured']:.6f} measured, {requested} requested; "
@@ -217,10 +250,14 @@ def lines_of_report(args: argparse.Namespace, report: Facts) -> list[str]:
 def quantisation_text(report: Facts) -> str:
     """Describe the quantisation of an export in one sentence."""
     schemes = []
+    # the names in a report of the quantised values, and of the weights that share a scale
     for values, group in (("values", "group"), ("embeddings", "embedding_group")):
-        if report.get(values):
-            share = "row" if report.get(group) == WHOLE_ROW else f"{report.get(group)} weights"
-            schemes.append(f"{values} {report.get(values)}, one scale per {share}")
+        if not report.get(values):
+            continue
+        share = f"{report.get(group)} weights"
+        if report.get(group) == WHOLE_ROW:
+            share = "row"
+        schemes.append(f"{values} {report[values]}, one scale per {share}")
     text = f"quantised {report['rounded_tensors']} tensors ({'; '.join(schemes)})"
     text += f": {report['bits_per_weight']:.2f} bits per weight"
     if "packed_bits_per_weight" in report:

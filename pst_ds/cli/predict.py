@@ -6,12 +6,13 @@ import time
 from functools import partial
 from pathlib import Path
 
-from pst_ds.atomic_files import require_writable
 from pst_ds.cli.flags import flags_of_fields
 from pst_ds.cli.main import add_quiet_argument, count
+from pst_ds.cli.output_file import require_file_place
 from pst_ds.errors import InputError
 
 FLAGS = {"columns": "--text", **flags_of_fields(["out", "data"])}
+"""Flags for the settings that messages of this verb name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,24 +34,30 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.inference.encoder.encoder import CLASSIFIER, EMBEDDER, Encoder, kind_of
     from pst_ds.inference.encoder.file import FORMATS, open_file, require_no_formula
 
-    out, folder = Path(args.out), open_model_folder(args.model)
+    out = Path(args.out)
+    folder = open_model_folder(args.model)
     kind = kind_of(folder)
-    formats = [suffix for suffix in FORMATS if kind != EMBEDDER or suffix != ".csv"]
+    formats = list(FORMATS)
+    # an embedding has no columns with names
+    if kind == EMBEDDER:
+        formats.remove(".csv")
     if out.suffix not in formats:
         raise InputError(f"--out {out}: a {kind}'s predictions are written as {', '.join(formats)}. Name such a file")
     if out.suffix == ".csv" and kind == CLASSIFIER:
         require_no_formula(map(str, (folder.config.id2label or {}).values()), out)
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"--out {out}: the folder {out.parent} does not exist. Create it, or name another file")
-    require_writable(out, f"--out {out}")
+    require_file_place(out, "--out")
+    # otherwise each process would start as many threads as there are cores
     if not args.threads and "OMP_NUM_THREADS" not in os.environ:
         args.threads = max(1, (os.cpu_count() or 1) // args.processes)
-    options = {name: getattr(args, name) for name in ("threads", "max_length", "batch")}
-    file = open_file(args.model, args.data, args.text, partial(Encoder, args.model, **options))
+    # pickled for each process, which opens a model
+    open_model = partial(Encoder, args.model, threads=args.threads, max_length=args.max_length, batch=args.batch)
+    file = open_file(args.model, args.data, args.text, open_model)
     if args.processes == 1:
-        _ = file.model  # opened before the clock starts
+        # opened before the clock starts
+        _ = file.model
     start = time.perf_counter()
     file.predict(out, args.processes)
-    seconds, rows = time.perf_counter() - start, len(file.rows)
+    seconds = time.perf_counter() - start
+    rows = len(file.rows)
     print(f"wrote {out}: {rows} rows, {rows / seconds:.0f} per second")
     return {"out": args.out, "kind": kind, "rows": rows, "seconds": seconds, "rows_per_second": rows / seconds}

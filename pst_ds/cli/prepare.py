@@ -11,6 +11,7 @@ from pst_ds.cli.main import add_quiet_argument, count
 from pst_ds.errors import InputError
 
 FLAGS = {"Reading.column": "--text-column", **flags_of_fields(["out", "force"])}
+"""Flags for the settings that messages of this verb name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,14 +43,15 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
     start = time.perf_counter()
     is_chat = args.kind == "chat"
+    # perplexity per byte is for whole texts: of a conversation the loss counts some tokens only
     if is_chat and args.count_bytes:
         raise InputError("--count-bytes is for text: in conversations only a part is learnt. Omit it")
     tokenizer = open_tokenizer(args.tokenizer, f"--tokenizer {args.tokenizer}", "Name the language model's folder")
     if args.chat_template:
         tokenizer.chat_template = read_template(args.chat_template, "--chat-template")
-    column = args.text_column or ("messages" if is_chat else "text")
+    usual_column = "messages" if is_chat else "text"
     reading = Reading(
-        column=column,
+        column=args.text_column or usual_column,
         kind=args.kind,
         sample_by=args.sample_by,
         split=args.split,
@@ -57,12 +59,20 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         revision=args.revision,
     )
     plan = plan_store(args.sources, tokenizer, reading, count_bytes=args.count_bytes, piece_bytes=args.shard_bytes)
-    if args.sample_by == "line" and (path := next(filter(is_wrapped, plan.plain_files), None)):
-        fix = "--sample-by document keeps them together"
-        print(f"note: {path}: its lines are parts of longer texts, and each becomes a document; {fix}", file=sys.stderr)
+    if args.sample_by == "line":
+        # one note is enough for a folder of books
+        wrapped = next(filter(is_wrapped, plan.plain_files), None)
+        if wrapped is not None:
+            print(
+                f"note: {wrapped}: its lines are parts of longer texts, and each becomes a document; --sample-by "
+                "document keeps them together",
+                file=sys.stderr,
+            )
+    # the cores that this process may use: a container or a Slurm job may have fewer than the machine
     workers = args.workers or min(64, len(os.sched_getaffinity(0)))
     manifest = prepare_store(plan, tokenizer, Path(args.out), num_workers=workers, force=args.force)
-    seconds, counts = time.perf_counter() - start, manifest.counts
+    seconds = time.perf_counter() - start
+    counts = manifest.counts
     print(
         f"wrote {args.out}: {counts['tokens']:,} tokens of {counts['documents']:,} documents, "
         f"{counts['text_bytes']:,} bytes of text, in {len(manifest.shards)} shards; {seconds:.1f} s"

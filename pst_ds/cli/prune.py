@@ -18,6 +18,7 @@ from pst_ds.errors import InputError
 if TYPE_CHECKING:
     from pst_ds.config.run import RunConfig
     from pst_ds.train.one_shot.pruning import PruneReport
+    from pst_ds.writing.manifest import Facts
 
 
 PRUNING_METHODS = {
@@ -55,14 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quiet_argument(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, object]:
+def run(args: argparse.Namespace) -> Facts:
     start = time.perf_counter()
     run = load_run_or_folder(args)
     speedup = _with_share(run, args)
+    # settings and options have the same names
     settings = {field.name: getattr(args, field.name) for field in fields(PruneConfig)}
+    # the parser has texts, among which "row" is one
     if args.group not in (None, WHOLE_ROW):
         settings["group"] = int(args.group)
     config = PruneConfig(**settings)
+    # torch is imported only now: settings that conflict are reported at once
     from pst_ds.parallel.launch import init_distributed, launch_environment
     from pst_ds.parallel.ranks import is_main
     from pst_ds.train.one_shot.pruning import prune_model
@@ -71,12 +75,20 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if launch.world_size > 1:
         init_distributed(launch)
     report = prune_model(run, args.out, config, shard_bytes=args.shard_bytes)
-    result = {**report.facts, "out": args.out}
+    result: Facts = {**report.facts, "out": args.out}
+    # methods that remove experts or channels change modules and have no list of layers
     if report.layers:
         result["num_layers"] = len(report.layers)
-    result |= speedup | {"seconds": time.perf_counter() - start}
-    if not is_main():
-        return result
+    result |= speedup
+    result["seconds"] = time.perf_counter() - start
+    # all ranks have the same report
+    if is_main():
+        _print_report(config, report, result)
+    return result
+
+
+def _print_report(config: PruneConfig, report: PruneReport, result: Facts) -> None:
+    """Print the line about the written folder, and a warning about experts that no token reached."""
     if config.method == CHANNELS:
         print(_line_of_channels(report, result))
     elif config.method == REAP:
@@ -88,9 +100,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         if layer.expert_tokens:
             # by module: both of its stacks saw the same tokens
             tokens[layer.name.rpartition(".")[0]] = layer.expert_tokens
-    if unused := unused_experts(tokens):
+    unused = unused_experts(tokens)
+    if unused:
         print(f"{unused}, and were pruned by magnitude. Add --samples", file=sys.stderr)
-    return result
 
 
 def _with_share(run: RunConfig, args: argparse.Namespace) -> dict[str, object]:
@@ -104,31 +116,38 @@ def _with_share(run: RunConfig, args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.planning.speedup import share_for
 
     args.ffn, expected = share_for(run, args.speedup, args.target)
+    # two digits: it is a prediction, not a measurement
     return {"target": args.target, "speedup_expected": round(expected, 2)}
 
 
-def _line_of_weights(config: PruneConfig, report: PruneReport, result: dict[str, object]) -> str:
+def _line_of_weights(config: PruneConfig, report: PruneReport, result: Facts) -> str:
     line = f"wrote {report.out}: {config.method}, pattern {result['pattern']}, {len(report.layers)} layers"
     if "values" in result:
         line += f" quantised to {result['values']}, group {result['group']}"
     line += f", sparsity {result['sparsity_measured']:.6f} measured"
+    # with --keep-zeros the model decides how many weights are zero, and nothing was requested
     line += ", unchanged" if config.keep_zeros else f", {result['sparsity_requested']} requested"
+    # magnitudes need no data
     if "tokens" in result:
         line += f", on {result['samples']} examples of {result['tokens']:,} tokens"
     return f"{line}; {result['seconds']:.1f} s in total"
 
 
-def _line_of_experts(report: PruneReport, result: dict[str, object]) -> str:
+def _line_of_experts(report: PruneReport, result: Facts) -> str:
+    record: Facts = report.record
     return (
         f"wrote {report.out}: reap, {result['experts']} of {result['experts_before']} experts in each of "
-        f"{len(dict(report.record['modules']))} modules, on {result['samples']} examples of {result['tokens']:,} "  # type: ignore[call-overload]
+        f"{len(record['modules'])} modules, on {result['samples']} examples of {result['tokens']:,} "
         f"tokens; {result['seconds']:.1f} s in total"
     )
 
 
-def _line_of_channels(report: PruneReport, result: dict[str, object]) -> str:
-    settings = ", ".join(f"{name} = {value}" for name, value in dict(result["config"]).items())  # type: ignore[call-overload]
-    expected = f", {result['speedup_expected']} times as fast in {result['target']}" if "target" in result else ""
+def _line_of_channels(report: PruneReport, result: Facts) -> str:
+    # of the model's config.json: what differs from the model before
+    settings = ", ".join(f"{name} = {value}" for name, value in result["config"].items())
+    expected = ""
+    if "target" in result:
+        expected = f", {result['speedup_expected']} times as fast in {result['target']}"
     return (
         f"wrote {report.out}: channels, {settings}; {result['parameters']:,} of {result['parameters_before']:,} "
         f"parameters, on {result['samples']} examples{expected}; {result['seconds']:.1f} s in total"

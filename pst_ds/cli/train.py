@@ -9,6 +9,7 @@ from pst_ds.parallel import stop_signals
 from pst_ds.progress import is_first_rank
 
 FLAGS = flags_of_fields(["resume", "restart"])
+"""Flags for the settings that messages of this verb name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
+    # before the slow imports: a scheduler may send its signal at any time
     stop_signals.install()
     config = load_run_or_folder(args)
     from pst_ds.train.run import train_run
@@ -29,7 +31,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     result = train_run(config, resume=args.resume, restart=args.restart, quiet=args.quiet, run_file=args.run)
     if is_first_rank():
         print(f"run folder: {config.output_dir} (checkpoints/, metrics.jsonl, result.json, tensorboard/)")
-        run, out = shlex.quote(config.output_dir), shlex.quote(f"{config.output_dir}/cpu")
-        then = f"pst-ds {'serve' if config.task_facts.predicts_tokens else 'verify'} {out}"
-        print(f"next: pst-ds export {run} --for cpu --out {out}; then {then}")
+        run = shlex.quote(config.output_dir)
+        out = shlex.quote(f"{config.output_dir}/cpu")
+        # a language model answers at once; of a classifier the accuracy after the export is what counts
+        verb = "serve" if config.task_facts.predicts_tokens else "verify"
+        print(f"next: pst-ds export {run} --for cpu --out {out}; then pst-ds {verb} {out}")
     return {**result, "output_dir": config.output_dir}
