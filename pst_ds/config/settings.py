@@ -4,6 +4,7 @@ import difflib
 import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, is_dataclass
 from enum import Enum
 from functools import wraps
@@ -54,7 +55,9 @@ InShapes = Annotated[T, OnLoad.SHAPES]
 BeforeLoading = Annotated[T, OnLoad.BEFORE]
 
 _OUT_OF_RANGE = {"greater_than_equal", "greater_than", "less_than_equal", "less_than", "finite_number"}
+"""Types of pydantic's errors for a number outside of its range."""
 _KINDS = {"string": "a string", "integer": "a whole number", "number": "a number", "boolean": "true or false"}
+_ITEMS = {"string": "strings", "integer": "whole numbers", "number": "numbers", "boolean": "true or false"}
 _WITH_PRESET = ("pst", "data")
 """Sections of a run file that have a ``preset``, which is replaced before they are checked."""
 
@@ -63,6 +66,7 @@ class ConfigError(InputError):
     """Settings of a run file or of ``--set`` that cannot be used; each argument has a name, a value and the fix."""
 
     def __str__(self) -> str:
+        # Python would show several arguments as a tuple of quoted strings.
         if len(self.args) < 2:
             return super().__str__()
         return "\n  ".join([f"{len(self.args)} settings cannot be used:", *map(str, self.args)])
@@ -85,9 +89,13 @@ class Section:
         """
         for name in names:
             value = getattr(self, name)
-            if value != getattr(type(self), name):
-                alternative = f", or {instead}" if instead else ""
-                yield f"{section}.{name} = {value!r} does nothing {reason}. Remove {section}.{name}{alternative}"
+            # A run folder's run.toml spells out every setting, so a default value is not a user's mistake.
+            if value == getattr(type(self), name):
+                continue
+            alternative = ""
+            if instead:
+                alternative = f", or {instead}"
+            yield f"{section}.{name} = {value!r} does nothing {reason}. Remove {section}.{name}{alternative}"
 
 
 def report(problems: Iterable[str]) -> None:
@@ -103,6 +111,7 @@ def settings(cls: type[T]) -> type[T]:
 
     Its constructor checks types and ranges by the annotations, and raises ConfigError with a message for each value.
     """
+    # strict: "8" and 8.0 are mistakes where a whole number is expected.
     config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
     section: Any = dataclass(frozen=True, kw_only=True, config=config)(cls)
     construct = section.__init__
@@ -114,7 +123,8 @@ def settings(cls: type[T]) -> type[T]:
         except ValidationError as error:
             report(messages(error, section, values))
 
-    # pydantic's errors name its types and locations; ours name settings as users write them
+    # The constructor is replaced because pydantic's errors name its types and locations; ours name settings as users
+    # write them.
     section.__init__ = checked
     return cast(type[T], section)
 
@@ -127,35 +137,63 @@ def messages(
     ``in_run_file``: whether settings are in a run file or in ``--set``, not in Python.
     """
     schema = TypeAdapter(kind).json_schema()
-    seen = set()
+    seen: set[str] = set()
     for problem in error.errors(include_url=False):
-        key, value, entry, known = _place(schema, table, problem["loc"])
+        place = _place(schema, table, problem["loc"])
         if problem["type"] == "value_error":
-            wrong = problem["ctx"]["error"]
-            if isinstance(wrong, ConfigError):  # its messages have full names already
-                yield from wrong.args
-            else:
-                for line in str(wrong).split("\n"):
-                    yield f"{key}.{line}".lstrip(".")
-        elif key in seen:  # another option of a union
-            continue
-        elif problem["type"] == "unexpected_keyword_argument":
-            near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}"
-            yield f"unknown key '{key}'. {hint}"
-        elif problem["type"] == "missing":
-            where = f" in the run file, or with --set {key}=" if in_run_file else ""
-            yield f"'{key}' is missing. Set it{where}"
-        elif problem["type"] in _OUT_OF_RANGE:
-            yield f"{key} = {value} must {_range(entry)}{_hint_for(value, entry)}"
-        else:
-            fix = _as_list(key, value, entry) if in_run_file else ""
-            yield f"{key} = {value!r} must be {_kind(entry)}{fix}"
-        seen.add(key)
+            yield from _broken_rules(problem["ctx"]["error"], place.key)
+        elif place.key not in seen:  # pydantic reports a wrong value once for each option of a union
+            yield _message(problem["type"], place, in_run_file=in_run_file)
+        seen.add(place.key)
 
 
-def _place(schema: Schema, table: object, location: tuple[int | str, ...]) -> tuple[str, object, Schema, list[str]]:
-    """Return the dotted key, value and schema of the setting at ``location``, and the names of its section."""
+@plain_dataclass(frozen=True)
+class _Place:
+    """A setting that pydantic rejected."""
+
+    key: str
+    """Dotted name, such as "train.num_steps"."""
+    value: object
+    entry: Schema
+    """Schema of the setting."""
+    known: list[str]
+    """Names of the settings of its section."""
+
+
+def _broken_rules(error: Exception, key: str) -> Iterator[str]:
+    """Yield the messages of an ``error`` that the section ``key`` has raised itself."""
+    if isinstance(error, ConfigError):  # its messages have full names already
+        yield from error.args
+        return
+    # A section of the library has names without a section, one problem per line. Outside of a run file, key is "".
+    for line in str(error).split("\n"):
+        yield f"{key}.{line}".lstrip(".")
+
+
+def _message(error_type: str, place: _Place, *, in_run_file: bool) -> str:
+    """Return the message for a setting that is unknown or missing, or whose value has a wrong type or range."""
+    key = place.key
+    if error_type == "unexpected_keyword_argument":
+        near = difflib.get_close_matches(key.rpartition(".")[2], place.known, n=1)
+        hint = f"Known keys: {', '.join(place.known)}"
+        if near:
+            hint = f"Did you mean {near[0]!r}?"
+        return f"unknown key '{key}'. {hint}"
+    if error_type == "missing":
+        where = ""
+        if in_run_file:
+            where = f" in the run file, or with --set {key}="
+        return f"'{key}' is missing. Set it{where}"
+    if error_type in _OUT_OF_RANGE:
+        return f"{key} = {place.value} must {_range(place.entry)}{_hint_for(place.value, place.entry)}"
+    fix = ""
+    if in_run_file:
+        fix = _as_list(key, place.value, place.entry)
+    return f"{key} = {place.value!r} must be {_kind(place.entry)}{fix}"
+
+
+def _place(schema: Schema, table: object, location: tuple[int | str, ...]) -> _Place:
+    """Return the setting at pydantic's ``location`` in ``table``, whose JSON schema is ``schema``."""
     names: list[str] = []
     known: list[str] = []
     entry = schema
@@ -169,13 +207,16 @@ def _place(schema: Schema, table: object, location: tuple[int | str, ...]) -> tu
             entry = entry["properties"].get(part, {})
             value = value.get(part) if isinstance(value, Mapping) else None
         elif "$ref" in entry.get("items", {}):
+            # The index of a table in a list is not part of the name: users know [[data.sources]] by its key.
             entry = entry["items"]
             value = value[int(part)] if isinstance(value, list | tuple) else None
-        else:  # the rest says which option of a union failed, or which item of a list
+        else:
+            # The other parts say which option of a union failed, or which item of a list.
             break
         if "$ref" in entry:
+            # A section's schema is in "$defs", at "#/$defs/NAME".
             entry = schema["$defs"][entry["$ref"].rpartition("/")[2]]
-    return ".".join(names), value, entry, known
+    return _Place(key=".".join(names), value=value, entry=entry, known=known)
 
 
 def _kind(entry: Schema) -> str:
@@ -183,9 +224,13 @@ def _kind(entry: Schema) -> str:
     if "enum" in entry:
         return f"one of {', '.join(map(repr, entry['enum']))}"
     if "anyOf" in entry:
+        # null is the value of an unset setting, which a run file cannot spell.
         return " or ".join(_kind(option) for option in entry["anyOf"] if option.get("type") != "null")
     if entry["type"] == "array":
-        return "a list of tables" if "$ref" in entry["items"] else "a list of strings"
+        items = entry.get("items", {})
+        if "$ref" in items:
+            return "a list of tables"
+        return f"a list of {_ITEMS.get(items.get('type'), 'values')}"
     return _KINDS.get(entry["type"], "a table")
 
 
@@ -194,16 +239,28 @@ def _range(entry: Schema) -> str:
     entry = entry.get("anyOf", [entry])[0]  # a number, or null
     low = entry.get("minimum")
     above = entry.get("exclusiveMinimum")
-    for key, end in (("maximum", "]"), ("exclusiveMaximum", ")")):
-        if key in entry:
-            start = f"[{low:g}" if above is None else f"({above:g}"
-            return f"be in {start}, {entry[key]:g}{end}"
+    upper = _upper_limit(entry)
+    if upper is not None:
+        limit, is_included = upper
+        if low is None and above is None:
+            return f"be at most {limit:g}" if is_included else f"be below {limit:g}"
+        start = f"({above:g}" if low is None else f"[{low:g}"
+        end = "]" if is_included else ")"
+        return f"be in {start}, {limit:g}{end}"
     if entry["type"] == "number":
         if above is not None:
             return f"be a finite number above {above:g}"
         least = "" if low is None else f" of at least {low:g}"
         return f"be a finite number{least}"
     return f"be at least {low}" if low else "not be negative"
+
+
+def _upper_limit(entry: Schema) -> tuple[float, bool] | None:
+    """Return the largest value of a number, and whether it is allowed itself; None without one."""
+    for key, is_included in (("maximum", True), ("exclusiveMaximum", False)):
+        if key in entry:
+            return entry[key], is_included
+    return None
 
 
 def _as_list(key: str, value: object, entry: Schema) -> str:
@@ -213,21 +270,27 @@ def _as_list(key: str, value: object, entry: Schema) -> str:
     """
     if not isinstance(value, str) or _kind(entry) != "a list of strings":
         return ""
-    items = [item.strip().strip("'\"") for item in value.strip().removeprefix("[").removesuffix("]").split(",")]
-    written = json.dumps([item for item in items if item], ensure_ascii=False)
+    items: list[str] = []
+    for item in value.strip().removeprefix("[").removesuffix("]").split(","):
+        bare = item.strip().strip("'\"")
+        if bare:  # "a," has one item
+            items.append(bare)
+    written = json.dumps(items, ensure_ascii=False)  # also TOML
     return f". Set {key} = {written}; in a shell: --set {shlex.quote(f'{key}={written}')}"
 
 
 def _hint_for(value: object, entry: Schema) -> str:
     """Return a question for a percentage where a schema allows a fraction; "" otherwise."""
-    entry = entry.get("anyOf", [entry])[0]
+    entry = entry.get("anyOf", [entry])[0]  # a number, or null
     is_fraction = 1 in (entry.get("maximum"), entry.get("exclusiveMaximum"))
-    return percent_hint(value) if is_fraction else ""
+    if not is_fraction:
+        return ""
+    return percent_hint(value)
 
 
 def resume_rules(kind: type, prefix: str = "") -> dict[str, OnResume]:
     """Return the mark of each marked setting of a dataclass and its sections, by dotted name."""
-    rules = {}
+    rules: dict[str, OnResume] = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
         marks = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, OnResume)]
         if marks:
