@@ -26,18 +26,24 @@ from pst_ds.core.patterns import Pattern, parse_pattern
 from pst_ds.errors import InputError
 
 _BARE_NAME = re.compile(r"[\w.-]+")
+"""A string without operators of regular expressions, except the full stop, which module names contain."""
 
 
 def _as_tuple(value: object) -> object:
     """Convert lists and sets of names to tuples; sets are sorted."""
     if isinstance(value, set | frozenset):
+        # The order of a set of strings differs between processes, and equal configs must be equal on all ranks.
         return tuple(sorted(value))
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return tuple(value)
+    return value
 
 
 def _as_names(value: object) -> object:
     """Convert as :func:`_as_tuple`, and a plain name to a tuple of it."""
-    return (value,) if isinstance(value, str) and _BARE_NAME.fullmatch(value) else _as_tuple(value)
+    if isinstance(value, str) and _BARE_NAME.fullmatch(value):
+        return (value,)
+    return _as_tuple(value)
 
 
 Modules = Annotated[str | tuple[str, ...], BeforeValidator(_as_tuple)]
@@ -51,7 +57,7 @@ class _LibrarySection(Section):
     def __post_init__(self) -> None:
         problems = list(self.problems())
         if problems:
-            # pydantic turns it into a ConfigError whose messages name the section, if there is one
+            # From pydantic's error, settings() makes a ConfigError whose messages name the section, if there is one.
             raise ValueError("\n".join(problems))
 
 
@@ -185,6 +191,7 @@ class PSTConfig(_LibrarySection):
                 "frozen_magnitude = true ranks by the pretrained weights, and train_weights = true does not keep them. "
                 "Set one of them to false"
             )
+        # A known form is not imported here, because that imports torch.
         if self.update_form not in UPDATE_FORMS.names:
             try:
                 UPDATE_FORMS.get(self.update_form)
@@ -211,6 +218,7 @@ class PSTConfig(_LibrarySection):
         except InputError as error:
             yield f"criterion: {error}"
             return
+        # Settings that a criterion does not read are refused: a user who sets them expects other masks.
         if self.initial_mask == "zeros":
             yield (
                 f'criterion = "{self.criterion}" ranks weights, and initial_mask = "zeros" keeps the non-zeros of the '
@@ -233,9 +241,10 @@ class PSTConfig(_LibrarySection):
         except ValueError as error:
             yield str(error)
             return
-        if any(rule.pattern.kind == "experts" for rule in rules[1:]):
+        general, *overrides = rules
+        if any(rule.pattern.kind == "experts" for rule in overrides):
             yield 'overrides: pattern "experts" removes equally many experts of every block. Remove overrides'
-        pooled = next((rule.pattern for rule in rules if rule.pattern.pools_matrices), None)
+        pooled = next((rule.pattern for rule in (general, *overrides) if rule.pattern.pools_matrices), None)
         if pooled is not None and not self.relative_magnitude:
             yield (
                 f'pattern = "{pooled}" with relative_magnitude = false would compare weights of different magnitude '
@@ -245,7 +254,8 @@ class PSTConfig(_LibrarySection):
     @classmethod
     def paper(cls, **overrides: Any) -> "PSTConfig":
         """Return a config with the paper's constants: no relative magnitude, A and U from N(0, 1)."""
-        return cls(**{**PAPER, **overrides})
+        constants_and_overrides = {**PAPER, **overrides}
+        return cls(**constants_and_overrides)
 
     @classmethod
     def formula(cls) -> list[str]:
@@ -259,32 +269,42 @@ class PSTConfig(_LibrarySection):
     @property
     def rules(self) -> tuple[MaskRule, ...]:
         """Rules for masks: the general one, then one for each override."""
-        overridden = [self._rule(override.pattern, override.final_sparsity) for override in self.overrides]
-        return self._rule(self.pattern, None), *overridden
+        rules = [self._rule(self.pattern, None)]
+        for override in self.overrides:
+            rules.append(self._rule(override.pattern, override.final_sparsity))
+        return tuple(rules)
 
     def rule_for(self, name: str) -> MaskRule:
         """Return the rule for the mask of the layer ``name``."""
         pattern = self.pattern
         sparsity = None
         for override in self.overrides:
-            if name_matches(name, override.modules):  # the last match applies
+            if name_matches(name, override.modules):
+                # The last match applies as a whole: it does not keep the sparsity of an earlier one.
                 pattern = override.pattern or self.pattern
                 sparsity = override.final_sparsity
         return self._rule(pattern, sparsity)
 
-    def _rule(self, name: str, sparsity: float | None) -> MaskRule:
-        pattern = parse_pattern(name or self.pattern)
+    def _rule(self, pattern_name: str, sparsity: float | None) -> MaskRule:
+        """Return the rule of a pattern ("" for ``pst.pattern``) and a sparsity (None for the schedule's).
+
+        Raises ValueError for an unknown pattern, or one that cannot have this sparsity.
+        """
+        pattern = parse_pattern(pattern_name or self.pattern)
         fixed = pattern.fixed_sparsity
         if fixed is not None and sparsity not in (None, fixed):
             raise ValueError(
                 f'overrides.final_sparsity = {sparsity} with pattern "{pattern}", which has sparsity {fixed}. Remove it'
             )
+        # Pooled weights are pruned up to a common score, so a matrix cannot have a sparsity to itself.
         if pattern.kind == "global" and sparsity is not None:
             raise ValueError(
                 f'overrides.final_sparsity = {sparsity} with pattern "global", whose matrices share one sparsity. '
                 'Remove it, or set pattern = "matrix"'
             )
-        return MaskRule(pattern, fixed if fixed is not None else sparsity, self.min_kept_share)
+        if fixed is not None:
+            sparsity = fixed
+        return MaskRule(pattern=pattern, final_sparsity=sparsity, min_kept_share=self.min_kept_share)
 
     @property
     def has_scores(self) -> bool:
@@ -301,7 +321,7 @@ class PSTConfig(_LibrarySection):
         """What the criterion reads besides weights (``pst_ds.core.criteria.criterion.NEEDS``)."""
         if self.criterion:
             return criterion_called(self.criterion).needs
-        # Known without importing torch, as long as no criterion is named.
+        # Without a named criterion, the needs are known without importing torch.
         needs = set[str]()
         if self.magnitude == "activation":
             needs.add("input_norms")
@@ -321,6 +341,7 @@ class PSTConfig(_LibrarySection):
 
 
 def _marks_of(hint: object) -> tuple[object, ...]:
+    """Return the marks of an annotation, such as ``OnLoad.SHAPES`` of ``InShapes[int]``."""
     return getattr(hint, "__metadata__", ())
 
 
@@ -328,12 +349,14 @@ def name_matches(name: str, patterns: str | Iterable[str]) -> bool:
     """Match a string as a regular expression for the whole name; each of a list as a name or its dotted ending."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+    # With the full stop, "proj" does not match "k_proj".
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
 def is_inside(name: str, patterns: str | Iterable[str]) -> bool:
     """Match as :func:`name_matches`; a list also names all inside its modules."""
     if isinstance(patterns, str):
+        # A regular expression says itself whether it covers what is inside.
         return name_matches(name, patterns)
     module = name
     while module:
@@ -344,14 +367,17 @@ def is_inside(name: str, patterns: str | Iterable[str]) -> bool:
 
 
 def _regex_problems(name: str, pattern: str | tuple[str, ...]) -> Iterator[str]:
-    if isinstance(pattern, str):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            yield f"{name} = {pattern!r} is not a regular expression: {error}. Correct it, or give a list of names"
+    """Yield a message if the setting ``name`` is a string, but not a regular expression."""
+    if not isinstance(pattern, str):
+        return
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        yield f"{name} = {pattern!r} is not a regular expression: {error}. Correct it, or give a list of names"
 
 
 PAPER: dict[str, Any] = {
+    # The paper adds |W| itself, not relative to its mean in the matrix.
     "relative_magnitude": False,
     "score_init_scale": 1.0,
     "update_init": "normal",

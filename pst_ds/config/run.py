@@ -31,6 +31,7 @@ from pst_ds.core.schedule import (
 )
 from pst_ds.file_names import FINETUNED, MODEL, START
 
+# A solve gives all kept weights new values, and the next one needs gradients of a model that has adapted to them.
 LEAST_STEPS_OF_SOLVE = 4
 """Optimizer steps from one solve to the next, at least."""
 TRACKERS = ("wandb", "mlflow", "trackio")
@@ -57,6 +58,7 @@ class CheckpointConfig(Section):
         """Return the settings of a run inside the run's folder."""
         if not self.mirror:
             return self
+        # A mirror has the layout of a run folder, in which two runs would overwrite each other's checkpoints.
         return replace(self, mirror=f"{self.mirror.rstrip('/')}/{name}")
 
 
@@ -68,7 +70,7 @@ class LayerStatisticsConfig(Section):
     """Optimizer steps between statistics; 0 is about 20 times per run, -1 never. The last step always has one."""
 
     def last_before(self, step: int, num_steps: int) -> int:
-        """Return the last step before ``step`` after which layers are measured; -1 for none."""
+        """Return the last step before ``step`` after which a run that measures layers does so; -1 for none."""
         if not step:
             return -1
         interval = self._interval(num_steps)
@@ -94,6 +96,7 @@ class TrackingConfig(Section):
     """Name of the run in the trackers; empty is the last part of output_dir."""
 
     def problems(self) -> Iterator[str]:
+        # Of a tracker that is named twice, two would start, and only one would be closed.
         unknown = sorted(set(self.to) - set(TRACKERS))
         if unknown or len(set(self.to)) != len(self.to):
             yield f"tracking.to = {list(self.to)} must be different names among {', '.join(map(repr, TRACKERS))}"
@@ -101,7 +104,10 @@ class TrackingConfig(Section):
             yield 'tracking.project = "" must be a name'
 
     def require_installed(self) -> None:
-        """Raise ConfigError for a tracker whose package is not installed."""
+        """Raise ConfigError for a tracker whose package is not installed.
+
+        Only a run that starts asks for them: reading a run folder elsewhere must not need its trackers.
+        """
         missing = [name for name in self.to if find_spec(name) is None]
         if missing:
             raise ConfigError(
@@ -146,6 +152,7 @@ class RunConfig(Section):
         for key, name, names in (("task", self.task, list(TASKS)), ("method", self.method, list(METHODS))):
             if name not in names:
                 yield f"{key} = {name!r} must be one of {', '.join(map(repr, names))}"
+        # Every other rule looks up the task and the method in their tables.
         if self.task in TASKS and self.method in METHODS:
             yield from self._conflicts()
 
@@ -156,7 +163,7 @@ class RunConfig(Section):
         yield from conflicts_of_method
         yield from self.start.conflicts(self.method, self.start_sparsity, self.pst)
         yield from self.quantization.conflicts(self.method, self.schedule)
-        if not conflicts_of_method:  # otherwise the settings to inject cannot be derived
+        if not conflicts_of_method:  # with them, the settings to inject cannot be derived
             yield from self.model.conflicts(self.method, self.injected_pst)
         yield from self.train.conflicts(self.task, self.data.max_length, self.distillation, self.deepspeed_config)
         yield from self.distillation.conflicts(self.task)
@@ -170,6 +177,7 @@ class RunConfig(Section):
         if self.train.expert_parallel > 1:
             yield from self._conflicts_of_experts()
         yield from conflicts_of(self.additions, self)
+        # The settings of [finetune] are checked as a separate run. Making it here reports them before this run starts.
         try:
             self.finetuning()
         except ConfigError as error:
@@ -183,6 +191,7 @@ class RunConfig(Section):
             yield f'{lead} requires ZeRO-3. Set deepspeed_config = "ds_configs/zero3.json"'
         if not self.mask_method.injects:
             yield f"{lead} divides pruned experts, and method = {self.method!r} prunes none. Set 1, or another method"
+        # Calibration takes the inputs of a layer for those of the rank's batch; a divided expert has tokens of several.
         if self.pst.magnitude == "activation":
             yield f'{lead} does not support pst.magnitude = "activation". Set "weight", or train.expert_parallel = 1'
         elif self.pst.criterion and "input_norms" in self.pst.criterion_needs:
@@ -207,8 +216,10 @@ class RunConfig(Section):
             yield f'{solves} ranks by ALPS, not by pst.criterion = "{pst.criterion}". Remove one of them'
         patterns = [pst.pattern, *[rule.pattern for rule in pst.overrides]]
         for pattern in patterns:
+            # An override without a pattern has that of [pst].
             if pattern and parse_pattern(pattern).pools_matrices:
                 yield f'{solves} solves one matrix at a time, and pattern "{pattern}" pools several. Set "matrix"'
+        # A solve gives the kept weights new values and writes them as the new base: see pst_ds/train/solved.py.
         if self.model.base_bits != 16:
             yield f"{solves} changes the base, which model.base_bits = {self.model.base_bits} quantises. Set 16"
         if self.distillation.weight and not self.distillation.teacher:
@@ -223,27 +234,35 @@ class RunConfig(Section):
     def mask_method(self) -> Method:
         """Properties of the method. Layers that train with quantised weights are always injected."""
         method = METHODS[self.method]
-        return replace(method, injects=True) if self.quantization.values else method
+        if self.quantization.values:  # an injected layer quantises its weight, a plain one cannot
+            return replace(method, injects=True)
+        return method
 
     @property
     def seeded_pst(self) -> PSTConfig:
         """``pst`` with a seed: its own, or else the run's."""
-        return replace(self.pst, seed=self.seed) if self.pst.seed is None else self.pst
+        if self.pst.seed is None:
+            return replace(self.pst, seed=self.seed)
+        return self.pst
 
     @cached_property
     def injected_pst(self) -> PSTConfig:
         """The config to inject: ``seeded_pst`` with the settings that the method fixes; without scores if masks are
         solved, or ranked by a criterion that does not use them."""
+        # Cached, because a config is checked each time it is made, and every layer and many messages ask for this one.
         config = self.mask_method.pst_config(self.seeded_pst)
         uses_scores = "learned_scores" in config.criterion_needs
         if self.schedule.solves or (config.criterion and not uses_scores):
+            # Factors that nothing reads would have no gradient, but memory and optimizer state.
             return replace(config, score_rank=0, structured_scores=False)
         return config
 
     @property
     def start_sparsity(self) -> float:
         """Sparsity of the initial masks that one-shot pruning chooses."""
-        return self.schedule.initial_sparsity if self.mask_method.masks == "ramp" else self.schedule.final_sparsity
+        if self.mask_method.masks == "ramp":
+            return self.schedule.initial_sparsity
+        return self.schedule.final_sparsity
 
     @property
     def metric(self) -> str:
@@ -283,7 +302,7 @@ class RunConfig(Section):
         """Return the optimizer steps of a run with ``num_examples``. Raises ConfigError for less than one batch."""
         if num_examples < self.train.batch_size:
             alternative = ""
-            if self.task_facts.packs_text:  # shorter examples are more examples
+            if self.task_facts.packs_text:  # the corpus is cut into examples, so shorter ones are more
                 alternative = " or data.max_length, the tokens of an example"
             raise ConfigError(
                 f"data.train has {num_examples} examples, fewer than one batch of train.batch_size = "
@@ -291,7 +310,9 @@ class RunConfig(Section):
             )
         if self.train.num_steps:
             return self.train.num_steps
-        return max(1, round(self.train.num_epochs * (num_examples // self.train.batch_size)))
+        # An incomplete last batch is carried over into the next epoch, and does not count as a step here.
+        batches_of_epoch = num_examples // self.train.batch_size
+        return max(1, round(self.train.num_epochs * batches_of_epoch))
 
     def with_rates(self, *, width: int, num_steps: int, num_examples: int, num_labels: int) -> RunConfig:
         """Return the run with a value for every unset learning rate.
@@ -309,10 +330,14 @@ class RunConfig(Section):
             num_labels=num_labels,
             predicts_tokens=self.task_facts.predicts_tokens,
         )
-        head_rate = default.everything if self.mask_method.trains_everything else default.head
+        head_rate = default.head
+        if self.mask_method.trains_everything:
+            # "head" is then the rate of the pretrained weights too, which needs to be lower than that of a new head.
+            head_rate = default.everything
+        form = update_form(self.injected_pst.update_form)
         rates = {
             "score_learning_rate": default.scores,
-            "update_learning_rate": default.updates * update_form(self.injected_pst.update_form).rate_factor,
+            "update_learning_rate": default.updates * form.rate_factor,
             "embedding_learning_rate": default.embeddings,
             "head_learning_rate": head_rate,
         }
@@ -323,10 +348,12 @@ class RunConfig(Section):
         """Return the run of ``[finetune]``, in a folder inside the run's; None without one. Raises ConfigError."""
         if self.finetune.method == "none":
             return None
+        # Fine-tuning has no scores. Its other rates are those of [finetune], not those of [train] for a pruned model.
         train = {**asdict(self.finetune), "score_learning_rate": None}
         method = train.pop("method")
-        if not METHODS[method].injects:  # nothing divides the experts then
+        if not METHODS[method].injects:  # only injected layers divide experts among ranks
             train["expert_parallel"] = 1
+        settings_of_updates = {name: getattr(self.pst, name) for name in _OF_UPDATES}
         return RunConfig(
             output_dir=str(Path(self.output_dir) / FINETUNED),
             model=self.model,
@@ -336,7 +363,7 @@ class RunConfig(Section):
             method=method,
             seed=self.seed,
             deepspeed_config=self.deepspeed_config,
-            pst=PSTConfig(**{name: getattr(self.pst, name) for name in _OF_UPDATES}),
+            pst=PSTConfig(**settings_of_updates),
             eval=self.eval,
             checkpoint=self.checkpoint.inside(FINETUNED),
         )
@@ -354,8 +381,12 @@ class RunConfig(Section):
     def teacher(self) -> str:
         """Model folder of the separate teacher; "" without one. The base stands in for a ``[finetune]`` that was not
         done yet."""
-        named, is_planned = self.distillation.teacher, self.finetune.method != "none"
-        return named if named != FINETUNED else self.model.path if is_planned else self.finetuned_path
+        if self.distillation.teacher != FINETUNED:
+            return self.distillation.teacher
+        if self.finetune.method != "none":
+            return self.model.path
+        # The run after its fine-tuning has no [finetune] any more.
+        return self.finetuned_path
 
     def started(self) -> RunConfig:
         """Return the run after its one-shot pruning, with the pruned model in the run folder as its base.
@@ -366,8 +397,11 @@ class RunConfig(Section):
             return self
         distillation = self.distillation
         if distillation.weight and not distillation.teacher:
-            base = self.model.path
-            distillation = replace(distillation, teacher=FINETUNED if base == self.finetuned_path else base)
+            teacher = self.model.path
+            if teacher == self.finetuned_path:
+                # The name stays right when the run folder moves; a path into it would not.
+                teacher = FINETUNED
+            distillation = replace(distillation, teacher=teacher)
         model = replace(self.model, path=str(Path(self.output_dir) / START))
         return replace(self, model=model, distillation=distillation, start=OneShotConfig())
 
@@ -382,9 +416,11 @@ class RunConfig(Section):
         groups = self.train.groups_of_ranks(world_size)
         shares = groups * steps
         if self.train.batch_size < shares:
-            of_ranks = "ranks" if degree == 1 else f"groups of {degree} ranks"
+            of_ranks = "ranks"
+            if degree > 1:  # the ranks of a group share each sequence
+                of_ranks = f"groups of {degree} ranks"
             raise ConfigError(
                 f"train.batch_size = {self.train.batch_size} is less than an example for each of {groups} {of_ranks} "
                 f"x {steps} accumulation steps; make it {shares} or more, or start fewer ranks"
             )
-        return -(-self.train.batch_size // shares)
+        return -(-self.train.batch_size // shares)  # rounded up

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,6 +26,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError with the key, its value and the fix.
     """
+    # Overrides are laid over the table, not over a RunConfig: a file without output_dir is valid with --set output_dir.
     return run_from_table(_table(path, overrides))
 
 
@@ -43,22 +44,32 @@ def load_run_folder(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the run in ``folder``, its output_dir wherever it was moved to. Raises ConfigError."""
     for override in overrides:
         if override.partition("=")[0].strip() == "output_dir":
+            # A run continues in its folder, with the checkpoints and metrics that are there.
             raise ConfigError(
                 f"--set {override!r}: {str(folder)!r} is a run folder, which is its own output_dir. Leave it out, or "
                 f"name the run file {str(folder / RUN_FILE)!r} to train elsewhere"
             )
     table = _table(folder / RUN_FILE, overrides)
-    model = table.get("model")
-    former_folder = table.get("output_dir")
-    if isinstance(model, dict) and isinstance(former_folder, str):
-        for inside in (Path(FINETUNED, MODEL), START):  # the model that it started from moved too
-            if model.get("path") == str(Path(former_folder) / inside):
-                table["model"] = {**model, "path": str(folder / inside)}
+    _move_base(table, folder)
     return run_from_table({**table, "output_dir": str(folder)})
 
 
+def _move_base(table: dict[str, object], folder: Path) -> None:
+    """Let ``model.path`` in the run file of ``folder`` follow a base model that has moved with the folder."""
+    model = table.get("model")
+    former_folder = table.get("output_dir")
+    # Wrong types are reported later, together with the other wrong settings.
+    if not isinstance(model, dict) or not isinstance(former_folder, str):
+        return
+    for inside in (Path(FINETUNED, MODEL), Path(START)):
+        if model.get("path") == str(Path(former_folder) / inside):
+            table["model"] = {**model, "path": str(folder / inside)}
+
+
 def _table(path: str | Path, overrides: Sequence[str]) -> dict[str, object]:
+    """Return the unchecked tables of a run file with ``overrides`` laid over them. Raises ConfigError."""
     try:
+        # utf-8-sig skips the byte order mark that Windows' editors write.
         table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(
@@ -82,14 +93,16 @@ def run_from_table(table: Mapping[str, object]) -> RunConfig:
     Raises ConfigError with a message for each wrong setting.
     """
     table = without_switched_off(without_removed(table))
+    # Required sections are never absent, so that messages name the missing setting: 'model.path', not 'model'.
     table = _with_presets({"model": {}, "data": {}, "train": {}, "pst": {}, **table})
     _require_utf8(table)
     try:
-        # JSON, where a strict pydantic takes lists for tuples; dates become tables, which no setting takes
+        # A strict pydantic takes lists for tuples in JSON only. JSON has no dates: they become tables, which no setting
+        # takes, so they are reported like any wrong type.
         return _RUN.validate_json(json.dumps(table, default=lambda value: {"value": str(value)}))
     except ValidationError as error:
         report(messages(error, RunConfig, table, in_run_file=True))
-        raise
+        raise  # if there is no message for the error, the error itself
 
 
 def _with_presets(table: dict[str, object]) -> dict[str, object]:
@@ -101,8 +114,9 @@ def _with_presets(table: dict[str, object]) -> dict[str, object]:
         name = values["preset"]
         if not isinstance(name, str) or name not in presets:
             raise ConfigError(f"{section}.preset = {name!r} must be one of {', '.join(presets)}")
-        rest_of_section = {key: value for key, value in values.items() if key != "preset"}
-        table = _filled({**table, section: rest_of_section}, presets[name])
+        # A RunConfig has no presets: run.toml of a run folder must not change with the presets of a later release.
+        without_preset = {key: value for key, value in values.items() if key != "preset"}
+        table = _filled({**table, section: without_preset}, presets[name])
     return table
 
 
@@ -114,10 +128,13 @@ def _filled(table: dict[str, object], defaults: Mapping[str, object]) -> dict[st
     filled = {**defaults, **table}
     for name, section in defaults.items():
         values = table.get(name)
-        if isinstance(section, Mapping) and isinstance(values, dict):
-            omitted = PRESET_PLACES if name == "data" and values.get("dataset") == "" else ()
-            used_defaults = {key: value for key, value in section.items() if key not in omitted}
-            filled[name] = {**used_defaults, **values}
+        if not isinstance(section, Mapping) or not isinstance(values, dict):
+            continue
+        omitted: Collection[str] = ()
+        if name == "data" and values.get("dataset") == "":
+            omitted = PRESET_PLACES
+        used_defaults = {key: value for key, value in section.items() if key not in omitted}
+        filled[name] = {**used_defaults, **values}
     return filled
 
 
@@ -151,16 +168,24 @@ def without_removed(table: Mapping[str, object]) -> dict[str, object]:
         values = table.get(section)
         if not isinstance(values, dict) or key not in values:
             continue
-        table[section] = {other: value for other, value in values.items() if other != key}
-        if not table[section]:
+        remaining = {other: value for other, value in values.items() if other != key}
+        if remaining:
+            table[section] = remaining
+        else:  # the section itself may have been removed, such as [pictures]
             del table[section]
+        # Empty values and former defaults were written by a run, not by its user, and asked for nothing.
         if not values[key] or values[key] == _FORMER_DEFAULTS.get(name):
             continue
         if name in _CHANGE_RESULTS:
             raise ConfigError(f"{name} = {values[key]!r} is no longer supported: {instead}")
-        if os.environ.get("RANK", "0") == "0":  # of several processes, one prints
+        if _is_first_process():
             print(f"{name} = {values[key]!r} has no effect any more: {instead}. Remove it", file=sys.stderr)
     return table
+
+
+def _is_first_process() -> bool:
+    """Return whether this process prints for all. Run files are read before the ranks know each other."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 SWITCHES = {"start": ("method", "none"), "finetune": ("method", "none"), "distillation": ("weight", 0)}
@@ -181,13 +206,16 @@ def without_switched_off(table: Mapping[str, object]) -> dict[str, object]:
         if not isinstance(section, dict) or switch not in section or section[switch] != off:
             continue
         default = defaults[name]()  # type: ignore[operator]
-        ignored = {}
+        kept: dict[str, object] = {}
+        changed: list[str] = []
         for key, value in section.items():
-            if key != switch and hasattr(default, key):
-                ignored[key] = value
-        table[name] = {key: value for key, value in section.items() if key not in ignored}
-        changed = [f"{name}.{key}" for key, value in ignored.items() if value != getattr(default, key)]
-        if changed and os.environ.get("RANK", "0") == "0":
+            # Unknown keys stay, to be reported as such.
+            if key == switch or not hasattr(default, key):
+                kept[key] = value
+            elif value != getattr(default, key):
+                changed.append(f"{name}.{key}")
+        table[name] = kept
+        if changed and _is_first_process():
             lead = f"{name}.{switch} = {toml_value(section[switch])}"
             print(f"note: {lead} switches [{name}] off; ignored: {', '.join(changed)}", file=sys.stderr)
     return table
@@ -197,6 +225,7 @@ def _require_utf8(table: dict[str, object]) -> None:
     """Reject bytes of a path that are not UTF-8, which Python holds as halves of surrogate pairs."""
     for key, value in flatten(table).items():
         try:
+            # Encoding fails for such a half; without ensure_ascii=False it would be escaped before.
             json.dumps(value, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError:
             raise ConfigError(
@@ -211,12 +240,17 @@ def dump_run(run: RunConfig) -> str:
     sections = {name: values for name, values in table.items() if isinstance(values, dict)}
     for name, values in additions.items():
         sections[f"{SECTION}.{name}"] = values
-    # settings outside of sections come first: TOML would read them as part of the last section
-    lines = [f"{name} = {toml_value(value)}" for name, value in table.items() if name not in sections]
+    outside = {name: value for name, value in table.items() if name not in sections}
+    # Settings outside of sections come first: TOML would read them as part of the last section.
+    lines = _assignments(outside)
     for section, values in sections.items():
-        lines += ["", f"[{section}]"]
-        lines += [f"{name} = {toml_value(value)}" for name, value in values.items()]
+        lines += ["", f"[{section}]", *_assignments(values)]
     return "\n".join(lines) + "\n"
+
+
+def _assignments(values: Mapping[str, object]) -> list[str]:
+    """Return a line of TOML for each setting."""
+    return [f"{name} = {toml_value(value)}" for name, value in values.items()]
 
 
 def flatten(table: dict[str, object], prefix: str = "") -> dict[str, object]:
@@ -234,14 +268,16 @@ def flatten(table: dict[str, object], prefix: str = "") -> dict[str, object]:
 def toml_value(value: object) -> str:
     """Return a setting's value as TOML spells it, in one line."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{name} = {toml_value(item)}" for name, item in value.items()) + "}"
+        return "{" + ", ".join(_assignments(value)) + "}"
     if isinstance(value, tuple | list):
         return "[" + ", ".join(map(toml_value, value)) + "]"
-    # JSON strings, numbers and booleans are TOML too; a float keeps its point or exponent
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON allows this character
+    # JSON strings, numbers and booleans are TOML too, and a float keeps its point or exponent. Only the character DEL
+    # needs an escape in TOML and none in JSON.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _apply_override(table: dict[str, object], override: str) -> None:
+    """Write the setting of ``--set override`` into nested tables. Raises ConfigError."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"--set {override!r} must have the form key=value, such as train.num_steps=20")
@@ -255,7 +291,7 @@ def _apply_override(table: dict[str, object], override: str) -> None:
 
 
 def _parse_value(text: str) -> object:
-    """Read a TOML value; anything else is taken as a string, so that --set output_dir=runs/a needs no quotes."""
+    """Return ``text`` as a TOML value, or else as a string, so that ``--set output_dir=runs/a`` needs no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
