@@ -37,6 +37,7 @@ class AdditionSettings(Section):
 def conflicts_of(additions: Mapping[str, AdditionSettings], run: object) -> Iterator[str]:
     """Yield a message for each setting of ``run``, a RunConfig, that does not fit one of its ``additions``."""
     for name, own_settings in additions.items():
+        # An addition is made of its settings without a model, so its rules need no weights.
         addition = ADDITIONS.get(name)(name, own_settings)
         yield from addition.conflicts(run)
 
@@ -61,15 +62,17 @@ def read_settings(name: str, table: object) -> AdditionSettings:
         if not isinstance(table, kind):
             raise ConfigError(f"{SECTION}.{name} = {table!r} must be a {kind.__name__}")
         return table
-    # messages name the settings of an addition by their place in the run file
+    # The class of the settings is known only now. Nesting it in a model of a run file lets messages name its settings
+    # by their place there.
     section = create_model(SECTION, **{name: (kind, ...)})  # type: ignore[call-overload]
     run = create_model("run", **{SECTION: (section, ...)})  # type: ignore[call-overload]
     whole = {SECTION: {name: table}}
     try:
+        # As in toml.py: in JSON, a strict pydantic takes lists for tuples.
         checked = TypeAdapter(run).validate_json(json.dumps(whole))
     except ValidationError as error:
         report(messages(error, run, whole, in_run_file=True))
-        raise
+        raise  # if there is no message for the error, the error itself
     own_settings: AdditionSettings = getattr(getattr(checked, SECTION), name)
     return own_settings
 

@@ -24,8 +24,12 @@ CRITERIA: Registry[object] = Registry(
 def implied_criterion(magnitude: str, *, has_scores: bool) -> str:
     """Return the name of the criterion that ``[pst]`` implies if it names none."""
     if magnitude == "activation":
-        return "learned-activation" if has_scores else "activation"
-    return "learned" if has_scores else "magnitude"
+        implied = "activation"
+        with_scores = "learned-activation"
+    else:
+        implied = "magnitude"
+        with_scores = "learned"
+    return with_scores if has_scores else implied
 
 
 def criterion_called(name: str) -> "Criterion":
@@ -40,6 +44,7 @@ def as_criterion(value: object, setting: str) -> "Criterion":
     """
     from pst_ds.core.criteria.criterion import NEEDS, Criterion, FunctionCriterion
 
+    # Classes are callable too, so another class than a criterion's must not pass for a function.
     if isinstance(value, type) and issubclass(value, Criterion):
         value = value()
     elif not isinstance(value, Criterion) and callable(value) and not isinstance(value, type):

@@ -12,6 +12,7 @@ from pst_ds.config.settings import Finite, Interval, MayDiffer, NotNegative, Pos
 PARQUET_BRANCH = "refs/convert/parquet"
 """Branch with the hub's own Parquet conversion of a dataset; each subset is a folder there."""
 _SUM_TOLERANCE = 1e-6
+"""Allows weights that are written with seven digits, such as 0.3333333."""
 
 
 @settings
@@ -94,8 +95,10 @@ class DataConfig(Section):
             yield "data.train is missing. Name a local file, or a split of data.dataset"
         if self.sources:
             yield from self._mixture_problems()
+        # How many columns fit depends on the task: see pst_ds/config/tasks.py.
         if len(self.text_columns) not in (1, 2):
             yield f"data.text_columns = {list(self.text_columns)} must name one column or two"
+        # A name stands for a class id; two ids with one name could not be told apart in the data.
         if len(set(self.label_names)) != len(self.label_names):
             yield f"data.label_names = {list(self.label_names)} must be different names, or empty"
         if len(self.test_rows) not in (0, 2):
@@ -108,6 +111,7 @@ class DataConfig(Section):
                     f"data.{name} = {getattr(self, name)!r} with data.sources: a run trains on one of them. Remove the "
                     "other"
                 )
+        # Zero weights in all sources mean: read each once. A single zero is rather a source that was forgotten.
         weights = [source.weight for source in self.sources]
         if any(weights) and (abs(sum(weights) - 1.0) > _SUM_TOLERANCE or 0.0 in weights):
             yield (
@@ -118,13 +122,15 @@ class DataConfig(Section):
     @property
     def keeps_documents_apart(self) -> bool:
         """True unless the documents of a sequence are treated as one text."""
-        return self.document_mask is not False
+        return self.document_mask is not False  # unset, None, keeps them apart where the model can
 
     @property
     def trained_on(self) -> str:
         """The setting that names the training data, with its value."""
+        if not self.sources:
+            return f"data.train = {self.train!r}"
         paths = ", ".join(source.path for source in self.sources)
-        return f"data.sources ({paths})" if self.sources else f"data.train = {self.train!r}"
+        return f"data.sources ({paths})"
 
 
 @settings

@@ -34,6 +34,7 @@ class Method:
         return replace(config, **self.settings)  # type: ignore[arg-type]
 
 
+# What trains decides the group of settings: a method below differs from another of its group in its masks only.
 _NO_SCORES: Settings = {"score_rank": 0, "structured_scores": False}
 _WEIGHTS: Settings = {
     **_NO_SCORES,
@@ -82,6 +83,7 @@ def method_conflicts(method: str, pst: PSTConfig, final_sparsity: float) -> Iter
             f'pst.initial_mask = "zeros" is for methods with a fixed mask ({fixed}), not for method = {method!r}. '
             "Remove it"
         )
+    # The settings that the method fixes may contradict those of the run file.
     try:
         injected = facts.pst_config(pst)
     except ValueError as error:
@@ -103,6 +105,7 @@ def _criterion_conflicts(method: str, pst: PSTConfig) -> Iterator[str]:
     masks = METHODS[method].masks
     if masks == "none":
         yield f'pst.criterion = "{pst.criterion}" ranks weights, and method = {method!r} prunes none. Remove it'
+    # There are no gradients before the first step.
     if masks == "fixed" and "gradients" in pst.criterion_needs:
         yield (
             f'pst.criterion = "{pst.criterion}" needs gradients, and method = {method!r} chooses its mask before the '
@@ -116,13 +119,16 @@ def _expert_conflicts(method: str, pst: PSTConfig) -> Iterator[str]:
         if pst.pattern == "experts":
             yield f'pst.pattern = "experts" is for method = "experts", not for method = {method!r}. Set the method'
         return
-    for name, values in {"pattern": ("matrix", "experts"), "magnitude": ("weight",), "criterion": ("",)}.items():
+    # A user did not choose the default values, nor the pattern that the method sets itself.
+    allowed = {"pattern": ("matrix", "experts"), "magnitude": ("weight",), "criterion": ("",)}
+    for name, values in allowed.items():
         if getattr(pst, name) not in values:
             yield f'method = "experts" removes whole experts, and pst.{name} is about single weights. Remove it'
 
 
 def _sparsity_conflicts(method: str, pst: PSTConfig, injected: PSTConfig, final_sparsity: float) -> Iterator[str]:
     """Yield a message where the pattern cannot have the final sparsity."""
+    # The pattern of the run file, not of the method: a user who asks for 2:4 expects its sparsity.
     pattern = parse_pattern(pst.pattern)
     if pattern.fixed_sparsity not in (None, final_sparsity):
         yield (
@@ -130,8 +136,12 @@ def _sparsity_conflicts(method: str, pst: PSTConfig, injected: PSTConfig, final_
             f"{pattern.fixed_sparsity}. Fix: schedule.final_sparsity = {pattern.fixed_sparsity}"
         )
     for rule in injected.rules:
-        section = "schedule" if rule.final_sparsity is None else "overrides"
-        sparsity = final_sparsity if rule.final_sparsity is None else rule.final_sparsity
+        section = "schedule"
+        sparsity = final_sparsity
+        if rule.final_sparsity is not None:
+            section = "overrides"
+            sparsity = rule.final_sparsity
+        # Pooled matrices could not lose enough weights in all, however they share the loss.
         if rule.pattern.pools_matrices and pst.min_kept_share > 1.0 - sparsity:
             yield (
                 f'pst.min_kept_share = {pst.min_kept_share} of every matrix of pattern "{rule.pattern}" '

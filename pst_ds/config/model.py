@@ -68,6 +68,12 @@ class ModelConfig(Section):
                 f"model.recomputed_blocks = {self.recomputed_blocks} does nothing without checkpointing. Set "
                 "model.gradient_checkpointing = true"
             )
+        # The loop offloads all that autograd saves. Under reentrant checkpointing, these are the inputs of blocks only.
+        if self.recomputed_blocks is not None and self.activation_offload:
+            yield (
+                f"model.recomputed_blocks = {self.recomputed_blocks} lets the other blocks keep their activations, all "
+                "of which model.activation_offload = true would move. Leave one of them out"
+            )
         if self.activation_offload and not self.gradient_checkpointing_reentrant:
             yield (
                 "model.activation_offload = true moves the inputs of blocks that are recomputed reentrantly. Set "
@@ -76,6 +82,7 @@ class ModelConfig(Section):
 
     def conflicts(self, method: str, injected: PSTConfig) -> Iterator[str]:
         """Yield a message for each kind of quantised base weights that would train."""
+        # Quantised values are integers, which have no gradient.
         everything = METHODS[method].trains_everything
         trained = {"base_bits": everything or injected.train_weights, "embedding_bits": everything}
         for key, trains in trained.items():
@@ -126,6 +133,7 @@ class QuantizationConfig(Section):
 
     def conflicts(self, method: str, schedule: ScheduleConfig) -> Iterator[str]:
         """Yield a message where masks still change when quantisation starts."""
+        # Fixed masks are final from the first step on.
         if not self.is_on or METHODS[method].masks != "ramp":
             return
         cooldown = schedule.cooldown_fraction
@@ -148,7 +156,9 @@ class QuantizationConfig(Section):
         """
         if not self.is_on:
             return None
-        final = masks.ramp_end if isinstance(masks, CubicSchedule) else 0
+        final = 0
+        if isinstance(masks, CubicSchedule):
+            final = masks.ramp_end
         start = max(final, math.floor((self.start_fraction or 0.0) * num_steps))
         if start >= num_steps:
             raise ConfigError(
@@ -156,4 +166,4 @@ class QuantizationConfig(Section):
                 "train.num_steps or schedule.cooldown_fraction"
             )
         interval = self.interval or max(1, round((num_steps - start) / _SEARCHES))
-        return RoundingSchedule(start, interval, num_steps)
+        return RoundingSchedule(start=start, interval=interval, num_steps=num_steps)

@@ -53,6 +53,7 @@ class OneShotConfig(Section):
 
     def conflicts(self, method: str, sparsity: float, pst: PSTConfig) -> Iterator[str]:
         """Yield a message where the run would not start from the masks of the one-shot method, at ``sparsity``."""
+        # Channels are removed before PST layers exist, so the masks of the run are not concerned.
         if self.method in ("none", CHANNELS):
             return
         setting = f'start.method = "{self.method}"'
@@ -66,6 +67,7 @@ class OneShotConfig(Section):
         if masks == "none":
             yield f"{setting} prunes, and method = {method!r} does not. Remove [start], or set another method"
             return
+        # The pruned model is the base then, and its zeros are the mask: "magnitude" could prune other weights.
         if masks == "fixed" and pst.initial_mask != "zeros":
             yield (
                 f"{setting} chooses the masks, and method = {method!r} would choose others. Fix: "
@@ -83,12 +85,16 @@ class OneShotConfig(Section):
                 f'{setting} prunes to schedule.initial_sparsity = {sparsity}, but pst.pattern = "{pst.pattern}" has '
                 f"sparsity {fixed}. Fix: schedule.initial_sparsity = {fixed}"
             )
-        overridden = next((rule.modules for rule in pst.overrides if rule.final_sparsity is not None), None)
-        if masks == "ramp" and overridden is not None:
-            yield (
-                f"{setting} prunes all layers to the same sparsity, and pst.overrides gives {overridden!r} a separate "
-                "final_sparsity. Remove one of them, or prune with pst-ds prune and train the folder"
-            )
+        if masks != "ramp":
+            return
+        # On the ramp, a layer with a separate final sparsity has a separate initial sparsity too.
+        for rule in pst.overrides:
+            if rule.final_sparsity is not None:
+                yield (
+                    f"{setting} prunes all layers to the same sparsity, and pst.overrides gives {rule.modules!r} a "
+                    "separate final_sparsity. Remove one of them, or prune with pst-ds prune and train the folder"
+                )
+                return
 
 
 @settings
@@ -119,17 +125,33 @@ class PruneConfig(OneShotConfig):
         return self.method != "magnitude" or bool(self.reconstruct) or self.budgets != "equal"
 
     def problems(self) -> Iterator[str]:
+        # Not those of OneShotConfig, whose messages name settings of [start].
         if self.method in (REAP, CHANNELS):
             yield from self._problems_of_removal()
         elif self.pattern:
             yield from self._problems_of_pattern()
-        if self.method == CHANNELS:
-            if self.ffn is None:
-                yield 'method = "channels" needs the share of channels that stay. Set it, for example ffn = 0.25'
-            if self.sparsity is not None:
-                yield f"sparsity = {self.sparsity} is for weights. Say what stays: ffn = {1.0 - self.sparsity:.6g}"
-        elif self.ffn is not None:
-            yield f'ffn = {self.ffn} is for method = "channels". Remove it, or prune the folder that this method writes'
+        yield from self._problems_of_channels()
+        yield from self._problems_of_bits()
+        if self.keep_zeros:
+            yield from self._problems_of_keep_zeros()
+
+    def _problems_of_channels(self) -> Iterator[str]:
+        """Yield what is wrong with the share of channels that stay."""
+        if self.method != CHANNELS:
+            if self.ffn is not None:
+                yield (
+                    f'ffn = {self.ffn} is for method = "channels". Remove it, or prune the folder that this method '
+                    "writes"
+                )
+            return
+        if self.ffn is None:
+            yield 'method = "channels" needs the share of channels that stay. Set it, for example ffn = 0.25'
+        if self.sparsity is not None:
+            yield f"sparsity = {self.sparsity} is for weights. Say what stays: ffn = {1.0 - self.sparsity:.6g}"
+
+    def _problems_of_bits(self) -> Iterator[str]:
+        """Yield each setting that does not fit quantisation while pruning."""
+        # REAP and CHANNELS refuse bits with a message about removal.
         if self.bits and self.method not in ("sparsegpt", REAP, CHANNELS):
             yield (
                 f'bits = {self.bits} needs method = "sparsegpt", whose kept weights compensate for the quantisation '
@@ -137,8 +159,6 @@ class PruneConfig(OneShotConfig):
             )
         if self.group and not self.bits:
             yield f"group = {self.group!r} is for quantised weights. Set bits = {_BITS} too"
-        if self.keep_zeros:
-            yield from self._problems_of_keep_zeros()
         if self.bits and self.reconstruct:
             yield (
                 f"reconstruct = {self.reconstruct} would change weights that bits = {self.bits} has quantised. "
@@ -162,20 +182,29 @@ class PruneConfig(OneShotConfig):
             yield f'sparsity = {self.sparsity}: pattern = "{self.pattern}" has sparsity {fixed}. Remove one of them'
 
     def _problems_of_removal(self) -> Iterator[str]:
-        removed = "whole experts" if self.method == REAP else "channels"
+        """Yield each setting about single weights, for a method that removes whole experts or channels."""
+        removed = "channels"
+        if self.method == REAP:
+            removed = "whole experts"
         for name in ("pattern", "bits", "group", "keep_zeros", "budgets", "reconstruct"):
             value = getattr(self, name)
             if value != getattr(PruneConfig, name):
-                written = "true" if value is True else repr(value)
+                written = repr(value)
+                if value is True:  # as in TOML
+                    written = "true"
                 yield (
                     f'{name} = {written} is for weights, and method = "{self.method}" removes {removed}. Remove it, or '
                     "prune the resulting folder once more"
                 )
 
     def _problems_of_keep_zeros(self) -> Iterator[str]:
+        """Yield each setting that does not fit a mask which the folder has already."""
         if not self.bits:
             yield f"keep_zeros = true prunes nothing more, so there is nothing to do. Set bits = {_BITS} too"
-        values = {name: getattr(self, name) for name in ("sparsity", "pattern", "budgets")}
-        given = [f"{name} = {value!r}" for name, value in values.items() if value != getattr(PruneConfig, name)]
-        if given:
-            yield f"keep_zeros = true keeps the mask that the folder has. Remove {' and '.join(given)}"
+        without_effect: list[str] = []
+        for name in ("sparsity", "pattern", "budgets"):
+            value = getattr(self, name)
+            if value != getattr(PruneConfig, name):
+                without_effect.append(f"{name} = {value!r}")
+        if without_effect:
+            yield f"keep_zeros = true keeps the mask that the folder has. Remove {' and '.join(without_effect)}"

@@ -30,6 +30,7 @@ TARGETS: dict[str, Target] = {
     "transformers": Target(title="transformers without pst-ds"),
     "gpu": Target(title="a GPU", patterns=("2:4",)),
 }
+# An assertion, because only a change of this package could break it.
 assert set(ENGINES) < set(TARGETS), "a speed is predicted for an engine that is not a target"
 
 
@@ -41,8 +42,11 @@ def pattern_conflict(target: str, pattern: str) -> str:
     facts = TARGETS[target]
     if facts.skips_pruned or not pattern or pattern in facts.patterns:
         return ""
-    able = " and ".join(name for name, other in TARGETS.items() if other.skips_pruned or pattern in other.patterns)
+    able: list[str] = []
+    for name, other in TARGETS.items():
+        if other.skips_pruned or pattern in other.patterns:
+            able.append(name)
     return (
         f"{facts.title} computes with dense weights, so the pattern {parse_pattern(pattern)} gains nothing; targets "
-        f"that use it: {able}"
+        f"that use it: {' and '.join(able)}"
     )

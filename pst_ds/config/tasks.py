@@ -37,6 +37,7 @@ class TaskFacts:
     init_sparsity: float = 0.9
     """Sparsity that ``pst-ds init`` writes, unless the pattern fixes it. Language models lose too much accuracy at 0.9:
     docs/background/results.md."""
+    # `pst-ds init` shows its choice and lets the user change it, so a guess from one column's type is enough.
     suggested_by: Callable[[str | None], bool] = lambda label_type: False
     """Test whether ``pst-ds init`` suggests the task for this Arrow type of the labels, None for no label column. The
     first such task is suggested."""
@@ -44,16 +45,18 @@ class TaskFacts:
 
 TASKS: dict[str, TaskFacts] = {
     "classification": TaskFacts(
+        # Whole numbers and strings are classes. Grades from 1 to 5 may be either; the user decides.
         metrics=("accuracy", "macro_f1", "matthews_correlation", "f1"),
         suggested_by=lambda label_type: label_type is not None and not label_type.startswith("float"),
     ),
     "regression": TaskFacts(
         metrics=("pearson", "spearman", "mse", "rmse", "mae"),
-        loss="mse",
+        loss="mse",  # the squared error itself, not a likelihood
         no_teacher="predicts a number",
         suggested_by=lambda label_type: (label_type or "").startswith("float"),
     ),
     "causal-lm": TaskFacts(
+        # Of two tokens, the second is predicted from the first; logits of a large vocabulary limit the batch.
         metrics=("perplexity",), eval_batch_size=8, max_text_columns=1, min_length=2, packs_text=True, has_labels=False,
         predicts_tokens=True, init_max_length=512, init_epochs=1.0, init_sparsity=0.5,
         suggested_by=lambda label_type: label_type is None,

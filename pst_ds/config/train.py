@@ -84,6 +84,7 @@ class TrainConfig(Section):
     longest micro-batch, mask update and evaluation batch. 0 never ends a run."""
 
     def problems(self) -> Iterator[str]:
+        # Checked here, because a negative number of one would be hidden by the other, and NaN compares as false.
         in_range = self.num_steps >= 0 and 0.0 <= self.num_epochs < float("inf")
         if not in_range or (self.num_steps > 0) == (self.num_epochs > 0):
             yield (
@@ -104,8 +105,8 @@ class TrainConfig(Section):
             return
         if not deepspeed_config:
             yield f'{lead} requires ZeRO-3. Set deepspeed_config = "ds_configs/zero3.json"'
-        if rest := max_length % self.sequence_parallel:
-            divisible = max_length - rest or self.sequence_parallel
+        if remainder := max_length % self.sequence_parallel:
+            divisible = max_length - remainder or self.sequence_parallel  # 0 is not a length
             yield f"{lead} must divide data.max_length = {max_length}. Set data.max_length = {divisible}"
         if distillation.teacher:
             yield (
@@ -115,10 +116,13 @@ class TrainConfig(Section):
 
     def experts_divided_by(self, world_size: int) -> int:
         """Return the number of ranks that divide the experts of a mixture; a single process has them all."""
-        return self.expert_parallel if world_size > 1 else 1
+        if world_size == 1:
+            return 1
+        return self.expert_parallel
 
     def groups_of_ranks(self, world_size: int) -> int:
         """Return the number of groups of ranks that share sequences. Raises ConfigError if ranks cannot be grouped."""
+        # A single process has all experts, so `expert_parallel` always fits it. It cannot share a sequence, though.
         sizes = {"sequence_parallel": self.sequence_parallel, "expert_parallel": self.experts_divided_by(world_size)}
         for name, size in sizes.items():
             if world_size % size:
@@ -148,6 +152,7 @@ class FinetuneConfig(Section):
     """Learning rate of modules trained in full, and of every weight with method "dense"."""
 
     def problems(self) -> Iterator[str]:
+        # A model that is already pruned could not be pruned once more by the run itself.
         names = [name for name, method in METHODS.items() if method.masks == "none"]
         if self.method == "none":
             others = (name for name in vars(self) if name != "method")

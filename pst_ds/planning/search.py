@@ -141,7 +141,7 @@ def _placing(found: Plan) -> Iterator[RunConfig]:
 
 def _keeping(found: Plan) -> Iterator[RunConfig]:
     """Yield the run of ``found`` with three, two and one quarter of the blocks that recompute their activations."""
-    if found.run.model.gradient_checkpointing:
+    if found.run.model.gradient_checkpointing and not found.run.model.activation_offload:
         for quarters in (3, 2, 1):
             if num_blocks := found.num_blocks * quarters // 4:
                 yield _with(found.run, "model", recomputed_blocks=num_blocks)
