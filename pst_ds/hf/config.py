@@ -53,11 +53,15 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         self.group = group
         self.embeddings = embeddings
         self.embedding_group = embedding_group
-        # a config of the user's has no format; that of a loaded model is read from its folder, and needs no change
-        self._holder = _KeepsLoadAs() if format is None else None
+        # A user's config has no format. That of a loaded model is read from its folder, and needs no patch.
+        self._holder: _KeepsLoadAs | None = None
+        if format is None:
+            self._holder = _KeepsLoadAs()
         if load_as not in get_args(LoadAs):
             raise PackedFolderError(f"load_as is 'auto', 'dense' or 'sparse', got {load_as!r}")
-        for key in unknown:
+        # config.json may come from a newer version: ignoring what it adds could load other weights.
+        if unknown:
+            key = next(iter(unknown))
             known = ("load_as", *_FOLDER_KEYS)
             raise PackedFolderError(f"quantization_config of pst_ds: unknown key {key!r}. Known: {', '.join(known)}.")
 
@@ -68,8 +72,13 @@ class PackedWeightsConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, object]:
         """Return the keys of config.json, which has no ``load_as``."""
-        table = {key: getattr(self, key) for key in ("quant_method", *_FOLDER_KEYS)}
-        return {key: value for key, value in table.items() if value is not None or key not in _GRID_KEYS}
+        table: dict[str, object] = {}
+        for key in ("quant_method", *_FOLDER_KEYS):
+            value = getattr(self, key)
+            # A folder of float weights has no keys about quantised values, not even with null.
+            if value is not None or key not in _GRID_KEYS:
+                table[key] = value
+        return table
 
 
 class _KeepsLoadAs(PatchHolder):
@@ -87,9 +96,12 @@ class _KeepsLoadAs(PatchHolder):
 
 
 def _with_load_as(merge: Callable[..., object]) -> Callable[..., object]:
+    """Wrap ``merge_quantization_configs`` of transformers so that a PackedWeightsConfig keeps ``load_as``."""
+
     @functools.wraps(merge)
     def merged(quantization_config: object, quantization_config_from_args: object = None) -> object:
         if isinstance(quantization_config_from_args, PackedWeightsConfig):
+            # With None, transformers does not warn that it ignores the argument.
             config = merge(quantization_config, None)
             if isinstance(config, PackedWeightsConfig):
                 config.load_as = quantization_config_from_args.load_as

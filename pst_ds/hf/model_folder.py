@@ -47,8 +47,10 @@ class ModelFolder:
     @property
     def values(self) -> str | None:
         """Dtype of quantised values, "int8" or "int4"; None for floats."""
-        found = _quantization(self.config).get("values")
-        return None if found is None else str(found)
+        dtype = _quantization(self.config).get("values")
+        if dtype is None:
+            return None
+        return str(dtype)
 
     @property
     def sparsity(self) -> float:
@@ -58,8 +60,9 @@ class ModelFolder:
     @property
     def weight_file_bytes(self) -> int:
         """Size of the model's weight files. Raises InputError for a missing or damaged one."""
-        packed = _quantization(self.config).get("weights_file") or ""
-        return BaseWeights(self.path, "", str(packed)).file_bytes
+        # A plain folder does not name its weight file: transformers knows what it may be called.
+        weights_file = _quantization(self.config).get("weights_file") or ""
+        return BaseWeights(self.path, "", str(weights_file)).file_bytes
 
     @property
     def extra_tokens(self) -> int:
@@ -77,24 +80,34 @@ class ModelFolder:
         """Return the model in eval mode, in ``dtype``, a key of :data:`DTYPES`, or the folder's. Raises InputError."""
         if load_as == "sparse" and self.is_plain:
             raise InputError(f"{self.path}: its weights are dense. Pack them with pst-ds export --format bitmask")
+        quantization_config: PackedWeightsConfig | None = None
+        if not self.is_plain:
+            quantization_config = PackedWeightsConfig(load_as=load_as)
+        device_map: dict[str, str] | None = None
+        if device != "cpu":  # a device map needs accelerate's hooks, which the CPU does without
+            device_map = {"": device}
         model, _ = Pretrained(str(self.path)).load(
             architecture(self.config) or transformers.AutoModel,
             "Name one that the config belongs to",
             dtype=DTYPES[dtype] if dtype else "auto",
             local_files_only=True,
-            quantization_config=None if self.is_plain else PackedWeightsConfig(load_as=load_as),
-            device_map=None if device == "cpu" else {"": device},
+            quantization_config=quantization_config,
+            device_map=device_map,
         )
+        # An addition's module is connected to the loaded model, which transformers makes without it.
         load_additions(model, self.path)
         return model.eval()
 
     def end_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the tokens that end a text: the folder's generation config has them, or its tokenizer."""
         try:
-            own = transformers.GenerationConfig.from_pretrained(self.path)
-        except OSError:
-            own = transformers.GenerationConfig.from_model_config(self.config)
-        return end_tokens(own) or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+            generation = transformers.GenerationConfig.from_pretrained(self.path)
+        except OSError:  # the folder has no generation_config.json; older ones have its settings in config.json
+            generation = transformers.GenerationConfig.from_model_config(self.config)
+        tokens = end_tokens(generation)
+        if not tokens and tokenizer.eos_token_id is not None:
+            return [tokenizer.eos_token_id]
+        return tokens
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer. Raises InputError."""
@@ -107,6 +120,7 @@ def open_model_folder(path: str | Path) -> ModelFolder:
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such folder (looked in {path.absolute()})")
+    # A run folder has no config.json. Without this, the message would not say how to get one.
     if (path / "run.toml").is_file():
         raise InputError(f"{path} is a run folder. Export its model first: pst-ds export {path} --out DIR")
     if not (path / "config.json").is_file():
@@ -117,6 +131,7 @@ def open_model_folder(path: str | Path) -> ModelFolder:
     if quantization and method != "pst_ds":
         raise InputError(f"{path}: quantised with {method!r}. Name a folder that is dense, or packed by pst-ds")
     packing = str(quantization.get("format", DENSE))
+    # Formats that do not mark tensors have the name "dense", which here is for float weights.
     if quantization and packing in STORAGE_FORMATS.names and not storage_format(packing).marks_tensors:
         packing = "codes"
     return ModelFolder(path, config, packing, is_plain=not quantization)
@@ -126,12 +141,16 @@ def input_names(model: PreTrainedModel) -> list[str]:
     """Return those :data:`INPUTS`, in this order, that a model's forward accepts and has a table for."""
     takes = inspect.signature(model.forward).parameters
     names = [name for name in INPUTS if name in takes]
-    if getattr(model.config, "type_vocab_size", 0) < 2:  # with one type, as in RoBERTa, 0 is the only valid value
-        names = [name for name in names if name != "token_type_ids"]
+    # With one type, as in RoBERTa, 0 is the only valid value, and the model's default.
+    if getattr(model.config, "type_vocab_size", 0) < 2 and "token_type_ids" in names:
+        names.remove("token_type_ids")
     return names
 
 
 def _quantization(config: PreTrainedConfig) -> dict[str, object]:
     """Return the quantization_config of a transformers config; empty without one."""
-    found = getattr(config, "quantization_config", None) or {}
-    return dict(found) if isinstance(found, dict) else dict(found.to_dict())
+    # A dict as in config.json, or an object once transformers has loaded a model with the config.
+    quantization = getattr(config, "quantization_config", None) or {}
+    if isinstance(quantization, dict):
+        return dict(quantization)
+    return dict(quantization.to_dict())

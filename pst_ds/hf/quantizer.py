@@ -3,7 +3,7 @@
 import copy
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from pst_ds.hf.tables import restore_tables
 from pst_ds.hf.weight_files import (
     Groups,
     PackedFolderError,
+    StoredTensor,
     named_groups,
     outside_base_model,
     packed_groups,
@@ -50,6 +51,7 @@ class PackedWeightsQuantizer(HfQuantizer):
     """
 
     def __init__(self, quantization_config: PackedWeightsConfig, **kwargs: object):
+        # A copy, because "auto" is resolved for this load only, and the user may load with the config again.
         super().__init__(copy.copy(quantization_config), **kwargs)
         if not self.pre_quantized:
             raise PackedFolderError(
@@ -75,7 +77,10 @@ class PackedWeightsQuantizer(HfQuantizer):
         config = self.quantization_config
         if config.load_as == "auto":
             is_fast = storage_format(str(config.format)).is_faster_packed_on_cpu and config.values is None
-            config.load_as = "sparse" if is_fast and _is_on_cpu(device_map) else "dense"
+            config.load_as = "dense"
+            if is_fast and _is_on_cpu(device_map):
+                config.load_as = "sparse"
+            # With an explicit "dense", the user has asked for it.
             if config.values is not None:
                 _LOG.warning(_UNPACKS, config.values)
         return device_map
@@ -94,21 +99,17 @@ class PackedWeightsQuantizer(HfQuantizer):
             raise PackedFolderError("packed weights are loaded from their folder. Remove state_dict= and gguf_file=")
         headers = read_headers(checkpoint_files)
         packing = self.quantization_config.format
-        is_other = type(model).__name__ not in (model.config.architectures or ())
-        expected: str | None = ""
-        if is_text_part(model, Path(checkpoint_files[0]).parent):
-            expected = None
-        elif is_other and outside_base_model(headers, model):
-            # the model is of another class than the saved one: tensors of the saved head are not part of it
-            expected = f"{model.base_model_prefix}."
+        expected = _expected_prefix(model, headers, Path(checkpoint_files[0]).parent)
         self._groups = named_groups(model, packed_groups(headers, packing))
         tied = getattr(model, "all_tied_weights_keys", {})
         self._replaced = put_sparse_layers(model, self._groups, packing, {*tied, *tied.values()})
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        # transformers has no hook between the reading of tensors and the move to devices. It calls this method of the
+        # model there, so a replacement on the object, which removes itself, is the hook.
         model._adjust_missing_and_unexpected_keys = functools.partial(  # type: ignore[method-assign]
             self._finish, model, expected, model._adjust_missing_and_unexpected_keys
         )
-        # without get_new_dtype, transformers does not cast renamed tensors of a model that it takes for quantised
+        # Without get_new_dtype, transformers does not cast renamed tensors of a model that it takes for quantised.
         self.pre_quantized = hasattr(HfQuantizer, "get_new_dtype")
 
     def _finish(
@@ -129,6 +130,7 @@ class PackedWeightsQuantizer(HfQuantizer):
         self._require_same_keys(model, expected, info)
         restore_tables(model, self._groups)
         for name, layer in sparse_layers(model).items():
+            # A tensor that is offloaded to disk stays on the meta device.
             if any(tensor.is_meta for tensor in layer.state_dict().values()):
                 raise PackedFolderError(f"{name}: {_NO_DISK}")
             finish_layer(name, layer, self._groups[name])
@@ -143,9 +145,9 @@ class PackedWeightsQuantizer(HfQuantizer):
         transformers initialises missing ones randomly. ``info`` has its sets of keys after its own exceptions.
         """
         kind = type(model).__name__
-        saved = model.config.architectures or ()
         if info.missing_keys:
             fix = "Export again."
+            saved = model.config.architectures or ()
             if saved and kind not in saved:
                 fix = f"The folder holds {', '.join(saved)}: load it with that class, or export the model you want."
             absent = shortened(sorted(info.missing_keys), 3)
@@ -158,7 +160,12 @@ class PackedWeightsQuantizer(HfQuantizer):
                 f"{shortened(extra, 3)}: in the folder, but {kind} has no such tensor. Does config.json belong to "
                 "another model?"
             )
+        self._require_same_shapes(model, info)
+
+    def _require_same_shapes(self, model: PreTrainedModel, info: LoadStateDictInfo) -> None:
+        """Raise PackedFolderError, naming tensors, if some were loaded with another shape than the model has."""
         loaded = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        # mismatched_keys lacks tensors that transformers has replaced by some of another shape.
         misshapen = {str(key[0]) for key in info.mismatched_keys}
         for name, shape in loaded.items():
             if shape != self._shapes.get(name):
@@ -166,9 +173,10 @@ class PackedWeightsQuantizer(HfQuantizer):
         if misshapen:
             names = sorted(misshapen)
             wanted = tuple(self._shapes.get(names[0], ()))
-            raise PackedFolderError(f"{shortened(names, 3)}: not of the shape {wanted} that {kind} has")
+            raise PackedFolderError(f"{shortened(names, 3)}: not of the shape {wanted} that {type(model).__name__} has")
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> None:
+        # A version that does not call the replaced method must not return weights that were never checked.
         if not self._finished:
             raise RuntimeError(
                 f"transformers {transformers.__version__} loads models in a way that this pst-ds does not support: "
@@ -180,7 +188,9 @@ class PackedWeightsQuantizer(HfQuantizer):
         """Unpack a model that was kept sparse, in place, for ``model.dequantize()``; ``dtype`` casts all of it."""
         make_dense(model, self._replaced)
         self.remove_quantization_config(model)
-        return model if dtype is None else nn.Module.to(model, dtype)
+        if dtype is None:
+            return model
+        return nn.Module.to(model, dtype)
 
     def is_serializable(self, *args: object, **kwargs: object) -> bool:
         """Raise PackedFolderError: save_pretrained would write a file that transformers loads as random weights."""
@@ -194,7 +204,19 @@ class PackedWeightsQuantizer(HfQuantizer):
         return False
 
 
+def _expected_prefix(model: PreTrainedModel, headers: Mapping[str, StoredTensor], folder: Path) -> str | None:
+    """Return the prefix of the tensors in ``folder`` that ``model`` must have; None if it may lack any of them."""
+    if is_text_part(model, folder):
+        return None
+    is_other_class = type(model).__name__ not in (model.config.architectures or ())
+    if is_other_class and outside_base_model(headers, model):
+        # The head of the saved class is not a part of this model.
+        return f"{model.base_model_prefix}."
+    return ""
+
+
 def _is_on_cpu(device_map: object) -> bool:
+    """Return whether transformers puts the whole model on the CPU."""
     if isinstance(device_map, dict):
         return all(str(device) == "cpu" for device in device_map.values())
     # "auto", "balanced", ...: transformers prefers an accelerator

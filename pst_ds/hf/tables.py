@@ -41,6 +41,7 @@ class LoadingTable(nn.Module):
         self.dtype = replaced.get_parameter("weight").dtype
         for name, (dtype, dims) in form.parts(shape, 0, self.dtype).items():
             self.register_buffer(name, torch.empty(dims, dtype=dtype, device="meta"))
+        # An output layer may have a bias, which the loader fills as usual.
         for name, param in replaced.named_parameters(recurse=False):
             if name != "weight":
                 self.register_parameter(name, param)
@@ -49,6 +50,7 @@ class LoadingTable(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # transformers would look for the weight in the files, and report it as missing.
         destination.pop(f"{prefix}weight", None)
 
     def dense(self, name: str, group: Mapping[str, StoredTensor]) -> nn.Parameter:
@@ -63,8 +65,10 @@ class LoadingTable(nn.Module):
 def restore_tables(model: PreTrainedModel, groups: Groups) -> None:
     """Replace the placeholders by the original modules, with dense weights and the model's ties. Raises FormatError."""
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    tables = {name: module for name, module in model.named_modules() if isinstance(module, LoadingTable)}
-    for name, table in tables.items():
+    # A list, because the loop replaces modules while it visits them.
+    for name, table in list(model.named_modules()):
+        if not isinstance(table, LoadingTable):
+            continue
         weight = table.dense(name, groups[name])
         (module,) = table.replaced
         for other, param in table.named_parameters(recurse=False):
@@ -72,13 +76,21 @@ def restore_tables(model: PreTrainedModel, groups: Groups) -> None:
                 setattr(module, other, param)
         module.weight = weight
         model.set_submodule(name, module.train(table.training))
-        weight_name = f"{name}.weight"
-        for pair in ties.items():
-            if weight_name not in pair:
-                continue
-            for tied in set(pair) - {weight_name}:
-                owner, _, attribute = tied.rpartition(".")
-                setattr(model.get_submodule(owner), attribute, weight)
+        # transformers has tied the placeholder's weight; the tied modules need the new one.
+        for tied in _tied_to(f"{name}.weight", ties):
+            owner, _, attribute = tied.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, weight)
+
+
+def _tied_to(weight: str, ties: Mapping[str, str]) -> list[str]:
+    """Return the parameters that are tied to ``weight``. ``ties``: the source of each tied parameter."""
+    tied: list[str] = []
+    for target, source in ties.items():
+        if source == weight:
+            tied.append(target)
+        elif target == weight:
+            tied.append(source)
+    return tied
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +113,7 @@ def stored_tables(folder: Path, model: nn.Module) -> dict[str, StoredTable]:
     tables: dict[str, StoredTable] = {}
     for name, group in named_groups(model, packed_groups(headers, DENSE_FORMAT)).items():
         module = modules.get(name)
+        # Linear layers of the dense format have codes too.
         if isinstance(module, nn.Embedding) and "codes" in group:
             form = form_of_group(name, DENSE_FORMAT, group, module.embedding_dim)
             assert isinstance(form, QuantizedFormat)

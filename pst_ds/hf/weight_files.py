@@ -39,7 +39,8 @@ Groups = Mapping[str, Mapping[str, StoredTensor]]
 def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
     """Return every tensor of the files by name. Raises PackedFolderError, also for a name in two files."""
     paths = [Path(file) for file in files]
-    if len({path.parent for path in paths}) != 1:
+    folders = {path.parent for path in paths}
+    if len(folders) != 1:
         raise PackedFolderError(f"the weight files of a model must be in one folder, got {', '.join(map(str, paths))}")
     found: dict[str, StoredTensor] = {}
     for path in paths:
@@ -52,7 +53,9 @@ def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
         for name, slot in source.slots.items():
             if name in found:
                 raise PackedFolderError(f"{name}: stored in {found[name].file} and in {path.name}. Export again.")
-            found[name] = StoredTensor(slot.dtype, slot.shape, path.name, partial(source.read, name))
+            found[name] = StoredTensor(
+                dtype=slot.dtype, shape=slot.shape, file=path.name, read=partial(source.read, name)
+            )
     return found
 
 
@@ -73,30 +76,41 @@ def named_groups(model: nn.Module, groups: Groups) -> Groups:
     Files of ``LlamaForCausalLM`` have "model.layers.0...", files of the base model "layers.0...": the prefix is added
     or removed as transformers does. Raises PackedFolderError if two groups belong to one layer.
     """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}.".removeprefix(".")
-    weights: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if is_linear(module) or isinstance(module, nn.Embedding):
-            weights[f"{name}.weight"] = module.get_parameter("weight")
-    # names in files come first: where one of them is also a name in the model, the model's name replaces it
-    layers = {name.removesuffix(".weight"): layer for name, layer in names_in_files(model, weights).items()}
-    for name in weights:
-        layers[name.removesuffix(".weight")] = name
-    for name in known_stacks(model):
-        layers[name] = name
+    prefix = f"{getattr(model, 'base_model_prefix', '')}.".removeprefix(".")  # "" without one, not "."
+    layers = _layers_by_name(model)
     named: dict[str, Mapping[str, StoredTensor]] = {}
     for name, group in groups.items():
         candidates = (name.removeprefix(prefix), name, prefix + name)
-        matches = [layers[candidate] for candidate in candidates if candidate in layers]
-        if not matches:
+        layer = next((layers[candidate] for candidate in candidates if candidate in layers), None)
+        if layer is None:  # of a part that this model does not have; the quantizer compares all names later
             continue
-        layer = matches[0].removesuffix(".weight")
         if layer in named:
             raise PackedFolderError(
                 f"{name}: the folder has this layer twice, with and without its prefix. Export again."
             )
         named[layer] = group
     return named
+
+
+def _layers_by_name(model: nn.Module) -> dict[str, str]:
+    """Return the names in ``model`` of linear layers, embeddings and stacks, by their names in files and in the model.
+
+    Where one layer's name in files is another's name in the model, the latter counts.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if is_linear(module) or isinstance(module, nn.Embedding):
+            weights[f"{name}.weight"] = module.get_parameter("weight")
+    layers: dict[str, str] = {}
+    # transformers renames weights of some models while it loads them.
+    for in_files, in_model in names_in_files(model, weights).items():
+        layers[in_files.removesuffix(".weight")] = in_model.removesuffix(".weight")
+    for weight in weights:
+        name = weight.removesuffix(".weight")
+        layers[name] = name
+    for name in known_stacks(model):
+        layers[name] = name
+    return layers
 
 
 def form_of_group(name: str, packing: str, group: Mapping[str, StoredTensor], columns: int) -> PackedFormat:
@@ -127,7 +141,7 @@ def kept_values(name: str, form: PackedFormat, group: Mapping[str, StoredTensor]
         expected = form.parts(shape, count, values.dtype)
     except FormatError as error:
         raise PackedFolderError(f"{name}: {error}") from None
-    if "bitmask" in expected and len(group["bitmask"].shape) == 1:  # compressed
+    if "bitmask" in expected and len(group["bitmask"].shape) == 1:  # compressed, to a length that the data decide
         expected["bitmask"] = torch.uint8, group["bitmask"].shape
     for part, (dtype, dims) in expected.items():
         stored = group[part]
@@ -144,7 +158,9 @@ def loaded_dtype(scales: Tensor, dtype: torch.dtype) -> torch.dtype:
 
     transformers casts the scales of modules that the model keeps in fp32, which is how they are recognised.
     """
-    return torch.float32 if scales.dtype == torch.float32 else dtype
+    if scales.dtype == torch.float32:
+        return torch.float32
+    return dtype
 
 
 def reread_parts(module: nn.Module, form: PackedFormat, group: Mapping[str, StoredTensor]) -> None:
@@ -152,7 +168,9 @@ def reread_parts(module: nn.Module, form: PackedFormat, group: Mapping[str, Stor
     for part in form.part_names:
         tensor = getattr(module, part)
         stored = group[part]
-        if tensor.dtype != stored.dtype and (part != form.values_name or not stored.dtype.is_floating_point):
+        # Float values have the dtype that the user loads with. A cast of anything else changes weights or positions.
+        is_float_weight = part == form.values_name and stored.dtype.is_floating_point
+        if tensor.dtype != stored.dtype and not is_float_weight:
             setattr(module, part, stored.read().to(tensor.device))
 
 
@@ -168,5 +186,6 @@ def outside_base_model(names: Iterable[str], model: PreTrainedModel) -> set[str]
             inside.add(name)
         else:
             outside.add(name)
-    # files without prefixed names are of the base model, which has no head
-    return outside if inside else set()
+    if not inside:  # files without prefixed names are of the base model, which has no head
+        return set()
+    return outside
