@@ -36,11 +36,13 @@ if TYPE_CHECKING:
 class _LogFigures(TrainerCallback):
     """Adds figures to the logs. It comes before the callbacks that report; a user's own callback comes after them."""
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        saver, logs = vars(given["model"]).get("save_pretrained"), given["logs"]
-        if isinstance(saver, _SavesAdapterState) and "loss" in logs:  # of training steps
-            for entry in (logs, state.log_history[-1]):  # trainer_state.json keeps the latter
-                entry.update(saver.figures)
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any) -> None:
+        logs = passed["logs"]
+        saver = _saver_of(passed["model"])
+        if saver is not None and "loss" in logs:  # logs of evaluations have "eval_loss"
+            logs.update(saver.figures)
+            # The Trainer has already copied the logs to the history, which trainer_state.json keeps.
+            state.log_history[-1].update(saver.figures)
 
 
 class _LogsFigures(PatchHolder):
@@ -50,6 +52,7 @@ class _LogsFigures(PatchHolder):
     def change(cls) -> AbstractContextManager[object]:
         from transformers import trainer
 
+        # Only default callbacks come before those of report_to, which send the logs away.
         return appended(require(trainer, "DEFAULT_CALLBACKS"), _LogFigures)
 
 
@@ -92,24 +95,31 @@ class PSTCallback(_LogFigures, ExportableState):
                 "PSTCallback takes a schedule, or the fields of one: PSTCallback(final_sparsity=0.9), with "
                 "initial_sparsity, warmup_fraction, cooldown_fraction, update_interval and num_steps"
             )
-        if type(schedule) is CubicSchedule:  # but not a subclass, which has another ramp
-            fields, schedule = dataclasses.asdict(schedule), None
-        self._schedule, self._fields = schedule, fields
+        # Fields fit in trainer_state.json, a schedule does not. A subclass has another ramp, so it is kept.
+        if type(schedule) is CubicSchedule:
+            fields = dataclasses.asdict(schedule)
+            schedule = None
+        self._schedule = schedule
+        self._fields = fields
         self._criterion = criterion
         if schedule is None:
-            _cubic(1, **fields)  # rejects bad fields now
+            _cubic(1, **fields)  # rejects bad fields now, not when training starts
         self._masks: MaskUpdater | None = None
         self._came_with_trainer = False
         self._logs_figures = _LogsFigures()
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any) -> None:
         """Reject what masks cannot train with, and let the model read and write adapter checkpoints."""
-        config, model = _deepspeed_config(), given["model"]
+        config = _deepspeed_config()
+        model = passed["model"]
         if config is not None:
-            ours = {key: value for key, value in config.items() if key not in ("optimizer", "scheduler")}
-            validate_deepspeed_config(ours, source="the Trainer's DeepSpeed config")
+            # The Trainer makes optimizer and scheduler itself, and pst-ds refuses them in DeepSpeed's config.
+            without_optimizer = {key: value for key, value in config.items() if key not in ("optimizer", "scheduler")}
+            validate_deepspeed_config(without_optimizer, source="the Trainer's DeepSpeed config")
         injected_config(model)  # rejects a model without PST, or with PST in a part
-        not_in_json = self._schedule if self._schedule is not None else self._criterion
+        not_in_json: Schedule | Criterion | Callable[[WeightSlice], Tensor] | None = self._schedule
+        if not_in_json is None:
+            not_in_json = self._criterion
         if not_in_json is not None and args.restore_callback_states_from_checkpoint:
             raise InputError(
                 f"restore_callback_states_from_checkpoint = True makes a new PSTCallback from JSON, which holds no "
@@ -121,34 +131,20 @@ class PSTCallback(_LogFigures, ExportableState):
         self._came_with_trainer = True
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any
     ) -> None:
         """Start or resume the masks. Raises InputError for another model, optimizer or checkpoint. Collective."""
-        model = given["model"]
-        if not isinstance(vars(model).get("save_pretrained"), _SavesAdapterState):
-            if self._came_with_trainer:
-                raise InputError(
-                    "the Trainer's model is not the one that it was made with. model_init, and hyperparameter_search "
-                    "with it, make a new model in train(), which PSTCallback does not know of: make the model, "
-                    "inject_pst and the Trainer anew for each run"
-                )
-            raise InputError(
-                "PSTCallback came after the Trainer was made: give it in Trainer(callbacks=[PSTCallback(...)]), so "
-                "that checkpoints are read and written with their masks"
-            )
-        _require_groups(torch_optimizer(given["optimizer"]), model)
-        schedule, step = self._schedule or _cubic(state.max_steps, **self._fields), 0
+        model = passed["model"]
+        self._require_prepared(model)
+        _require_groups(torch_optimizer(passed["optimizer"]), model)
+        schedule = self._schedule or _cubic(state.max_steps, **self._fields)
+        step = 0
         if state.global_step:
-            saved = state.stateful_callbacks.get(type(self).__name__)  # type: ignore[union-attr]
-            if not isinstance(saved, dict):
-                raise InputError(
-                    "the checkpoint to resume from was written without a PSTCallback, or with several: its masks "
-                    "cannot be continued"
-                )
-            step = saved["attributes"]["step"]
+            step = self._saved_step(state)
         self._masks = MaskUpdater(model, schedule, step=step, criterion=self._criterion)
         self._note_figures(model)
         self._forget_best_of_ramp(state)
+        # `step` counts applied steps, the Trainer also counts those that a loss scaler skips.
         last = step + state.max_steps - state.global_step
         if not schedule.is_final(last) and is_main():
             warnings.warn(
@@ -158,30 +154,62 @@ class PSTCallback(_LogFigures, ExportableState):
                 stacklevel=2,
             )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+    def _require_prepared(self, model: nn.Module) -> None:
+        """Raise InputError unless :meth:`on_init_end` has seen ``model``."""
+        if _saver_of(model) is not None:
+            return
+        if self._came_with_trainer:
+            raise InputError(
+                "the Trainer's model is not the one that it was made with. model_init, and hyperparameter_search "
+                "with it, make a new model in train(), which PSTCallback does not know of: make the model, "
+                "inject_pst and the Trainer anew for each run"
+            )
+        raise InputError(
+            "PSTCallback came after the Trainer was made: give it in Trainer(callbacks=[PSTCallback(...)]), so "
+            "that checkpoints are read and written with their masks"
+        )
+
+    def _saved_step(self, state: TrainerState) -> int:
+        """Return the applied steps of the checkpoint to resume from. Raises InputError if it does not have them."""
+        # The Trainer keeps a list for several callbacks of one class.
+        saved = state.stateful_callbacks.get(type(self).__name__)  # type: ignore[union-attr]
+        if not isinstance(saved, dict):
+            raise InputError(
+                "the checkpoint to resume from was written without a PSTCallback, or with several: its masks "
+                "cannot be continued"
+            )
+        return saved["attributes"]["step"]
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any) -> None:
         """Update the masks if they are due. Collective."""
         assert self._masks is not None
         self._forget_best_of_ramp(state)
-        self._masks.after_step(given["optimizer"])
-        self._note_figures(given["model"])
+        self._masks.after_step(passed["optimizer"])
+        self._note_figures(passed["model"])
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any) -> None:
         """Save the adapter under DeepSpeed and FSDP2, where ``save_pretrained`` is called on one rank, without all
         masters. Collective."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        layers = settled_layers(given["model"]).values()
+        layers = settled_layers(passed["model"]).values()
         is_split = any(sharding.is_partitioned(layer.pst_mask) for layer in layers)
-        if (is_split or _deepspeed_config() is not None) and all_gather_objects(folder.is_dir())[0]:
-            save_pretrained(given["model"], folder, step=self._step, writes=args.should_save)
+        if not is_split and _deepspeed_config() is None:
+            return
+        # Rank 0 decides for all, because saving is collective and another node may not see rank 0's disk.
+        if all_gather_objects(folder.is_dir())[0]:
+            save_pretrained(passed["model"], folder, step=self._step, writes=args.should_save)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any
+    ) -> None:
         """Take step and masks from the best checkpoint if the Trainer has loaded it. Collective."""
         assert self._masks is not None
         if args.load_best_model_at_end:
+            # Rank 0's, because another node may not see the folder, and the masks' step must be the same on all ranks.
             loaded = all_gather_objects(_step_of(state.best_model_checkpoint))[0]
             if loaded is not None:
                 self._masks.load_state_dict({"step": loaded})
-                self._note_figures(given["model"])
+                self._note_figures(passed["model"])
         if not self._masks.is_final and is_main():
             warnings.warn(
                 f"training ended after {self._step} applied steps, ahead of the schedule's end: the masks have a "
@@ -195,18 +223,25 @@ class PSTCallback(_LogFigures, ExportableState):
 
     @property
     def _step(self) -> int:
-        return 0 if self._masks is None else self._masks.step
+        """Applied steps; 0 before training starts."""
+        if self._masks is None:
+            return 0
+        return self._masks.step
 
     def _forget_best_of_ramp(self, state: TrainerState) -> None:
         """Forget earlier evaluations if the masks could still change after them. Call it before the masks' step: the
         first evaluation that counts follows the step that ends the ramp."""
         assert self._masks is not None
         if not self._masks.is_final:
-            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+            state.best_metric = None
+            state.best_global_step = None
+            state.best_model_checkpoint = None
 
     def _note_figures(self, model: "PreTrainedModel") -> None:
+        """Give the figures of the masks to the model, from which the logs take them."""
         assert self._masks is not None
-        saver, masks = vars(model)["save_pretrained"], self._masks.masks
+        masks = self._masks.masks
+        saver = vars(model)["save_pretrained"]
         saver.step = self._masks.step
         saver.figures = {
             "sparsity/target": self._masks.schedule.sparsity_at(saver.step),
@@ -219,7 +254,9 @@ class _SavesAdapterState:
     """Replaces a model's ``save_pretrained``, and has the figures to log; pickled and copied with the model."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.step = model, 0
+        self.model = model
+        self.step = 0
+        """Applied steps."""
         self.figures: dict[str, float] = {}
 
     def __call__(
@@ -239,6 +276,13 @@ class _SavesAdapterState:
             write_adapter_state(self.model, save_directory, tensors, step=self.step)
 
 
+def _saver_of(model: nn.Module) -> _SavesAdapterState | None:
+    """Return what a PSTCallback has put in place of the model's ``save_pretrained``; None without one."""
+    # Not getattr, which finds the method of the class.
+    saver = vars(model).get("save_pretrained")
+    return saver if isinstance(saver, _SavesAdapterState) else None
+
+
 def trainer_optimizer(model: nn.Module, **rates: Any) -> tuple[type[MasterAdamW], dict[str, Any]]:
     """Return the Trainer's ``optimizer_cls_and_kwargs`` for training with :func:`pst_ds.pst_optimizer`.
 
@@ -254,7 +298,8 @@ def trainer_optimizer(model: nn.Module, **rates: Any) -> tuple[type[MasterAdamW]
     Raises:
         InputError: The model cannot be trained; or, when training starts, the Trainer has another model.
     """
-    like = pst_optimizer(model, **rates)  # rejects what cannot be trained now
+    # Made now to reject what cannot be trained, and thrown away: the Trainer may still move the model to a device.
+    like = pst_optimizer(model, **rates)
     return _TrainerAdamW, {"trained": model, "rates": rates, "fused": like.defaults["fused"]}
 
 
@@ -262,21 +307,24 @@ class _TrainerAdamW(MasterAdamW):
     """AdamW over PST's groups; the Trainer's groups only show whether it has the same model."""
 
     def __init__(self, groups: Sequence[dict[str, Any]], *, trained: nn.Module, rates: dict[str, Any], fused: bool):
-        own = {id(param) for param in trained.parameters()}
-        if any(id(param) not in own for group in groups for param in group["params"]):
-            raise InputError(
-                "trainer_optimizer(model) was given another model than the Trainer, which would train nothing: give "
-                "both the same. model_init, and hyperparameter_search with it, makes a new one in train(), so PST "
-                "cannot be used with it"
-            )
+        parameters = {id(param) for param in trained.parameters()}
+        for group in groups:
+            if any(id(param) not in parameters for param in group["params"]):
+                raise InputError(
+                    "trainer_optimizer(model) was given another model than the Trainer, which would train nothing: "
+                    "give both the same. model_init, and hyperparameter_search with it, makes a new one in train(), so "
+                    "PST cannot be used with it"
+                )
         super().__init__(pst_parameter_groups(trained, **rates), fused=fused)
 
 
 def _step_of(folder: str | None) -> int | None:
     """Return the applied steps of a checkpoint; None if it does not have them."""
+    if folder is None:
+        return None
     try:
-        return None if folder is None else json.loads((Path(folder) / CONFIG_FILE).read_bytes())["step"]
-    except (OSError, ValueError, KeyError):
+        return json.loads((Path(folder) / CONFIG_FILE).read_bytes())["step"]
+    except (OSError, ValueError, KeyError):  # a checkpoint without the adapter, or with one saved outside of training
         return None
 
 
@@ -285,10 +333,13 @@ def _deepspeed_config() -> JsonObject | None:
     from accelerate.state import AcceleratorState
 
     plugin = AcceleratorState().deepspeed_plugin
-    return None if plugin is None else plugin.deepspeed_config
+    if plugin is None:
+        return None
+    return plugin.deepspeed_config
 
 
 def _cubic(max_steps: int, **fields: Any) -> CubicSchedule:
+    """Return the schedule of ``fields``, with ``max_steps`` unless they have num_steps. Raises InputError."""
     try:
         return CubicSchedule(**{"num_steps": max_steps, **fields})
     except (TypeError, ValueError) as error:
@@ -297,17 +348,19 @@ def _cubic(max_steps: int, **fields: Any) -> CubicSchedule:
 
 def _require_groups(optimizer: Optimizer, model: nn.Module) -> None:
     """Raise InputError unless the optimizer has the groups of :func:`pst_parameter_groups`, with every parameter."""
-    wanted = {group["name"] for group in pst_parameter_groups(unwrapped(model))}
-    found = {group.get("name") for group in optimizer.param_groups}
-    if found != wanted:
+    expected = {group["name"] for group in pst_parameter_groups(unwrapped(model))}
+    names = {group.get("name") for group in optimizer.param_groups}
+    if names != expected:
         raise InputError(
-            f"the optimizer's groups are named {sorted(map(str, found))}, not {sorted(wanted)}: scores and updates "
+            f"the optimizer's groups are named {sorted(map(str, names))}, not {sorted(expected)}: scores and updates "
             "need separate rates. Pass Trainer(optimizer_cls_and_kwargs=trainer_optimizer(model)). Under DeepSpeed the "
             "Trainer drops optimizers=(pst_optimizer(model), None), and an optimizer in its JSON replaces both"
         )
     if _deepspeed_config() is not None:
-        return  # its groups have flat tensors
-    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        return  # its groups have flat tensors, in which parameters cannot be recognised
+    held: set[int] = set()
+    for group in optimizer.param_groups:
+        held.update(id(param) for param in group["params"])
     for name, param in unwrapped(model).named_parameters():
         if param.requires_grad and id(param) not in held:
             raise InputError(
