@@ -22,6 +22,7 @@ def renamed(message: str, names: Mapping[str, str]) -> str:
 
     Only ``name = value`` is replaced, as messages name a setting with its value.
     """
+    # Not after a full stop: "pst.beta = 1" names the setting of a section already.
     alternatives = "|".join(map(re.escape, names))
     return re.sub(rf"(?<![\w.])({alternatives})(?= = )", lambda match: names[match[1]], message)
 
@@ -38,18 +39,23 @@ def first_line_of(text: str) -> str:
     """Return the first line of ``text``, completed by the last one if it ends with a colon."""
     lines = text.strip().splitlines() or [""]
     first = lines[0].strip()
-    return f"{first} {lines[-1].strip()}" if len(lines) > 1 and first.endswith(":") else first
+    if len(lines) > 1 and first.endswith(":"):
+        return f"{first} {lines[-1].strip()}"
+    return first
 
 
 def shortened(names: Sequence[str], most: int = 4) -> str:
     """Join the first ``most`` names with commas, and count the others: "a, b, c, d and 3 more"."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    text = ", ".join(names[:most])
+    if len(names) > most:
+        text += f" and {len(names) - most} more"
+    return text
 
 
 def first_problem(error: "ValidationError") -> str:
     """Return the first problem that pydantic found: its place, value and reason."""
     problem = error.errors(include_url=False)[0]
+    # A part may be a key of the file, which can be as long as the file.
     place = ".".join(str(part)[:80] for part in problem["loc"]) or "it"
     if problem["type"] == "missing":
         return f"{place!r} is missing"
@@ -58,5 +64,7 @@ def first_problem(error: "ValidationError") -> str:
 
 def problem_with_value(problem: "ErrorDetails") -> str:
     """Return the value that pydantic rejected, shortened, and its reason, without names of our classes."""
-    reason = "Input should be an object" if problem["type"] == "model_type" else problem["msg"]
+    reason = problem["msg"]
+    if problem["type"] == "model_type":  # whose text names the class
+        reason = "Input should be an object"
     return f"{problem['input']!r:.80}: {reason}"

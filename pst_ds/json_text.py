@@ -11,6 +11,7 @@ JSON: TypeAlias = JsonObject | list["JSON"] | str | int | float | bool | None
 
 def json_of(value: object, *, indent: int | None = None) -> str:
     """Return ``value`` as JSON, with null for numbers that are not finite."""
+    # Nearly all values are finite, and searching them in Python is slower than a second attempt for the others.
     try:
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError:
@@ -18,8 +19,11 @@ def json_of(value: object, *, indent: int | None = None) -> str:
 
 
 def _finite(value: object) -> object:
+    """Return a copy of ``value`` with None for numbers that are not finite."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -31,8 +31,11 @@ class Registry(Generic[Extension]):
 
     @cached_property
     def _entries(self) -> dict[str, EntryPoint]:
-        entries = {name: EntryPoint(name=name, value=value, group=self._group) for name, value in self._builtin.items()}
+        entries: dict[str, EntryPoint] = {}
+        for name, value in self._builtin.items():
+            entries[name] = EntryPoint(name=name, value=value, group=self._group)
         for entry in entry_points(group=self._group):
+            # A package must not change what the documented names mean.
             if entry.name in self._builtin:
                 raise InputError(
                     f"{entry.value} is installed as the {self._what} {entry.name!r}, which pst-ds has itself. "
@@ -51,7 +54,9 @@ class Registry(Generic[Extension]):
         entry = self._entries.get(name)
         if entry is None:
             near = difflib.get_close_matches(name, self.names, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(self.names)}."
+            hint = f"There are: {', '.join(self.names)}."
+            if near:
+                hint = f"Did you mean {near[0]!r}?"
             raise InputError(f"{name!r} is not the name of a known {self._what}. {hint}")
         try:
             return entry.load()

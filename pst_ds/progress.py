@@ -15,11 +15,15 @@ if TYPE_CHECKING:
 
 quiet = False
 """Set by ``--quiet``."""
-DRAW_SECONDS, LINE_SECONDS = 0.1, 10.0
-"""Least time between two updates of a bar, and between two plain lines."""
+DRAW_SECONDS = 0.1
+"""Least time between two updates of a bar."""
+LINE_SECONDS = 10.0
+"""Least time between two plain lines."""
 _BAR_COLUMNS = 24
 _outermost: Progress | None = None
+"""The work that is shown, if any; work inside it is not."""
 _listener: Callable[[], None] | None = None
+"""Called by all work, see :func:`heard_by`."""
 
 
 @contextmanager
@@ -60,14 +64,19 @@ class Progress:
 
     def __init__(self, what: str, total: int, unit: str = "", *, done: int = 0, line_seconds: float = LINE_SECONDS):
         global _outermost
-        self._what, self._total, self._unit = what, total, unit
-        self._first = self._done = done
+        self._what = what
+        self._total = total
+        self._unit = unit
+        self._done_before = done
+        self._done = done
         self._interval = line_seconds
-        self._start = self._last = time.monotonic()
+        self._start = time.monotonic()
+        self._last_shown = self._start
         self._bar: tqdm[None] | None = None
         self._is_shown = not quiet and _outermost is None and is_first_rank()
         if self._is_shown:
             _outermost = self
+            # A dumb terminal, such as an editor's, cannot move the cursor back to the start of a bar.
             if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
                 self._interval = DRAW_SECONDS
                 self._bar = _new_bar(what, total, done, self._text(""))
@@ -79,18 +88,24 @@ class Progress:
     def at(self, done: int, note: str = "") -> None:
         """Set the number of units that are done."""
         self._done = done
+        # Also for work that is not shown: the listener watches for stalls and stops.
         if _listener is not None:
             _listener()
         now = time.monotonic()
-        if not self._is_shown or now - self._last < self._interval:
+        if not self._is_shown or now - self._last_shown < self._interval:
             return
-        self._last, text = now, self._text(note)
+        self._last_shown = now
+        text = self._text(note)
         if self._bar is None:
             print(f"{self._what} {text}", file=sys.stderr, flush=True)
             return
-        self._bar.n, self._bar.ncols = done, _columns()
+        # The window may have been resized. A line that is too long would wrap, and each update would start a new one.
+        self._bar.n = done
+        self._bar.ncols = _columns()
         room = self._bar.ncols - len(f"{self._what}  ") - _BAR_COLUMNS
-        self._bar.set_description_str(text if len(text) <= room else text[: room - 1] + "…")
+        if len(text) > room:
+            text = text[: room - 1] + "…"
+        self._bar.set_description_str(text)
 
     def say(self, text: str) -> None:
         """Print a separate line, above the bar if there is one."""
@@ -116,17 +131,27 @@ class Progress:
         self.close()
 
     def _text(self, note: str) -> str:
-        since, is_bytes = self._done - self._first, self._unit == "bytes"
+        """Return the count and, once they are known, rate and estimated time; then ``note``."""
+        is_bytes = self._unit == "bytes"
         count = f"{self._done}/{self._total} {self._unit}".rstrip()
-        parts = [f"{self._done / 1e9:.2f}/{self._total / 1e9:.2f} GB" if is_bytes else count]
-        if since > 0:
-            seconds_each = (time.monotonic() - self._start) / since
-            parts.append(f"{1e-6 / seconds_each:.0f} MB/s" if is_bytes and seconds_each else "")
-            parts.append(f"eta {duration_text(seconds_each * max(0, self._total - self._done))}")
-        return " | ".join(filter(None, [*parts, note]))
+        if is_bytes:
+            count = f"{self._done / 1e9:.2f}/{self._total / 1e9:.2f} GB"
+        parts = [count]
+        # Units that were done before took no time of this process.
+        done_here = self._done - self._done_before
+        if done_here > 0:
+            seconds_each = (time.monotonic() - self._start) / done_here
+            if is_bytes and seconds_each:
+                parts.append(f"{1e-6 / seconds_each:.0f} MB/s")
+            remaining = max(0, self._total - self._done)  # a total may be an estimate
+            parts.append(f"eta {duration_text(seconds_each * remaining)}")
+        if note:
+            parts.append(note)
+        return " | ".join(parts)
 
 
 def _new_bar(what: str, total: int, done: int, text: str) -> tqdm[None]:
+    """Return a bar on stderr with ``text`` after it, which :meth:`Progress.at` composes instead of tqdm."""
     from tqdm import tqdm
 
     form = f"{what} {{bar:{_BAR_COLUMNS}}} {{desc}}"
@@ -143,6 +168,8 @@ def _columns() -> int:
 
 def duration_text(seconds: float) -> str:
     """Format seconds as "1h02m" or "3m07s"."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+    total_minutes, seconds_left = divmod(int(seconds), 60)
+    hours, minutes = divmod(total_minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds_left:02d}s"

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return a line for each row; all have the same number of cells, and two spaces between columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in rows
-    ]
+    lines: list[str] = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        for cell, width in zip(row[1:], widths[1:], strict=True):
+            cells.append(cell.rjust(width))
+        lines.append("  ".join(cells).rstrip())  # a last cell may be empty
+    return lines
 
 
 def bytes_text(count: float) -> str:

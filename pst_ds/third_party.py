@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Code = Callable[..., object]
 _REQUIREMENT = re.compile(r"([\w.-]+)\s*([^;]*)")
+"""Name and versions of a requirement, without its marker."""
 
 
 class ThirdPartyError(InputError):
@@ -28,8 +29,7 @@ def require(owner: object, name: str) -> Any:
     Raises ThirdPartyError, naming the installed and the supported versions, if there is none.
     """
     if not hasattr(owner, name):
-        home = owner if isinstance(owner, ModuleType | type) else type(owner)
-        path = home.__name__ if isinstance(home, ModuleType) else f"{home.__module__}.{home.__qualname__}"
+        path = _import_path(owner)
         package = path.partition(".")[0]
         raise ThirdPartyError(
             f"{path}.{name}: {package} {_installed(package)} does not have it, and pst-ds has to change it. Install a "
@@ -38,11 +38,20 @@ def require(owner: object, name: str) -> Any:
     return getattr(owner, name)
 
 
+def _import_path(owner: object) -> str:
+    """Return the dotted name of a module or class, or of an object's class."""
+    if isinstance(owner, ModuleType):
+        return owner.__name__
+    kind = owner if isinstance(owner, type) else type(owner)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 @contextmanager
 def patched(owner: object, name: str, make: Callable[[Code], Code]) -> Iterator[None]:
     """Replace ``owner.name`` by what ``make`` returns for it, inside the context. Raises ThirdPartyError."""
     current = require(owner, name)
-    # what getattr returns is bound to the owner; an object may have the attribute from its class only
+    # What getattr returns is bound to the owner, such as a class method. Restoring it would store the bound method, so
+    # the entry itself is kept; an object may have the attribute from its class only, and then has no entry.
     is_inherited = name not in vars(owner)
     before = vars(owner).get(name)
     setattr(owner, name, make(current))
@@ -75,7 +84,7 @@ class PatchHolder:
     """Living holders of the subclass."""
     _made: ClassVar[ExitStack]
     """The change, while there are holders."""
-    # reentrant, since a garbage collection inside it can end the life of another holder
+    # Reentrant, because a garbage collection inside it can end the life of another holder.
     _lock: ClassVar[RLock] = RLock()
 
     def __init__(self) -> None:
@@ -87,6 +96,7 @@ class PatchHolder:
                 kind._made = made
             kind._count += 1
         self._end = weakref.finalize(self, kind._let_go)
+        # At exit, modules of the other package may be gone already, and nothing needs the original code any more.
         self._end.atexit = False
 
     @classmethod
@@ -125,7 +135,7 @@ def patched_entry(registry: MutableMapping[str, Any], key: str, make: Callable[[
     try:
         yield
     finally:
-        # deleting an override of transformers' registries uncovers the original entry; a dict has no layers
+        # Deleting an override of transformers' registries uncovers the original entry; a dict has no layers.
         del registry[key]
         if registry.get(key) is not before:
             registry[key] = before
@@ -139,10 +149,11 @@ def while_computing(model: "nn.Module", scope: Callable[["nn.Module"], AbstractC
     """
     hooks = _ScopeOfModel(scope)
     for module in model.modules():
-        # attention is called by a module with projections; transformers recomputes blocks without their own hooks
+        # Attention is called by a module that has projections, so leaves need no hooks. Those of blocks are not called
+        # when transformers recomputes them, so the modules inside have them too.
         if module is model or next(module.children(), None) is not None:
             module.register_forward_pre_hook(hooks.enter)
-            # prepended, so that several scopes of a model are left in the reverse order
+            # Prepended, so that several scopes of a model are left in the reverse order.
             module.register_forward_hook(hooks.leave, prepend=True, always_call=True)
 
 
@@ -168,13 +179,18 @@ class _ScopeOfModel:
 def supported(package: str) -> str:
     """Return the versions of ``package`` that pst-ds requires, such as ">=5.6,<6"; "" if it is not installed itself."""
     try:
-        wanted = (_REQUIREMENT.match(line) for line in requires("pst-ds") or ())
-    except PackageNotFoundError:
+        requirements = requires("pst-ds") or []
+    except PackageNotFoundError:  # a checkout that is on the path only
         return ""
-    return next((match[2].strip() for match in wanted if match and match[1] == package), "")
+    for line in requirements:
+        match = _REQUIREMENT.match(line)
+        if match and match[1] == package:
+            return match[2].strip()
+    return ""
 
 
 def _installed(package: str) -> str:
+    """Return the installed version of ``package``, for messages."""
     try:
         return version(package)
     except PackageNotFoundError:
