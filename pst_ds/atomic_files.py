@@ -18,8 +18,10 @@ from pathlib import Path
 from pst_ds.errors import InputError
 from pst_ds.progress import Progress
 
-PARTIAL, OLD = ".partial", ".old"
-"""Endings of a file or folder that is being written, and of a folder that is being replaced."""
+PARTIAL = ".partial"
+"""Ending of a file or folder that is being written."""
+OLD = ".old"
+"""Ending of a folder that is being replaced."""
 LOCK = ".lock"
 _POLL_SECONDS = 0.2
 _held_locks: set[int] = set()
@@ -28,6 +30,7 @@ _held_locks: set[int] = set()
 
 def require_writable(path: Path, what: str) -> None:
     """Raise InputError if ``path``, which need not exist, cannot be written; ``what`` names it: "--out a/b"."""
+    # What is missing will be made, so the nearest folder that exists decides.
     place = path.absolute()
     while not place.exists():
         place = place.parent
@@ -62,16 +65,18 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
 
     Raises OSError if the disk is full, or returns different bytes.
     """
-    taken = hashlib.sha256()
+    written = hashlib.sha256()
     with path.open("wb") as stream:
         for piece in pieces:
-            taken.update(piece)
+            written.update(piece)
             stream.write(piece)
         stream.flush()
         os.fsync(stream.fileno())
-        if hasattr(os, "posix_fadvise"):  # or the page cache would answer for the disk
+        if hasattr(os, "posix_fadvise"):
+            # Otherwise the page cache would answer for the disk.
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if file_sha256(path) != (digest := taken.hexdigest()):
+    digest = written.hexdigest()
+    if file_sha256(path) != digest:
         raise OSError(f"{path} was read back with other bytes than were written; the disk is failing")
     return digest
 
@@ -86,6 +91,7 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
 
     A link stays one: the file that it names is replaced. A device or a pipe is written to. Raises IsADirectoryError.
     """
+    # Renaming a file to a folder fails too, but with the name of the partial file.
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not path.is_file():
@@ -111,7 +117,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    sync(path.parent)  # a rename is on disk once the folder is
 
 
 def partial_name(path: Path) -> Path:
@@ -123,8 +129,10 @@ def remove_partial(*paths: Path) -> None:
     """Remove partial files of killed processes for ``paths`` in one folder. No process may be writing them."""
     names = "|".join(re.escape(path.name) for path in paths)
     unfinished = re.compile(rf"\.({names})\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
-    for path in [path for path in paths[0].parent.iterdir() if unfinished.fullmatch(path.name)]:
-        _remove(path)
+    # The folder is listed before anything is removed from it.
+    for path in list(paths[0].parent.iterdir()):
+        if unfinished.fullmatch(path.name):
+            _remove(path)
 
 
 @contextmanager
@@ -135,6 +143,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """
     folder = Path(os.path.realpath(folder))
     with _written_alone(folder) as partial:
+        # Before writing: an interrupted predecessor must not count as an older version that `publish` can remove.
         restore_replaced(folder)
         partial.mkdir()
         yield partial
@@ -158,7 +167,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def _written_alone(path: Path) -> Iterator[Path]:
     """Yield the partial name of ``path`` when no other process has one; remove it after an error."""
     with only_writer(path.with_name(f".{path.name}{PARTIAL}{LOCK}"), f"write {path}") as doubt:
-        if not doubt:
+        if not doubt:  # with a doubt, another process may be writing one of them
             remove_partial(path)
         partial = partial_name(path)
         try:
@@ -169,6 +178,7 @@ def _written_alone(path: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
+    """Remove a file, or a folder with its content, as far as that is possible."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -180,6 +190,8 @@ def publish(partial: Path, folder: Path) -> None:
     sync(partial)
     old = folder.with_name(folder.name + OLD)
     if folder.exists():
+        # A rename cannot replace a folder that is not empty. A crash between the two renames leaves the name unused;
+        # `restore_replaced` repairs that.
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     try:
@@ -211,27 +223,30 @@ def only_writer(path: Path, what: str, patience: float = math.inf) -> Iterator[s
     """
     # flock and not a POSIX record lock: that would be lost as soon as anything in this process, such as a copy of the
     # folder, opened and closed the file. NFS shows flock to all hosts too.
-    is_unusual = patience < math.inf or os.environ.get("WORLD_SIZE", "1") == "1"  # ranks of a run share work
+    # Ranks of a run share work by waiting for each other, which needs no message.
+    is_unusual = patience < math.inf or os.environ.get("WORLD_SIZE", "1") == "1"
     with ExitStack() as stack:
-        deadline, waiting = time.monotonic() + patience, None
+        deadline = time.monotonic() + patience
+        waiting: Progress | None = None
         while True:
             handle, text = _try_lock(path)
             if handle is not None:
                 break
-            owner = text or "another process"
+            owner = text or "another process"  # which has the lock, but has not written its name yet
             if time.monotonic() >= deadline:
                 raise InputError(f"{what}: {owner}, writes there. Wait until it has ended, or name another folder")
             if waiting is None:
                 waiting = stack.enter_context(Progress(what, 1))
                 if is_unusual:
                     waiting.say(f"{what}: waiting for {owner}")
-            waiting.at(0)
+            waiting.at(0)  # a sign of life for the watch for stalls
             time.sleep(_POLL_SECONDS)
     _held_locks.add(handle)
     try:
         yield text
     finally:
-        if handle in _held_locks:  # not in a fork
+        if handle in _held_locks:  # a fork that leaves this context does not hold the lock
+            # Removed before it is released: a process that locks it in between finds that it is not current.
             path.unlink(missing_ok=True)
             _held_locks.remove(handle)
             os.close(handle)
@@ -241,7 +256,8 @@ def _try_lock(path: Path) -> tuple[int | None, str]:
     """Return a descriptor of the locked file and what :func:`only_writer` yields, or None and the owner."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, doubt = os.open(path, os.O_CREAT | os.O_RDWR, 0o666), ""
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        doubt = ""
         owner = os.pread(handle, 200, 0).decode(errors="replace")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -251,14 +267,18 @@ def _try_lock(path: Path) -> tuple[int | None, str]:
         except OSError:
             doubt = f"{path.parent} is on a file system without file locks"
         host = f"on {socket.gethostname()},"
-        if owner and (doubt or host not in owner):  # killed, or some file systems keep locks from other hosts
-            doubt = " and ".join(filter(None, (doubt, f"{path} was left by {owner}")))
+        # The lock was granted, so an owner in the file was killed, or is on another host and the file system does not
+        # show its lock here.
+        if owner and (doubt or host not in owner):
+            left = f"{path} was left by {owner}"
+            doubt = f"{doubt} and {left}" if doubt else left
         if _is_current(path, handle):
             os.ftruncate(handle, 0)
             started = datetime.now().astimezone()
             os.pwrite(handle, f"pid {os.getpid()} {host} started {started:%Y-%m-%d %H:%M:%S %z}".encode(), 0)
             return handle, doubt
-        os.close(handle)  # the one before has removed the file, or the folder
+        # The previous owner has removed the file, or the folder, between the opening and the lock.
+        os.close(handle)
 
 
 def _is_current(path: Path, handle: int) -> bool:
@@ -272,7 +292,7 @@ def _is_current(path: Path, handle: int) -> bool:
 def _close_copies() -> None:
     """Close a fork's copies of the locks, which would outlive the process that holds them."""
     for handle in _held_locks:
-        os.close(handle)
+        os.close(handle)  # does not release the lock, which belongs to the open file that both have
     _held_locks.clear()
 
 

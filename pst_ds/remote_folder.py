@@ -55,10 +55,11 @@ class RemoteFolder:
         self.address = address.rstrip("/")
         self._lead = f"{setting} = {address!r}"
         match = _PROTOCOL.match(address)
-        self._protocol = "file"
         if match is not None:
             self._protocol = match[1].lower()
         else:
+            # Absolute, so that a later change of the working directory does not matter.
+            self._protocol = "file"
             address = os.path.abspath(os.path.expanduser(address))
         try:
             self._files, path = fsspec.core.url_to_fs(address)
@@ -101,6 +102,7 @@ class RemoteFolder:
         """Return whether there is a file ``name``."""
 
         def exists() -> bool:
+            # fsspec's own exists() takes any error, such as a refused connection, for a missing file.
             self._files.invalidate_cache()
             try:
                 self._files.info(self._full(name))
@@ -120,7 +122,7 @@ class RemoteFolder:
         def write() -> None:
             unfinished = name + _UNFINISHED
             self._write(unfinished, data)
-            # an object appears whole, but a file of a disk grows under its name
+            # An object appears whole, but a file of a disk grows under its name.
             self._files.mv(self._full(unfinished), self._full(name))
 
         self._patiently(f"write {self.path(name)}", write)
@@ -144,7 +146,7 @@ class RemoteFolder:
                     digest.update(chunk)
                     target.write(chunk)
                 target.flush()
-                os.fsync(target.fileno())
+                os.fsync(target.fileno())  # the caller may then remove the remote file
             return digest.hexdigest()
 
         return self._patiently(f"read {self.path(name)}", get)
@@ -179,24 +181,34 @@ class RemoteFolder:
             self._patiently(f"remove {self.path(folder)}", lambda: self._files.rmdir(self._full(folder)))
 
     def _full(self, name: str) -> str:
-        return posixpath.join(self._root, name) if name else self._root
+        """Return the path of a file in its file system; ``name`` "" is the folder itself."""
+        if not name:
+            return self._root
+        return posixpath.join(self._root, name)
 
     def _names(self, folder: str) -> list[str]:
-        # packages remember listings, and other processes write there
+        """Return what :meth:`names` does, in one attempt."""
+        # Packages remember listings, and other processes write there.
         self._files.invalidate_cache()
         full = self._full(folder)
         try:
-            found = self._files.ls(full, detail=False)
+            listed = self._files.ls(full, detail=False)
         except FileNotFoundError:
             return []
-        # some object stores list the folder itself, as an empty object
-        return sorted({posixpath.basename(path.rstrip("/")) for path in found if path.rstrip("/") != full})
+        names: set[str] = set()
+        for path in listed:
+            path = path.rstrip("/")
+            if path != full:  # some object stores list the folder itself, as an empty object
+                names.add(posixpath.basename(path))
+        return sorted(names)
 
     def _write(self, name: str, data: bytes) -> None:
+        """Write a file under its name, in one attempt."""
         self._make_folder_of(name)
         self._files.pipe_file(self._full(name), data)
 
     def _make_folder_of(self, name: str) -> None:
+        """Make the folder of a file, where the file system has folders."""
         if self._protocol not in _OBJECT_STORES:
             self._files.makedirs(posixpath.dirname(self._full(name)), exist_ok=True)
 
@@ -205,7 +217,7 @@ class RemoteFolder:
         for pause in (*_PAUSES_SECONDS, None):
             try:
                 return action()
-            except FileNotFoundError:
+            except FileNotFoundError:  # an answer, which another attempt would repeat
                 raise
             except Exception as error:  # each package has other errors for networks and refusals
                 if pause is None:

@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from pst_ds.formats import PackedFormat, Part
 
 QUANT_METHOD = "pst_ds"
-PLAIN_VERSION, QUANTIZED_VERSION, COMPRESSED_VERSION = 1, 2, 3
-"""``format_version`` of folders with values in the model's dtype, with quantised values, and with both if at least one
-bitmask is compressed."""
+PLAIN_VERSION = 1
+"""``format_version`` of folders with values in the model's dtype."""
+QUANTIZED_VERSION = 2
+"""``format_version`` of folders with quantised values."""
+COMPRESSED_VERSION = 3
+"""``format_version`` of folders with either, if at least one bitmask is compressed."""
 PLAIN_STEM = "model"
 """Stem that plain transformers looks for; files that it cannot read never have it."""
 VALUES = "values"
@@ -100,17 +103,16 @@ class StorageFormat:
     @property
     def stem(self) -> str:
         """Stem of the weight files' names."""
-        return f"pst_{self.name.replace(':', 'of')}"
+        return f"pst_{self.name.replace(':', 'of')}"  # Windows does not allow a colon in "2:4"
 
     def problem(self, values: Grid | None, embeddings: Grid | None) -> str:
         """Return why the format cannot hold this quantisation; "" if it can."""
         requested = {VALUES: values, EMBEDDINGS: embeddings}
         if all(grid is None or setting in self.quantises for setting, grid in requested.items()):
             return ""
-        capable = (each for each in storage_formats() if each.loads_with_pst_ds and each.quantises)
         return (
             f"{self.name} holds values of the model's dtype only. For int8 and int4 choose "
-            f"{', '.join(each.name for each in capable)}"
+            f"{', '.join(_quantising_formats())}"
         )
 
     def is_plain(self, *, is_quantized: bool) -> bool:
@@ -128,10 +130,9 @@ class StorageFormat:
         """Raise ValueError for values quantised to ``grid``, naming the formats that hold them."""
         if grid is None:
             return
-        capable = [each for each in storage_formats() if each.quantises and each.loads_with_pst_ds]
-        capable.sort(key=lambda each: each.omits_pruned, reverse=True)  # packed ones first
-        names = ", ".join(each.name for each in capable)
-        raise ValueError(f"quantised values are packed as {names}, not as {self.name}")
+        # Packed ones first: who asked for a packed format rather wants another of them than the dense one.
+        packed_first = sorted(_quantising_formats(), key=lambda name: not storage_format(name).omits_pruned)
+        raise ValueError(f"quantised values are packed as {', '.join(packed_first)}, not as {self.name}")
 
     def all_part_names(self) -> set[str]:
         """Return the names that parts of weights can have in folders of this format, quantised or not."""
@@ -154,9 +155,11 @@ class StorageFormat:
 
         layout = self.layout(None)
         if CODES in stored:
-            # the names of the parts are the same for every quantisation
+            # The names of the parts are the same for every quantisation, so any will do.
             layout = self._quantised_layout(stored, Grid(8))
-        return () if layout is None else layout.part_names
+        if layout is None:
+            return ()
+        return layout.part_names
 
     def layout_of_parts(self, parts: Mapping[str, Part], columns: int) -> PackedFormat:
         """Return the layout of a weight with ``columns`` inputs, given the dtypes and shapes of its parts.
@@ -182,8 +185,11 @@ class StorageFormat:
         if VALUES not in self.quantises:
             return whole
         packed = packed_format(self.name, grid)
-        own_parts = set(packed.part_names) - set(whole.part_names)
-        return whole if own_parts.isdisjoint(stored) else packed
+        parts_of_packed_only = set(packed.part_names) - set(whole.part_names)
+        # One of them is enough: a checker then names those that are missing.
+        if parts_of_packed_only.isdisjoint(stored):
+            return whole
+        return packed
 
     def spec_of(self, spec: Any, encoding: Any, grid: Grid | None, keep: Callable[[Any], Tensor] | None) -> Any:
         """Return a tensor as an export stores it; see :meth:`pst_ds.writing.plan.TensorSpec.stored_as`."""
@@ -200,10 +206,13 @@ class StorageFormat:
             unquantised: linear layers that are not quantised, if :attr:`lists_unquantised`.
             compressed: whether a bitmask is compressed.
         """
+        version = encoding.format_version
+        if compressed:  # releases that cannot decompress refuse the number
+            version = COMPRESSED_VERSION
         return {
             "quant_method": QUANT_METHOD,
             "format": self.name,
-            "format_version": COMPRESSED_VERSION if compressed else encoding.format_version,
+            "format_version": version,
             **encoding.facts(),
             "weights_file": encoding.weights_file(num_files),
         }
@@ -213,8 +222,8 @@ class StorageFormat:
     def problems_of_settings(self, settings: Any) -> Iterator[str]:
         """Yield what is wrong with the settings of an export in this format, beyond :meth:`problem`."""
         if settings.activation_bits == 8 and not self.quantises_activations(settings):
-            allowed = ", and for ".join(each.activations_text for each in storage_formats() if each.activations_text)
-            yield f'activation_bits = 8 is for {allowed}. Set values = "int8" or "int4"'
+            texts = [each.activations_text for each in storage_formats() if each.activations_text]
+            yield f'activation_bits = 8 is for {", and for ".join(texts)}. Set values = "int8" or "int4"'
 
     activations_text = ""
     """When ``activation_bits = 8`` applies, for messages; "" if never."""
@@ -241,7 +250,11 @@ class StorageFormat:
 
     def require_free(self, out: Path) -> None:
         """Raise ExportError unless ``out`` can be written: it is free, empty, or an older export."""
-        if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST_FILE).is_file())):
+        is_free = not out.exists()
+        if out.is_dir():
+            # An older export is replaced as a whole; of any other folder, that would destroy a user's files.
+            is_free = not any(out.iterdir()) or (out / MANIFEST_FILE).is_file()
+        if not is_free:
             raise ExportError(f"out = {str(out.absolute())!r} exists and is not an export. Name another folder")
         require_writable(out, f"out = {str(out)!r}")
 
@@ -259,7 +272,7 @@ class StorageFormat:
     def require_additions_fit(self, additions: Collection[str], source: Path) -> None:
         """Raise ExportError if ``source`` has ``additions``, and what reads this format would ignore them."""
         if additions and not self.holds_additions:
-            holding = (each.name for each in listed_formats().values() if each.holds_additions)
+            holding = [each.name for each in listed_formats().values() if each.holds_additions]
             raise ExportError(
                 f"{source} has additions ({', '.join(additions)}), which programs that read {self.name} would ignore. "
                 f"Choose format = {' or '.join(map(repr, holding))}"
@@ -330,6 +343,7 @@ class PackedFolder(StorageFormat):
     def spec_of(self, spec: Any, encoding: Any, grid: Grid | None, keep: Callable[[Any], Tensor] | None) -> Any:
         """Return a sparse matrix of floats packed, if that makes it smaller; other tensors quantised to ``grid``."""
         whole = spec.quantised(grid)
+        # An embedding may be quantised to another grid than the linear layers: it is stored whole.
         if keep is None or not whole.is_of_floats or whole.grid not in (None, encoding.values):
             return whole
         return whole.packed(self.name, encoding.values, keep(whole))
@@ -355,6 +369,7 @@ STORAGE_FORMATS: Registry[type[StorageFormat]] = Registry(
 
 @cache
 def _object_of(kind: type[StorageFormat]) -> StorageFormat:
+    """Return the object of a class, the same at each call."""
     return kind()
 
 
@@ -368,7 +383,7 @@ def storage_formats() -> list[StorageFormat]:
 
     One that cannot be imported is omitted with a warning: it must not prevent work with the others.
     """
-    formats = []
+    formats: list[StorageFormat] = []
     for name in STORAGE_FORMATS.names:
         try:
             formats.append(storage_format(name))
@@ -380,6 +395,11 @@ def storage_formats() -> list[StorageFormat]:
 def listed_formats() -> dict[str, StorageFormat]:
     """Return the formats that a user may choose, by name."""
     return {each.name: each for each in storage_formats() if each.is_listed}
+
+
+def _quantising_formats() -> list[str]:
+    """Return the names of the formats with quantised values that ``pst_ds.hf`` loads, for messages."""
+    return [each.name for each in storage_formats() if each.quantises and each.loads_with_pst_ds]
 
 
 def folder_formats() -> list[str]:
@@ -406,8 +426,8 @@ def packed_format(packing: str, grid: Grid | None = None) -> PackedFormat:
     if packing in STORAGE_FORMATS.names:
         layout = storage_format(packing).layout(grid)
     if layout is None:
-        packed = ", ".join(each.name for each in storage_formats() if each.omits_pruned and each.has_manifest)
-        raise ValueError(f"packed formats are {packed}, not {packing}")
+        packed = [each.name for each in storage_formats() if each.omits_pruned and each.has_manifest]
+        raise ValueError(f"packed formats are {', '.join(packed)}, not {packing}")
     return layout
 
 
