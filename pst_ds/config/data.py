@@ -73,8 +73,8 @@ class DataConfig(Section):
     chat_template: MayDiffer[str] = ""
     """Jinja file with the chat template for task "chat", which exports include. Empty is the tokenizer's template."""
     sample_by: Literal["line", "paragraph", "document"] = "line"
-    """Row of a .txt file, as in ``datasets``: a line, the text between empty lines, or the whole file (slices of it are
-    lines). Its column is "text"."""
+    """Row of a .txt file: a line, the lines between empty ones, or the whole file (slices of it are lines). Its column
+    is "text"."""
     max_length: Positive = 128
     """Maximum tokens per example; longer ones are truncated. For task "causal-lm", the length of every training
     sequence: documents are joined with the end-of-text token and cut into sequences, and an incomplete last sequence is

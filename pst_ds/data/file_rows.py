@@ -25,6 +25,8 @@ JsonRow: TypeAlias = dict[str, object]
 LinesBefore: TypeAlias = Callable[[], int]
 """Counts the lines of a file before a piece of it: a function, because only messages need the number."""
 
+READING_VERSION = "2"
+"""Part of the names of caches of what was read; a change of what a file is read as needs another."""
 MAX_DEPTH = 64
 """Maximum nesting of a JSON value. Python's parser and chat templates recurse."""
 _MAX_DIGITS = 4000
@@ -94,25 +96,34 @@ def _column_names(fields: list[str], name: str, line: int, *, is_tsv: bool) -> l
                     f"{name} looks separated by {plural}: line {line} is {fields[0][:80]!r}. Save it as .csv, "
                     "separated by commas, or as .tsv, separated by tabs"
                 )
-    names = [field or f"Unnamed: {index}" for index, field in enumerate(fields)]
-    repeated = next((field for field in names if names.count(field) > 1), None)
-    if repeated is not None:
-        raise ConfigError(f"{name}: line {line} has several columns {repeated!r}. Give each another name")
+    names: list[str] = []
+    for index, field in enumerate(fields):
+        column = field or f"Unnamed: {index}"
+        if column in names:
+            raise ConfigError(f"{name}: line {line} has several columns {column!r}. Give each another name")
+        names.append(column)
     return names
 
 
 def _refuse_fields(fields: list[str], names: list[str], name: str, line: int, *, is_tsv: bool) -> NoReturn:
+    """Raise ConfigError for a row whose fields are not as many as the columns ``names``."""
     if is_tsv:
         fix = "Quotes have no meaning in a .tsv file, so no field may contain a tab or a line break"
     elif len(fields) > len(names):
         fix = 'Put quotes around each field that contains a comma, as in "good, but long"'
     else:
         fix = "Write a comma for each field, also for empty ones"
-    columns = f"{len(names)} columns" if len(names) > 1 else "1 column"
-    count = f"{len(fields)} fields" if len(fields) > 1 else "1 field"
     raise ConfigError(
-        f"{name}: line {line} has {count}, but the file has {columns} ({shortened(names, 6)}). {fix}"
-    )  # fmt: skip
+        f"{name}: line {line} has {_counted(len(fields), 'field')}, but the file has "
+        f"{_counted(len(names), 'column')} ({shortened(names, 6)}). {fix}"
+    )
+
+
+def _counted(count: int, noun: str) -> str:
+    """Return "1 field" or "2 fields"."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}s"
 
 
 def _refuse_encoding(name: str, open_file: OpenFile, error: UnicodeDecodeError) -> NoReturn:
@@ -131,7 +142,9 @@ def byte_blocks(file: IO[bytes], start: int = 0, stop: int = -1) -> Iterator[byt
     """Yield the bytes from ``start`` to ``stop`` (-1: the end) in blocks; each except the last ends with a line."""
     if start:
         file.seek(start)
-    remaining = stop - start if stop >= 0 else sys.maxsize
+    remaining = sys.maxsize
+    if stop >= 0:
+        remaining = stop - start
     # parts of a line longer than a block: joining them with each block would take quadratic time
     unfinished: list[bytes] = []
     while remaining > 0:
@@ -179,30 +192,30 @@ def json_lines(
 
 
 def _count_of(lines_before: LinesBefore | None) -> int:
-    return 0 if lines_before is None else lines_before()
+    """Return the lines of the file before a piece of it."""
+    if lines_before is None:
+        return 0
+    return lines_before()
 
 
 def json_file(name: str, open_file: OpenFile) -> tuple[str, Iterator[tuple[int, JsonRow]]]:
     """Return the unit and the numbered objects of a .json file: lines as :func:`json_lines`, the rows of one list, or
     of one object with a list per column. Raises ConfigError."""
     with open_file() as file:
-        begin = file.read(_BLOCK_BYTES).removeprefix(_BOM).lstrip()
-        first = begin.partition(b"\n")[0]
-        # the first line of a file of lines is a value by itself; that of an object over several lines is not
-        is_whole = begin.startswith(b"[") or (len(begin) < _BLOCK_BYTES and not _is_json(first))
-        whole = begin + file.read() if is_whole else b""
-    if not is_whole:
+        block = file.read(_BLOCK_BYTES)
+        is_one_value = _starts_one_value(block, is_all=len(block) < _BLOCK_BYTES)
+        # only a file of one value is read into memory at once
+        whole = b""
+        if is_one_value:
+            whole = block + file.read()
+    if not is_one_value:
         return "line", _lines_of(name, open_file)
     try:
-        content = _parsed(whole)
+        content = _parsed(whole.removeprefix(_BOM))
     except _NotReadable as error:
         raise ConfigError(f"{name} {error}") from None
-    if isinstance(content, dict) and content and all(isinstance(column, list) for column in content.values()):
-        columns = content.values()
-        lengths = {len(column) for column in columns}
-        if len(lengths) == 1:
-            # one row for each place in the columns
-            content = [dict(zip(content, values, strict=True)) for values in zip(*columns, strict=True)]
+    if isinstance(content, dict):
+        content = _rows_of_columns(content) or content
     if not isinstance(content, list):
         raise ConfigError(
             f"{name} is a JSON {_json_type(content)}, but a list of objects is needed. Write a list, or .jsonl"
@@ -210,12 +223,49 @@ def json_file(name: str, open_file: OpenFile) -> tuple[str, Iterator[tuple[int, 
     return "row", _objects_of(content, name)
 
 
+def _starts_one_value(block: bytes, *, is_all: bool) -> bool:
+    """Return whether a .json file is one value, not a value per line, by its first ``block``.
+
+    ``is_all``: the block is the whole file.
+    """
+    content = block.removeprefix(_BOM).lstrip()
+    if content.startswith(b"["):
+        return True
+    first_line_of_file, line_break, _ = content.partition(b"\n")
+    # An object that is longer than a block and has no line break in it would have to be parsed to know. The file has
+    # one line then, or lines of that length, and both can be read line by line.
+    if not line_break and not is_all:
+        return False
+    # the first line of a file of lines is a value by itself; that of an object over several lines is not
+    return not _is_json(first_line_of_file)
+
+
+def _rows_of_columns(table: JsonRow) -> list[object]:
+    """Return the rows of an object with a list for each column, as pandas writes it with orient="list".
+
+    Empty unless all values are lists of one length.
+    """
+    columns: list[list[object]] = []
+    for values in table.values():
+        if not isinstance(values, list):
+            return []
+        columns.append(values)
+    if len({len(values) for values in columns}) != 1:
+        return []
+    rows: list[object] = []
+    for values_of_row in zip(*columns, strict=True):
+        rows.append(dict(zip(table, values_of_row, strict=True)))
+    return rows
+
+
 def _lines_of(name: str, open_file: OpenFile) -> Iterator[tuple[int, JsonRow]]:
+    """Yield the number and the object of each line of a file."""
     with open_file() as file:
         yield from json_lines(name, byte_blocks(file))
 
 
 def _objects_of(content: list[object], name: str) -> Iterator[tuple[int, JsonRow]]:
+    """Yield the index of each row of a list, and the row. Raises ConfigError for one that is not an object."""
     for number, row in enumerate(content):
         if not isinstance(row, dict):
             raise ConfigError(
@@ -225,6 +275,7 @@ def _objects_of(content: list[object], name: str) -> Iterator[tuple[int, JsonRow
 
 
 def _is_json(text: bytes) -> bool:
+    """Return whether a text is a JSON value."""
     with suppress(ValueError, RecursionError):
         json.loads(text)
         return True
@@ -232,11 +283,16 @@ def _is_json(text: bytes) -> bool:
 
 
 def _without_repeated_names(pairs: list[tuple[str, object]]) -> JsonRow:
+    """Return a JSON object. Raises ValueError for a name that is there twice, of which Python would use the last."""
     fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [field for field, _ in pairs]
-        repeated = next(field for field in names if names.count(field) > 1)
-        raise ValueError(f"the name {repeated!r} is there twice")
+    if len(fields) == len(pairs):
+        return fields
+    # the usual object has no repeated name, so that this search costs nothing
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise ValueError(f"the name {name!r} is there twice")
+        seen.add(name)
     return fields
 
 
@@ -266,15 +322,27 @@ def _float(text: str) -> _WrittenFloat:
     return number
 
 
+def _constant(text: str) -> _WrittenFloat | None:
+    """Return the value of "NaN", "Infinity" or "-Infinity", which JSON does not have but Python's module writes."""
+    # json.dumps writes NaN for the missing values of pandas: as a text, it would be a class or a word
+    if text == "NaN":
+        return None
+    return _float(text)
+
+
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_without_repeated_names, parse_int=_int, parse_float=_float, parse_constant=_float
+    object_pairs_hook=_without_repeated_names, parse_int=_int, parse_float=_float, parse_constant=_constant
 )
 
 
 def _json_type(value: object) -> str:
+    """Return JSON's name for the type of a value."""
     # bool before int, of which it is a subclass
     names = {bool: "boolean", str: "string", list: "list", dict: "object", int: "number", float: "number"}
-    return next((name for kind, name in names.items() if isinstance(value, kind)), "null")
+    for python_type, json_name in names.items():
+        if isinstance(value, python_type):
+            return json_name
+    return "null"
 
 
 def _as_written(row: JsonRow) -> JsonRow:
@@ -283,8 +351,11 @@ def _as_written(row: JsonRow) -> JsonRow:
 
 
 def _written(value: object) -> object:
-    if isinstance(value, bool):
-        return "true" if value else "false"
+    """Return the text of a plain value in the file; lists, objects, texts and None are unchanged."""
+    if value is True:
+        return "true"
+    if value is False:
+        return "false"
     if isinstance(value, _WrittenInt | _WrittenFloat):
         return value.text
     return value
@@ -342,36 +413,63 @@ def _depth(value: object) -> int:
 def plain_documents(
     name: str, blocks: Iterable[bytes], sample_by: str, lines_before: LinesBefore | None = None
 ) -> Iterator[str]:
-    """Yield the documents of a text file: its lines, its paragraphs that are not empty, or the whole ("document").
+    """Yield the documents of a text file: its lines, its paragraphs, or the whole ("document").
 
-    All line breaks (LF, CR LF, CR) are equal. ``blocks`` are as from :func:`byte_blocks`, ``lines_before`` as in
-    :func:`json_lines`. Raises ConfigError, which starts with ``name`` and the line, for bytes that are not UTF-8.
+    All line breaks (LF, CR LF, CR) are equal. Lines that are empty or only white space separate paragraphs and are not
+    part of them. ``blocks`` are as from :func:`byte_blocks`, ``lines_before`` as in :func:`json_lines`. Raises
+    ConfigError, which starts with ``name`` and the line, for bytes that are not UTF-8.
     """
-    text = ""
+    texts = _decoded_blocks(name, blocks, lines_before)
+    if sample_by == "document":
+        document = "".join(texts)
+        if document:
+            yield document
+        return
+    lines = _lines_of_texts(texts)
+    if sample_by == "paragraph":
+        yield from _paragraphs(lines)
+    else:
+        yield from lines
+
+
+def _decoded_blocks(name: str, blocks: Iterable[bytes], lines_before: LinesBefore | None) -> Iterator[str]:
+    """Yield the text of blocks, with LF as the only line break. Raises ConfigError for bytes that are not UTF-8."""
     lines_read = 0
     for number, block in enumerate(blocks):
         if number == 0 and lines_before is None:
             block = block.removeprefix(_BOM)
         try:
-            decoded = block.decode()
+            text = block.decode()
         except UnicodeDecodeError as error:
             line_in_block = len(block[: error.start + 1].splitlines())
             line = _count_of(lines_before) + lines_read + line_in_block
             raise ConfigError(f"{name}: line {line} is not UTF-8 text: {error}. Save it in UTF-8") from None
         lines_read += block.count(b"\n")
         # blocks end with a line, so that no CR LF lies across two of them
-        decoded = decoded.replace("\r\n", "\n").replace("\r", "\n")
-        if sample_by == "line":
-            if decoded:
-                yield from decoded.removesuffix("\n").split("\n")
-            continue
-        text += decoded
-        if sample_by == "paragraph":
-            # the last one may continue in the next block
-            *paragraphs, text = text.split("\n\n")
-            yield from filter(None, paragraphs)
-    if text:
-        yield text
+        yield text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _lines_of_texts(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the lines of texts, each of which ends with a line, without their breaks."""
+    for text in texts:
+        # a block with only a byte order mark is not an empty line
+        if text:
+            # not splitlines, which also splits at form feeds and Unicode's separators
+            yield from text.removesuffix("\n").split("\n")
+
+
+def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the lines between blank ones, joined again."""
+    paragraph: list[str] = []
+    for line in lines:
+        # editors leave spaces in lines that look empty
+        if line.strip():
+            paragraph.append(line)
+        elif paragraph:
+            yield "\n".join(paragraph)
+            paragraph = []
+    if paragraph:
+        yield "\n".join(paragraph)
 
 
 def place_of_row(path: Path, row: int) -> str:

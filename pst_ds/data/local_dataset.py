@@ -19,14 +19,21 @@ import pyarrow
 import pyarrow.parquet
 
 from pst_ds.config.settings import ConfigError
-from pst_ds.data.file_rows import JsonRow, byte_blocks, json_file, json_lines, plain_documents, table_rows
+from pst_ds.data.file_rows import (
+    READING_VERSION,
+    JsonRow,
+    byte_blocks,
+    json_file,
+    json_lines,
+    plain_documents,
+    table_rows,
+)
 from pst_ds.errors import first_line
 
 if TYPE_CHECKING:
     from pyarrow import DataType
 
-_VERSION = "1"
-"""Version of the cached tables; a change of what a file is read as needs another."""
+
 # Maximum rows and characters of a table, before the row that reaches them.
 _ROWS = 20_000
 _CHARACTERS = 1 << 24
@@ -203,7 +210,7 @@ def read_local_file(path: Path, label: str, piece: str, sample_by: str) -> datas
     def rows(types: Types | None) -> datasets.Dataset:
         builder = LocalFile(
             dataset_name="local_file",
-            hash=_VERSION,
+            hash=READING_VERSION,
             path=str(path.absolute()),
             kind=kind,
             sample_by=sample_by if kind == ".txt" else "",

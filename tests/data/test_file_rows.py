@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
 import tempfile
@@ -127,7 +128,7 @@ def test_parquet_is_read_as_arrow_wrote_it(pairs):
 @given(st.text(CHARACTERS, min_size=1), st.sampled_from(["line", "paragraph", "document"]))
 def test_text_is_split_as_python_splits_it(text, sample_by):
     plain = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    paragraphs = [part for part in plain.split("\n\n") if part]
+    paragraphs = [part.strip("\n") for part in re.split(r"\n(?:[^\S\n]*\n)+", f"\n\n{plain}\n\n") if part.strip()]
     lines = io.StringIO(plain).read().removesuffix("\n").split("\n") if plain else []
     wanted = {"line": lines, "paragraph": paragraphs, "document": [plain] if plain else []}
     with _file("rows.txt", text.encode()) as path:
@@ -206,12 +207,46 @@ def test_any_jsonl_is_read_as_python_reads_it_or_refused_by_line(content):
     names, values = found
     for line, of_row in zip(lines, values, strict=True):
         row = json.loads(line)
-        as_written = json.loads(line, parse_float=str, parse_int=str, parse_constant=str)
+        as_written = json.loads(line, parse_float=str, parse_int=str, parse_constant={"NaN": None}.get)
         for name, value in zip(names, of_row, strict=True):
             if isinstance(row.get(name), dict):
                 assert value == row[name]
             else:
                 assert value == ("true" if row.get(name) is True else as_written.get(name))
+
+
+def test_paragraphs_are_separated_by_lines_of_white_space(tmp_path):
+    """Editors and converters leave spaces in empty lines: the whole file would be one paragraph."""
+    path = tmp_path / "rows.txt"
+    path.write_text("\n one\ntwo\n \nthree\n\t\n\n\x0c\nfour\n\n\nfive\n \n")
+    wanted = [" one\ntwo", "three", "four", "five"]
+    assert read_local(str(path), "data.train", "paragraph")["text"][:] == wanted
+    reading = Reading(sample_by="paragraph")
+    pieces = find_pieces([str(path)], reading, 1)
+    assert len(pieces) > 1
+    assert [text for piece in pieces for span in piece for batch in texts_of(span, reading) for text in batch] == wanted
+
+
+def test_nan_of_pythons_json_is_a_missing_value(tmp_path):
+    """As pandas and json.dumps write it: the label of that row was a third class "NaN"."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "label": 1.5}) + "\n" for text in ("a", math.nan)))
+    assert read_local(str(path), "data.train", "line")[:] == {"text": ["a", None], "label": ["1.5", "1.5"]}
+    with pytest.raises(InputError, match="column 'text' has no text in line 2"):
+        list(texts_of(find_pieces([str(path)], Reading(), 1 << 20)[0][0], Reading()))
+
+
+@pytest.mark.parametrize("start", ["", "\n", "\ufeff"])
+def test_a_large_json_file_is_read_as_a_small_one(tmp_path, start):
+    """The first line decides whether lines are rows, and it is in the part that is looked at."""
+    path = tmp_path / "rows.json"
+    texts = [f"{number} " + "film " * 50_000 for number in range(6)]
+    path.write_text(start + json.dumps({"text": texts}, indent=1))
+    assert read_local(str(path), "data.train", "line")["text"][:] == texts
+    path.write_text(start + "\n".join(json.dumps({"text": text}) for text in texts))
+    assert read_local(str(path), "data.train", "line")["text"][:] == texts
+    path.write_text(start + json.dumps({"text": "film " * 300_000}))
+    assert read_local(str(path), "data.train", "line")["text"][:] == ["film " * 300_000]
 
 
 def test_places_and_types_of_columns(tmp_path):

@@ -17,6 +17,7 @@ from pst_ds.atomic_files import LOCK, atomic_folder, file_sha256, only_writer, r
 from pst_ds.config.data import DataConfig, DataSource
 from pst_ds.config.run import ConfigError
 from pst_ds.data.dataset import DataInMemory, file_and_slice, place_in_split, read_rows, text_column
+from pst_ds.data.file_rows import READING_VERSION
 from pst_ds.data.preparation.pieces import COMPRESSIONS, Reading
 from pst_ds.data.preparation.prepare import plan_store, write_pieces
 from pst_ds.data.tokens.cache import CACHE, cache_folder, cached_file, local_copy
@@ -239,7 +240,7 @@ def _cached_store(
 ) -> TokenStream:
     """Return the cached store for ``contents`` and ``identity``; call ``build`` with an empty folder if there is none.
     One process per host builds it and the others wait."""
-    about = json.dumps([VERSION, asdict(identity), contents])
+    about = json.dumps([VERSION, READING_VERSION, asdict(identity), contents])
     folder = cache_folder(cache) / hashlib.sha256(about.encode()).hexdigest()[:32]
     stream = _complete(folder, identity)
     if stream is not None:

@@ -114,13 +114,17 @@ def test_quotes_of_a_tsv_are_characters(tmp_path):
 @pytest.mark.parametrize("sample_by", ["line", "paragraph", "document"])
 @pytest.mark.parametrize("breaks", ["\n", "\r\n", "\r"])
 def test_plain_text_is_read_as_datasets_reads_it(tmp_path, sample_by, breaks):
+    """Apart from a third line break in a row, which datasets makes the start of the next paragraph."""
     import datasets
 
     text = "the film\nis warm\n\nthe plot\n\n\n\nis dull\n\n\nend"
     (tmp_path / "a.txt").write_bytes(text.replace("\n", breaks).encode())
     rows = datasets.load_dataset("text", data_files=str(tmp_path / "a.txt"), split="train", sample_by=sample_by)
     found = [text for text in _texts(tmp_path / "a.txt", Reading(sample_by=sample_by)) if text.strip()]
-    assert found == [row for row in rows["text"] if row.strip()]
+    if sample_by == "paragraph":
+        assert found == [row.strip("\n") for row in rows["text"] if row.strip()]
+    else:
+        assert found == [row for row in rows["text"] if row.strip()]
 
 
 @given(
@@ -138,6 +142,8 @@ def test_a_text_cut_anywhere_has_the_same_documents(tmp_path_factory, text, piec
         patch.setattr(file_rows, "_BLOCK_BYTES", look)
         cut = [text for text in _texts(path, reading, piece_bytes) if text]
     parts = text.split("\n" if sample_by == "line" else "\n\n")
+    if sample_by == "paragraph":
+        parts = [part.strip("\n") for part in parts]
     assert cut == [part for part in parts if part]
 
 
