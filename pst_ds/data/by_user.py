@@ -34,8 +34,10 @@ class RowsByUser:
 
     def load(self, task: Task[E], user: str, tokenizer: "Tokenizer", labels: Sequence[str]) -> E:
         """Return a user's examples, without caching them on disk. Raises ConfigError."""
-        own = DataInMemory.of(self.data, self.rows.select(self.places[user]), self.places[user])
-        return task.load(own, self.split, tokenizer, labels)
+        places = self.places[user]
+        # rows in memory are not cached: there may be millions of users
+        data_of_user = DataInMemory.of(self.data, self.rows.select(places), places)
+        return task.load(data_of_user, self.split, tokenizer, labels)
 
 
 def read_by_user(data: DataConfig, split: str, column: str) -> RowsByUser:
@@ -49,10 +51,12 @@ def read_by_user(data: DataConfig, split: str, column: str) -> RowsByUser:
         )
     places: dict[str, list[int]] = {}
     for row, value in enumerate(values_of(rows, column)):
+        # white space would be the name of a folder
         if value is None or isinstance(value, list | dict) or not str(value).strip():
             raise ConfigError(
                 f"{where}: column {column!r} has {value!r} in {place_in_split(data, split, rows, row)}, which is not a "
                 "user. Use a text or a number, or remove the row"
             )
+        # users are named by texts, also where a file has numbers
         places.setdefault(str(value), []).append(row)
     return RowsByUser(data, split, rows, places)

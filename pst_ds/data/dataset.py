@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pst_ds.config.data import PARQUET_BRANCH
 from pst_ds.config.run import ConfigError, DataConfig
@@ -76,21 +76,36 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
         rows = _read_from_hub(data, where)
     else:
         rows = read_local(where, f"data.{split}", data.sample_by)
-    settings = {column: f"data.{setting}" for column, setting in columns.items()}
+    settings: dict[str, str] = {}
+    for column, setting in columns.items():
+        settings[column] = f"data.{setting}"
     require_columns(rows, settings, where, nested=nested, is_local=not data.dataset)
     if not len(rows):
         raise ConfigError(f"data.{split} = {where!r} has no examples. Add a row for each")
+    # rows in memory have been selected before
     if split == "test" and data.test_rows and not isinstance(data, DataInMemory):
         column, wanted = data.test_rows
-        _require_column(rows, column, "data.test_rows", where)
-        values = [str(value) for value in values_of(rows, column)]
-        if wanted not in values:
-            raise ConfigError(
-                f"{where}: no row has {wanted!r} in column {column!r}, as data.test_rows asks. Name one of "
-                f"{', '.join(sorted(set(values))[:6])}"
-            )
-        rows = rows.select([row for row, value in enumerate(values) if value == wanted])
+        return _rows_with_value(rows, column, wanted, where)
     return rows
+
+
+def _rows_with_value(rows: Dataset, column: str, wanted: str, where: str) -> Dataset:
+    """Return the rows whose value in ``column`` is written ``wanted``. Raises ConfigError if there are none."""
+    _require_column(rows, column, "data.test_rows", where)
+    selected: list[int] = []
+    values: set[str] = set()
+    for row, value in enumerate(values_of(rows, column)):
+        # the run file has a text, the column perhaps numbers
+        text = str(value)
+        values.add(text)
+        if text == wanted:
+            selected.append(row)
+    if not selected:
+        raise ConfigError(
+            f"{where}: no row has {wanted!r} in column {column!r}, as data.test_rows asks. Name one of "
+            f"{', '.join(sorted(values)[:6])}"
+        )
+    return rows.select(selected)
 
 
 def require_columns(
@@ -102,10 +117,13 @@ def require_columns(
     """
     import datasets
 
-    if is_local and Path(file_and_slice(where)[0]).suffix.lower() == _TSV:
+    if is_local and _suffix(where) == _TSV:
         _require_unquoted(rows, [column for column in columns if column in rows.column_names], where)
     for column, setting in columns.items():
-        top, *path = _path_of(column, rows) if nested else [column]
+        # the column, and the parts of its values
+        top, *path = [column]
+        if nested:
+            top, *path = _path_of(column, rows)
         _require_column(rows, top, setting, where)
         _require_utf8(rows, top, where)
         if nested:
@@ -126,6 +144,12 @@ def file_and_slice(where: str) -> tuple[str, str]:
     if sliced is None:
         return where, ""
     return sliced["file"], sliced["slice"]
+
+
+def _suffix(where: str) -> str:
+    """Return the suffix of the file that ``where`` names, with or without a slice, in lower case."""
+    file, _ = file_and_slice(where)
+    return Path(file).suffix.lower()
 
 
 def values_of(rows: Dataset, column: str) -> Iterable[object]:
@@ -152,7 +176,7 @@ def column_types(rows: Dataset, where: str) -> dict[str, str]:
     numbers from texts (all but Parquet), this is the type that all its values could have: "int64", "float64" or "bool".
     """
     types = {name: str(getattr(feature, "dtype", "")) for name, feature in rows.features.items()}
-    if Path(file_and_slice(where)[0]).suffix.lower() in (".csv", _TSV, ".jsonl", ".json"):
+    if _suffix(where) in (".csv", _TSV, ".jsonl", ".json"):
         for name, arrow_type in list(types.items()):
             if arrow_type == "string":
                 types[name] = _possible_type(rows, name)
@@ -160,6 +184,7 @@ def column_types(rows: Dataset, where: str) -> dict[str, str]:
 
 
 def _possible_type(rows: Dataset, column: str) -> str:
+    """Return the type that all texts of a column could have: "null", "int64", "float64", "bool" or "string"."""
     import pyarrow
     import pyarrow.compute as arrow
 
@@ -172,8 +197,11 @@ def _possible_type(rows: Dataset, column: str) -> str:
         except pyarrow.ArrowInvalid:
             continue
         return kind
+    # Arrow's own cast to booleans also takes 0 and 1
     is_boolean = arrow.all(arrow.match_substring_regex(values, "^(?i:true|false)$")).as_py()
-    return "bool" if is_boolean else "string"
+    if is_boolean:
+        return "bool"
+    return "string"
 
 
 def row_place(rows: Dataset, where: str, row: int) -> str:
@@ -191,6 +219,7 @@ def first_row(rows: Dataset, where: str) -> int:
     _, piece = file_and_slice(where)
     if not piece or rows.info.splits is None:
         return 0
+    # the split's size is that of the whole file; a slice may start at a percentage or from the end
     total = rows.info.splits["train"].num_examples
     (part,) = datasets.ReadInstruction.from_spec(f"train{piece}").to_absolute({"train": total})
     return int(part.from_ or 0)
@@ -208,12 +237,15 @@ def place_in_split(data: DataConfig, split: str, rows: Dataset, row: int) -> str
 
 
 def _path_of(column: str, rows: Dataset) -> list[str]:
-    if column in rows.column_names:  # a name may have dots, as columns of flattened tables do
+    """Return the name of a column, followed by the parts of its values that a path such as "lex.text" names."""
+    # a name may have dots, as columns of flattened tables do
+    if column in rows.column_names:
         return [column]
     return column.split(".")
 
 
 def _value_at(value: object, path: list[str]) -> object:
+    """Return the part of a value at ``path``, or a list of the parts of its items."""
     if not path:
         return value
     if isinstance(value, list):
@@ -225,6 +257,7 @@ def _value_at(value: object, path: list[str]) -> object:
 
 
 def _require_column(rows: Dataset, column: str, setting: str, where: str) -> None:
+    """Raise ConfigError, which names ``setting``, unless ``rows`` have a column."""
     if column not in rows.column_names:
         raise ConfigError(
             f"{where} has no column {column!r}, which {setting} names. Columns: {', '.join(rows.column_names)}"
@@ -253,7 +286,8 @@ def _require_unquoted(rows: Dataset, columns: Iterable[str], where: str) -> None
     import pyarrow.compute as arrow
 
     def count(values: ChunkedArray, pattern: str) -> int:
-        return arrow.sum(arrow.match_substring_regex(values, pattern)).as_py() or 0  # None for no values
+        # the sum of no values is None
+        return arrow.sum(arrow.match_substring_regex(values, pattern)).as_py() or 0
 
     quoted = ""
     if any(name[:1] == name[-1:] == '"' for name in rows.column_names):
@@ -277,43 +311,65 @@ def _require_unquoted(rows: Dataset, columns: Iterable[str], where: str) -> None
 
 
 def _require_path(rows: Dataset, top: str, path: list[str], column: str, setting: str, where: str) -> None:
+    """Raise ConfigError unless the values of column ``top`` have the part at ``path``.
+
+    ``column``: both as ``setting`` writes them, such as "lex.text".
+    """
     from pst_ds.data.local_dataset import is_json, values_of_column
 
+    lead = f"{where}: {setting} = {column!r}"
     feature = rows.features[top]
     if is_json(feature):
-        values: list[object] = list(islice(values_of_column(rows, top), _ROWS_WITH_PATH))
-        for part in path:
-            values = _objects_in(values)
-            if not any(isinstance(value, dict) and part in value for value in values):
-                parts: dict[object, None] = {}  # each once, in the order of the file
-                for value in values:
-                    if isinstance(value, dict):
-                        parts |= dict.fromkeys(value)
-                there = ", ".join(map(str, parts)) or "no objects"
-                raise ConfigError(
-                    f"{where}: {setting} = {column!r} has no part {part!r} in the data, which has {there}. Name a part"
-                )
-            values = [value.get(part) for value in values if isinstance(value, dict)]
-        return
-    steps: tuple[str | None, ...] = (None, *path)
-    for step in steps:
-        if step is not None and not (isinstance(feature, dict) and step in feature):
-            there = ", ".join(feature) if isinstance(feature, dict) else type(feature).__name__
-            raise ConfigError(
-                f"{where}: {setting} = {column!r} has no part {step!r} in the data, which has {there}. Name a part"
-            )
-        if isinstance(feature, dict) and step is not None:
-            feature = feature[step]
-        while hasattr(feature, "feature"):  # a list of
-            feature = feature.feature
+        first_values = list(islice(values_of_column(rows, top), _ROWS_WITH_PATH))
+        _require_path_in_values(first_values, path, lead)
+    else:
+        _require_path_in_feature(feature, path, lead)
 
 
-def _objects_in(values: Iterable[object]) -> list[object]:
+def _without_part(lead: str, part: str, present: str) -> ConfigError:
+    return ConfigError(f"{lead} has no part {part!r} in the data, which has {present}. Name a part")
+
+
+def _require_path_in_values(values: list[object], path: Sequence[str], lead: str) -> None:
+    """Raise ConfigError, starting with ``lead``, unless one value at least has the part at ``path``.
+
+    JSON objects have no schema: rows may lack a part.
+    """
+    for part in path:
+        objects = [value for value in _items_of(values) if isinstance(value, dict)]
+        if not any(part in fields_of_object for fields_of_object in objects):
+            # each name once, in the order of the file
+            names: dict[object, None] = {}
+            for fields_of_object in objects:
+                names |= dict.fromkeys(fields_of_object)
+            raise _without_part(lead, part, ", ".join(map(str, names)) or "no objects")
+        values = [fields_of_object.get(part) for fields_of_object in objects]
+
+
+def _require_path_in_feature(feature: Any, path: Sequence[str], lead: str) -> None:
+    """Raise ConfigError, starting with ``lead``, unless values of a feature have the part at ``path``."""
+    for part in path:
+        feature = _feature_of_items(feature)
+        if not isinstance(feature, dict):
+            raise _without_part(lead, part, type(feature).__name__)
+        if part not in feature:
+            raise _without_part(lead, part, ", ".join(feature))
+        feature = feature[part]
+
+
+def _feature_of_items(feature: Any) -> Any:
+    """Return the feature of the innermost items of a list, or the feature itself for another."""
+    while hasattr(feature, "feature"):
+        feature = feature.feature
+    return feature
+
+
+def _items_of(values: Iterable[object]) -> list[object]:
     """Return ``values`` with the items of lists, and of lists in them, in place of the lists."""
     items: list[object] = []
     for value in values:
         if isinstance(value, list):
-            items += _objects_in(value)
+            items += _items_of(value)
         else:
             items.append(value)
     return items
@@ -342,10 +398,14 @@ def read_local(where: str, setting: str, sample_by: str) -> Dataset:
     if path.suffix.lower() not in _FORMATS:
         raise ConfigError(f"{named} ends in {path.suffix!r}. Use one of {', '.join(_FORMATS)}")
     is_cut_document = bool(piece) and path.suffix.lower() == ".txt" and sample_by == "document"
-    rows = read_local_file(path, named, piece, "line" if is_cut_document else sample_by)
-    if is_cut_document and len(rows):  # the lines are one document again
-        rows = datasets.Dataset.from_dict({"text": ["\n".join(rows[:]["text"]) + "\n"]})
-    return rows
+    if not is_cut_document:
+        return read_local_file(path, named, piece, sample_by)
+    # a slice of the only row would be all or nothing: the slice is of lines, which are one document again
+    lines = read_local_file(path, named, piece, "line")
+    if not len(lines):
+        return lines
+    document = "\n".join(lines[:]["text"]) + "\n"
+    return datasets.Dataset.from_dict({"text": [document]})
 
 
 def _read_saved(path: Path, named: str, piece: str) -> Dataset:
@@ -362,7 +422,7 @@ def _read_saved(path: Path, named: str, piece: str) -> Dataset:
         )
     try:
         rows = datasets.load_from_disk(str(path))
-    except Exception as error:
+    except Exception as error:  # damaged files raise errors of Arrow, JSON and datasets
         raise ConfigError(f"{named} cannot be read as a saved dataset: {first_line(error)}. Save it again") from error
     if not piece:
         return rows
@@ -371,16 +431,19 @@ def _read_saved(path: Path, named: str, piece: str) -> Dataset:
 
 
 def _read_from_hub(data: DataConfig, split: str) -> Dataset:
+    """Return the rows of a split of ``data.dataset``, on the hub or in a folder of its layout. Raises ConfigError."""
     import datasets
 
-    # the branch of converted files has a folder per subset, and no configurations
-    subset = {"data_dir" if data.revision == PARQUET_BRANCH else "name": data.subset or None}
-    revision = {}
-    if not Path(data.dataset).is_dir():  # a folder has no revisions
-        revision = {"revision": data.revision or None}
+    options: dict[str, str | None] = {"name": data.subset or None}
+    if data.revision == PARQUET_BRANCH:
+        # the branch of converted files has a folder per subset, and no configurations
+        options = {"data_dir": data.subset or None}
+    # a folder has no revisions
+    if not Path(data.dataset).is_dir():
+        options["revision"] = data.revision or None
     try:
-        rows = datasets.load_dataset(data.dataset, split=split, **subset, **revision)
-    except Exception as error:
+        rows = datasets.load_dataset(data.dataset, split=split, **options)
+    except Exception as error:  # the builder of the dataset, or the connection, may raise anything
         reason = first_line(error)
         fix = "Name a dataset that can be reached or is cached, a folder, or local files without data.dataset"
         if "scripts are no longer supported" in reason:
@@ -388,7 +451,8 @@ def _read_from_hub(data: DataConfig, split: str) -> Dataset:
         raise ConfigError(
             f"data.dataset = {data.dataset!r}, split {split!r}, cannot be loaded: {reason}. {fix}"
         ) from error
-    if "__index_level_0__" in rows.column_names:  # pandas turns surplus fields into an index, and shifts the columns
+    # pandas turns surplus fields into an index, and shifts the columns
+    if "__index_level_0__" in rows.column_names:
         raise ConfigError(
             f"data.dataset = {data.dataset!r}, split {split!r}, has CSV rows with more fields than columns. Put quotes "
             "around fields that contain a comma, or name the local file without data.dataset, which names the line"
@@ -400,13 +464,15 @@ def text_column(
     values: Iterable[object], column: str, where: str, place: Callable[[int], str] = "row {}".format
 ) -> list[str]:
     """Return the texts of rows. Raises ConfigError for a row without text, which ``place`` names by its index."""
-    texts = list(values)
-    if None in texts:
-        raise ConfigError(
-            f"{where}: column {column!r} has no text in {place(texts.index(None))}. Add one (an empty one is written "
-            '"") or remove the row'
-        )
-    binary = next((row for row, text in enumerate(texts) if isinstance(text, bytes)), None)
-    if binary is not None:
-        raise ConfigError(f"{where}: column {column!r} has bytes in {place(binary)}, not a text. Store it as a string")
-    return [str(text) for text in texts]
+    texts: list[str] = []
+    for row, value in enumerate(values):
+        if value is None:
+            raise ConfigError(
+                f"{where}: column {column!r} has no text in {place(row)}. Add one (an empty one is written "
+                '"") or remove the row'
+            )
+        # their str() would be the text "b'...'"
+        if isinstance(value, bytes):
+            raise ConfigError(f"{where}: column {column!r} has bytes in {place(row)}, not a text. Store it as a string")
+        texts.append(str(value))
+    return texts

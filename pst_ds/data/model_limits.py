@@ -35,8 +35,12 @@ def check_model(data: DataConfig, config: PreTrainedConfig, tokenizer: Tokenizer
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     if tokenizer is not None and vocabulary is not None:
         end = tokenizer.eos_token_id
+        # Not len(tokenizer): it counts added tokens that no text has, such as padding, and models may lack them. The
+        # end-of-text token may be an added one, but is used.
         if max(tokenizer.vocab_size, (end or 0) + 1) > vocabulary:
-            also = f" and the end-of-text token {end}" if end is not None else ""
+            also = ""
+            if end is not None:
+                also = f" and the end-of-text token {end}"
             raise ConfigError(
                 f"the tokenizer has {len(tokenizer)} tokens{also}, the model only {vocabulary} (vocab_size). Name the "
                 "model's own tokenizer with model.tokenizer"
@@ -57,10 +61,14 @@ def check_model(data: DataConfig, config: PreTrainedConfig, tokenizer: Tokenizer
 
 def positions_of(config: PreTrainedConfig) -> int:
     """Return the number of positions of a model; 0 without a limit in the config, or with only relative positions."""
-    if getattr(config, "position_biased_input", True) is False:  # DeBERTa
+    # DeBERTa has max_position_embeddings also where it uses relative positions only
+    if getattr(config, "position_biased_input", True) is False:
         return 0
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
-    return positions - (config.pad_token_id or 0) - 1 if positions and _counts_from_padding(config) else positions
+    if positions and _counts_from_padding(config):
+        # the first position is pad_token_id + 1; the embeddings before it are never used
+        return positions - (config.pad_token_id or 0) - 1
+    return positions
 
 
 def _counts_from_padding(config: PreTrainedConfig) -> bool:
@@ -69,10 +77,12 @@ def _counts_from_padding(config: PreTrainedConfig) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     model_class = MODEL_MAPPING.get(type(config), None)
+    # a few configs have several model classes, in a tuple, but none that counts from the padding
     if not isinstance(model_class, type):
         return False
-    code = sys.modules[model_class.__module__]
-    return any(hasattr(thing, "create_position_ids_from_input_ids") for thing in (code, *vars(code).values()))
+    module = sys.modules[model_class.__module__]
+    # a function of the module in older versions of transformers, a method of its embeddings in newer ones
+    return any(hasattr(part, "create_position_ids_from_input_ids") for part in (module, *vars(module).values()))
 
 
 def is_causal(config: PreTrainedConfig) -> bool:
@@ -86,4 +96,5 @@ def _is_bidirectional(config: PreTrainedConfig) -> bool:
     """Return whether tokens attend to later ones. BERT and others have a causal class, but only with is_decoder."""
     from transformers.models.auto import modeling_auto as known
 
+    # a config without is_decoder, as XLM's, is taken for one of a causal model
     return config.model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True)
