@@ -9,10 +9,11 @@ Templates that render earlier messages differently once others follow are reject
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -52,7 +53,9 @@ class Conversation:
     def split_at_last_answer(self) -> tuple[Conversation, str]:
         """Return the messages before the last answer, and its text."""
         last = max(place for place, message in enumerate(self.messages) if message["role"] == ASSISTANT)
-        return self.upto(last), str(self.messages[last].get("content") or "")
+        # an answer that only calls tools has no content
+        answer = str(self.messages[last].get("content") or "")
+        return self.upto(last), answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,20 +71,44 @@ class Rendered:
 def messages_of(value: object, where: str) -> list[Message]:
     """Return the messages of a row: a list of {"role", "content"}, or of ShareGPT's {"from", "value"}.
 
-    Fields with the value None are omitted: in a table, all messages have the same fields. Raises ConfigError, naming
-    ``where``, for another structure, and for a conversation without an answer.
+    Fields with the value None are omitted: in a table, all messages have the same fields. A content that is a list of
+    text parts is their text. Raises ConfigError, naming ``where``, for another structure, and for a conversation
+    without an answer.
     """
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise ConfigError(f"{where} holds {str(value)[:80]!r}, but a conversation is a list of messages")
-    messages = [_without_none(_standard(message)) for message in value]
-    for place, message in enumerate(messages):
+    messages: list[Message] = []
+    for place, written in enumerate(value):
+        message: Message = _without_none(_standard(written))
         if not isinstance(message.get("role"), str) or not ({"content", "tool_calls"} & message.keys()):
             raise ConfigError(
-                f'{where}: message {place} has the fields {", ".join(value[place])}, but needs a "role" and a "content"'
+                f'{where}: message {place} has the fields {", ".join(written)}, but needs a "role" and a "content"'
             )
+        if isinstance(message.get("content"), list | dict):
+            message["content"] = _text_of_parts(message["content"], f"{where}: message {place}")
+        messages.append(message)
     if not any(message["role"] == ASSISTANT for message in messages):
         raise ConfigError(f"{where} has no message of the role {ASSISTANT!r}, but only those are trained on")
     return messages
+
+
+def _text_of_parts(content: list[object] | dict[str, object], where: str) -> str:
+    """Return the text of a content that is a list of parts {"type": "text", "text": ...}, as OpenAI writes it.
+
+    Most templates would write the list as Python prints it, and those that accept parts join them. Raises ConfigError
+    for other parts.
+    """
+    fix = "Write the content as a text, or as a list of parts of the type 'text'"
+    if not isinstance(content, list):
+        raise ConfigError(f"{where} has a content that is a {type(content).__name__}. {fix}")
+    text = ""
+    for part in content:
+        if not isinstance(part, dict):
+            raise ConfigError(f"{where} has a content part that is a {type(part).__name__}. {fix}")
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ConfigError(f"{where} has a content part of the type {part.get('type')!r} without a text. {fix}")
+        text += part["text"]
+    return text
 
 
 def tools_of(value: object, where: str) -> list[JsonObject] | None:
@@ -90,8 +117,11 @@ def tools_of(value: object, where: str) -> list[JsonObject] | None:
     Raises ConfigError for invalid JSON, and for tools that are not a list.
     """
     if isinstance(value, str):
+        # a table has an empty text in rows without tools
+        if not value.strip():
+            return None
         try:
-            value = json.loads(value) if value.strip() else None
+            value = json.loads(value)
         except ValueError as error:
             raise ConfigError(f"{where}: tools are not JSON ({error})") from None
     if not value:
@@ -109,20 +139,26 @@ def conversation_of(row: Mapping[str, object], columns: Sequence[str], where: st
     if len(columns) == 1:
         messages = messages_of(row[columns[0]], f"{where}, column {columns[0]!r}")
     else:
-        prompt = row[columns[0]]
-        completion = row[columns[1]]
-        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        after = [{"role": ASSISTANT, "content": completion}] if isinstance(completion, str) else completion
-        if not isinstance(before, list) or not isinstance(after, list):
+        prompt = _as_messages(row[columns[0]], "user")
+        completion = _as_messages(row[columns[1]], ASSISTANT)
+        if not isinstance(prompt, list) or not isinstance(completion, list):
             raise ConfigError(f"{where} has a prompt or a completion that is neither a text nor a list of messages")
-        messages = messages_of([*before, *after], where)
+        messages = messages_of([*prompt, *completion], where)
     return Conversation(messages, tools_of(row.get(TOOLS), where))
+
+
+def _as_messages(value: object, role: str) -> object:
+    """Return a text as a list of one message of ``role``; other values, such as messages, unchanged."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return value
 
 
 def read_template(path: str, setting: str) -> str:
     """Read a chat template from a file. Raises ConfigError, which names ``setting``."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        # editors of Windows start a file with a byte order mark, which every prompt would start with
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{setting} = {path!r} cannot be read: {error}. Name a Jinja file") from None
 
@@ -144,6 +180,7 @@ def require_template(tokenizer: Tokenizer, task: str) -> None:
 def render(conversation: Conversation, tokenizer: Tokenizer, where: str) -> Rendered:
     """Return the tokens of a conversation, with a mask of the assistant's tokens. Raises ConfigError, naming ``where``,
     if the template rejects the conversation, or if the mask cannot be determined."""
+    conversation = _with_arguments_for_template(conversation, tokenizer, where)
     template = tokenizer.get_chat_template(None, conversation.tools)
     if _MARKS_ANSWERS.search(template):
         marked = _applied(conversation, tokenizer, where, return_assistant_tokens_mask=True)
@@ -155,8 +192,11 @@ def render(conversation: Conversation, tokenizer: Tokenizer, where: str) -> Rend
     is_answer = [False] * len(ids)
     places = encoded["offset_mapping"]
     for start, stop in spans:
-        # also tokens that are only partly in the answer, such as a space joined with its first word
-        inside = [index for index, (first, end) in enumerate(places) if end > start and first < stop]
+        inside: list[int] = []
+        for index, (first, end) in enumerate(places):
+            # also tokens that are only partly in the answer, such as a space joined with its first word
+            if end > start and first < stop:
+                inside.append(index)
         for index in _up_to_its_end(inside, ids=ids, text=text, places=places, special=special):
             is_answer[index] = True
     return Rendered(ids, is_answer)
@@ -164,7 +204,57 @@ def render(conversation: Conversation, tokenizer: Tokenizer, where: str) -> Rend
 
 def prompt_tokens(conversation: Conversation, tokenizer: Tokenizer, where: str) -> list[int]:
     """Return the tokens of the conversation with the generation prompt."""
+    conversation = _with_arguments_for_template(conversation, tokenizer, where)
     return list(_applied(conversation, tokenizer, where, add_generation_prompt=True)["input_ids"])
+
+
+def _with_arguments_for_template(conversation: Conversation, tokenizer: Tokenizer, where: str) -> Conversation:
+    """Return a conversation with the arguments of tool calls in the form that the template expects.
+
+    OpenAI writes them as a JSON text. A few templates write this text unchanged. Most expect an object, which they
+    encode: they would encode the text once more, or miss the arguments that they name.
+    """
+    texts = [arguments for _, arguments in _argument_texts(conversation.messages)]
+    if not texts:
+        return conversation
+    messages = copy.deepcopy(conversation.messages)
+    for call, arguments in _argument_texts(messages):
+        call["arguments"] = json.loads(arguments)
+    with_objects = Conversation(messages, conversation.tools)
+    try:
+        rendered = _text(conversation, tokenizer, where)
+    except ConfigError:
+        return with_objects
+    for arguments in texts:
+        encoded_twice = json.dumps(arguments, ensure_ascii=False)
+        if arguments not in rendered or encoded_twice in rendered:
+            return with_objects
+    return conversation
+
+
+def _argument_texts(messages: Sequence[Message]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the tool calls whose arguments are a JSON object written as a text, and that text."""
+    for message in messages:
+        calls = message.get("tool_calls")
+        if not isinstance(calls, list):
+            continue
+        for call in calls:
+            if not isinstance(call, dict):
+                continue
+            # {"type": "function", "function": {"name", "arguments"}}, or only the inner object
+            function = call.get("function", call)
+            if isinstance(function, dict) and _is_json_object(function.get("arguments")):
+                yield function, function["arguments"]
+
+
+def _is_json_object(value: object) -> bool:
+    """Return whether a value is a text that writes a JSON object."""
+    if not isinstance(value, str):
+        return False
+    try:
+        return isinstance(json.loads(value), dict)
+    except ValueError:
+        return False
 
 
 def _answers_by_prefix(
@@ -177,7 +267,8 @@ def _answers_by_prefix(
         if message["role"] != ASSISTANT:
             continue
         before = ""
-        if place:  # templates that read messages[0] cannot render an empty conversation
+        # templates that read messages[0] cannot render an empty conversation
+        if place:
             before = _text(conversation.upto(place), tokenizer, where, add_generation_prompt=True)
         through = _text(conversation.upto(place + 1), tokenizer, where)
         if not text.startswith(through) or not through.startswith(before):
@@ -206,10 +297,15 @@ def _up_to_its_end(
 
 
 def _text(conversation: Conversation, tokenizer: Tokenizer, where: str, **options: bool) -> str:
+    """Return a conversation as text. Raises ConfigError, naming ``where``, if the template rejects it."""
     return str(_applied(conversation, tokenizer, where, tokenize=False, **options))
 
 
 def _applied(conversation: Conversation, tokenizer: Any, where: str, **options: bool) -> Any:
+    """Return what the tokenizer's chat template makes of a conversation: a text, or a dictionary with its tokens.
+
+    Raises ConfigError, naming ``where``, if the template rejects it.
+    """
     try:
         return tokenizer.apply_chat_template(
             conversation.messages, tools=conversation.tools, return_dict=options.get("tokenize", True), **options
@@ -223,6 +319,7 @@ def _standard(message: Message) -> Message:
     if "from" not in message or "role" in message:
         return message
     role = message["from"]
+    # roles with the same name in both formats, such as "system", are not in the table
     return {"role": _ROLES_OF_OTHERS.get(role, role), "content": message.get("value")}
 
 
@@ -243,9 +340,11 @@ def template_hash(tokenizer: Tokenizer) -> str:
 def columns_of_chat(names: Iterable[str], column: str) -> list[str]:
     """Return the columns among ``names`` that hold conversations; may be empty."""
     names = set(names)
-    if column not in names and not names.issuperset(PAIR):
-        return []
-    columns = [column] if column in names else list(PAIR)
+    columns = [column]
+    if column not in names:
+        if not names.issuperset(PAIR):
+            return []
+        columns = list(PAIR)
     if TOOLS in names:
         columns.append(TOOLS)
     return columns
@@ -279,7 +378,8 @@ def tokenize_chats(rows: Sequence[str], tokenizer: Tokenizer, where: str) -> Doc
         closed = rendered.ids[-1] != end
         if closed:
             tokens.append(end)
-            learned.append(False)  # it separates conversations, and is not part of an answer
+            # it separates conversations, and is not part of an answer
+            learned.append(False)
             lengths[-1] += 1
     return Documents(
         np.array(tokens, np.int64), np.array(lengths, np.int64), learned=np.array(learned, bool), closed_by_us=closed

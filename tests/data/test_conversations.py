@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from pst_ds.config.data import DataConfig, EvalConfig
 from pst_ds.config.run import ConfigError
-from pst_ds.data.conversations import Conversation, messages_of, render, tools_of
+from pst_ds.data.conversations import Conversation, messages_of, prompt_tokens, read_template, render, tools_of
 from pst_ds.data.tasks.chat import Chat
 from tests.pairs import every_pair
 
@@ -269,3 +269,56 @@ def test_a_template_that_refuses_a_role_and_a_missing_one_are_said(tmp_path):
     path = write_rows(tmp_path / "c.jsonl", [{"messages": TALK}])
     with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
         Chat(EvalConfig()).load(_data(path), "train", tokenizer_with(None), [])
+
+
+def test_a_content_of_text_parts_is_their_text():
+    """As OpenAI writes it. Templates wrote the list as Python prints it: [{'type': 'text', ...}]."""
+    parts = [{"type": "text", "text": "is the film", "image_url": None}, {"type": "text", "text": " dull"}]
+    messages = messages_of([{"role": "user", "content": parts}, TALK[1]], "row 0")
+    assert messages == TALK[:2]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            [{"type": "image_url", "image_url": {"url": "a.png"}}],
+            "message 0 has a content part of the type 'image_url'",
+        ),
+        (["is the film dull"], "message 0 has a content part that is a str"),
+        ({"text": "is the film dull"}, "message 0 has a content that is a dict"),
+    ],
+)
+def test_a_content_that_is_not_text_is_refused(content, words):
+    with pytest.raises(ConfigError, match=f"row 0: {words}.* Write the content as a text"):
+        messages_of([{"role": "user", "content": content}, TALK[1]], "row 0")
+
+
+CALLS = (
+    ROLES + "{{ m.role }}{% for c in m.tool_calls or [] %}{{ CALL }}{% endfor %}{{ m.content or '' }}</s>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("call", "written"),
+    [
+        ("c.function.arguments | tojson", '{"city": "é"}'),
+        ("c.function.arguments.city | upper", "É"),
+        ("'<' + c.function.arguments + '>'", '<{"city":"é"}>'),
+    ],
+)
+def test_arguments_of_a_tool_call_are_not_encoded_twice(call, written):
+    """OpenAI writes them as a JSON text, but most templates expect an object and encode it; some expect the text."""
+    call_of_tool = {"type": "function", "function": {"name": "weather", "arguments": '{"city":"é"}'}}
+    talk = Conversation([TALK[0], {"role": "assistant", "tool_calls": [call_of_tool]}])
+    tokenizer = tokenizer_with(CALLS.replace("CALL", call))
+    rendered = render(talk, tokenizer, "row 0")
+    assert tokenizer.decode(rendered.ids) == f"user{TALK[0]['content']}</s>assistant{written}</s>"
+    assert prompt_tokens(talk, tokenizer, "row 0") == rendered.ids
+    assert call_of_tool["function"]["arguments"] == '{"city":"é"}'
+
+
+def test_a_template_of_windows_has_no_byte_order_mark_in_every_prompt(tmp_path):
+    path = tmp_path / "chat.jinja"
+    path.write_text(CHATML, encoding="utf-8-sig")
+    assert read_template(str(path), "data.chat_template") == CHATML
