@@ -12,5 +12,6 @@ __all__ = ["ExampleSet", "Task", "task_of"]
 
 def task_of(run: RunConfig) -> Task[Any]:
     """Return the task of a run."""
+    # imported by name: a task's file imports what only this task needs
     module = import_module(f"pst_ds.data.tasks.{run.task.replace('-', '_')}")
     return module.TASK(replace(run.eval, metric=run.metric))

@@ -60,25 +60,39 @@ class AnswerTask(CausalTask[A]):
             )
 
     def num_targets(self, examples: A, indices: Sequence[int]) -> int:
-        return sum(label != IGNORED for i in indices for label in examples.row(i)[1][1:])
+        num_targets = 0
+        for index in indices:
+            _, labels = examples.row(index)
+            # the first token has no token before it that predicts it
+            num_targets += len(labels[1:]) - labels[1:].count(IGNORED)
+        return num_targets
 
     def collate(self, examples: A, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
         return padded([examples.row(i) for i in indices], tokenizer)
 
     def outcomes_of_sums(self, sums: np.ndarray, batch: dict[str, Tensor]) -> np.ndarray:
-        predicted = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
-        return np.array([*zip(sums, predicted, strict=True)], dtype=np.float64)
+        num_predicted = (batch["labels"][:, 1:] != IGNORED).sum(1)
+        return np.stack([sums, num_predicted.cpu().numpy()], axis=1).astype(np.float64)
 
     def metrics(self, outcomes: np.ndarray, examples: A) -> dict[str, float]:
         return language_model_metrics(outcomes[:, 0], int(outcomes[:, 1].sum()))
 
     def write(self, model: Any, examples: A, tokenizer: Tokenizer, batch_size: int, device: str) -> list[str]:
         """Return the text that a plain transformers ``model`` generates after each prompt."""
+        # without a limit of the model, prompts are as long as in training
+        most_of_prompt = examples.max_length
         positions = positions_of(model.config)
-        room = positions - self.evaluation.max_new_tokens if positions else examples.max_length
-        prompts = examples.prompts(room)
-        ends = self.ends_of(examples)
-        return generation.write_texts(model, prompts, tokenizer, self.evaluation, batch_size, device, ends)
+        if positions:
+            most_of_prompt = positions - self.evaluation.max_new_tokens
+        return generation.write_texts(
+            model,
+            prompts=examples.prompts(most_of_prompt),
+            tokenizer=tokenizer,
+            settings=self.evaluation,
+            batch_size=batch_size,
+            device=device,
+            ends=self.ends_of(examples),
+        )
 
     def ends_of(self, examples: A) -> Sequence[int]:
         """Return the tokens, apart from the end-of-text token, that end an answer."""
@@ -92,13 +106,20 @@ class AnswerTask(CausalTask[A]):
 def padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]], tokenizer: Tokenizer) -> dict[str, Tensor]:
     """Return model inputs of (tokens, labels), padded on the right to the longest: all (len(rows), length) int64."""
     length = max(len(tokens) for tokens, _ in rows)
-    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-    def filled(values: Sequence[int], filler: int) -> list[int]:
-        return [*values, *[filler] * (length - len(values))]
-
+    padding = tokenizer.pad_token_id
+    if padding is None:
+        # any token will do: padding is neither attended to nor predicted
+        padding = tokenizer.eos_token_id
+    input_ids: list[list[int]] = []
+    attention_mask: list[list[int]] = []
+    labels: list[list[int]] = []
+    for tokens_of_row, labels_of_row in rows:
+        num_padding = length - len(tokens_of_row)
+        input_ids.append([*tokens_of_row, *[padding] * num_padding])
+        attention_mask.append([1] * len(tokens_of_row) + [0] * num_padding)
+        labels.append([*labels_of_row, *[IGNORED] * num_padding])
     return {
-        "input_ids": torch.tensor([filled(tokens, padding) for tokens, _ in rows]),
-        "attention_mask": torch.tensor([filled([1] * len(tokens), 0) for tokens, _ in rows]),
-        "labels": torch.tensor([filled(labels, IGNORED) for _, labels in rows]),
+        "input_ids": torch.tensor(input_ids),
+        "attention_mask": torch.tensor(attention_mask),
+        "labels": torch.tensor(labels),
     }

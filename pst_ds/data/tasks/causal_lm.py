@@ -50,6 +50,7 @@ def collate_sequences(examples: Indexed, indices: Sequence[int]) -> dict[str, Te
     to the document, if it gets no attention mask. Tokens that are not trained on also have the label -100.
     """
     sequences = [examples[i] for i in indices]
+    # files have the smallest type of the vocabulary, which torch cannot index with
     ids = torch.from_numpy(np.stack([sequence.tokens for sequence in sequences]).astype(np.int64))
     labels = ids
     if examples.masks_tokens:
@@ -78,10 +79,10 @@ class CausalTask(Task[E]):
         return AutoModelForCausalLM
 
     def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
-        sums = np.array(
-            [_loss_sum(logits_of_row, ids) for logits_of_row, ids in zip(logits, batch["labels"], strict=True)]
-        )
-        return self.outcomes_of_sums(sums, batch)
+        sums: list[float] = []
+        for logits_of_row, ids in zip(logits, batch["labels"], strict=True):
+            sums.append(_loss_sum(logits_of_row, ids))
+        return self.outcomes_of_sums(np.array(sums), batch)
 
     def outcomes_of_sums(self, sums: np.ndarray, batch: dict[str, Tensor]) -> np.ndarray:
         """Return the outcomes of a batch from the sums of its examples' token losses, (examples,) float64."""
@@ -117,7 +118,8 @@ class CausalLM(CausalTask[Indexed]):
         return super().sample(examples, count, seed)
 
     def metrics(self, outcomes: np.ndarray, examples: Indexed) -> dict[str, float]:
-        num_bytes = None  # mixtures are for training, which counts no bytes
+        # mixtures are for training, which counts no bytes
+        num_bytes = None
         if isinstance(examples, Sequences):
             num_bytes = examples.predicted_bytes
         return language_model_metrics(outcomes[:, 0], examples.num_predicted, num_bytes)
@@ -143,13 +145,17 @@ def language_model_metrics(loss_sums: np.ndarray, num_predicted: int, num_bytes:
 
 
 def _exponential(loss: float) -> float:
-    return math.exp(loss) if loss < 700.0 else math.inf  # the exponential of 710 exceeds fp64
+    """Return exp(loss), or infinity where math.exp raises OverflowError: above 709.78."""
+    if loss < 700.0:
+        return math.exp(loss)
+    return math.inf
 
 
 def _loss_sum(logits: Tensor, ids: Tensor) -> float:
     """Return the sum of the losses of one sequence, without its first token and labels of -100. ``logits`` (length,
     vocabulary), ``ids`` (length,). Several sequences would need too much memory for fp32 logits."""
     losses = cross_entropy(logits[:-1].float(), ids[1:].to(logits.device), reduction="none")
+    # in fp64, so that a sum of thousands of losses does not depend on how the device orders it
     return float(losses.sum(dtype=torch.float64))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -47,7 +47,11 @@ class Conversations:
         return len(self.ends)
 
     def _place(self, example: int) -> slice:
-        return slice(int(self.ends[example - 1]) if example else 0, int(self.ends[example]))
+        """Return the place of a conversation's tokens among those of all."""
+        start = 0
+        if example:
+            start = int(self.ends[example - 1])
+        return slice(start, int(self.ends[example]))
 
     @property
     def lengths(self) -> list[int]:
@@ -62,11 +66,17 @@ class Conversations:
 
     def first(self, count: int) -> Conversations:
         ends = self.ends[:count]
-        end = int(ends[-1]) if len(ends) else 0
+        num_tokens = 0
+        if len(ends):
+            num_tokens = int(ends[-1])
         return replace(
-            self, tokens=self.tokens[:end], is_answer=self.is_answer[:end], ends=ends,
-            prompt_ids=self.prompt_ids[:count], references=self.references[:count],
-        )  # fmt: skip
+            self,
+            tokens=self.tokens[:num_tokens],
+            is_answer=self.is_answer[:num_tokens],
+            ends=ends,
+            prompt_ids=self.prompt_ids[:count],
+            references=self.references[:count],
+        )
 
     def row(self, example: int) -> tuple[list[int], list[int]]:
         """Return the tokens of a conversation, and its labels: -100 except for the assistant's tokens."""
@@ -98,12 +108,36 @@ def _example(
     """Return the tokenised conversation of a row. Raises ConfigError, naming ``place``."""
     conversation = conversation_of(row, data.text_columns, place)
     rendered = render(conversation, tokenizer, place)
+    # the first token is never predicted
     has_answer = any(rendered.is_answer[1 : data.max_length])
     if for_training or not has_answer:
         return _Example(rendered, has_answer, [], "")
     before, answer = conversation.split_at_last_answer()
-    prompt_ids = prompt_tokens(before, tokenizer, place) if before.messages else rendered.ids[:1]
+    # a prompt needs a token; templates that read messages[0] cannot render an empty conversation
+    prompt_ids = rendered.ids[:1]
+    if before.messages:
+        prompt_ids = prompt_tokens(before, tokenizer, place)
     return _Example(rendered, has_answer, prompt_ids, answer)
+
+
+def _examples_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> Iterator[_Example]:
+    """Yield the conversations of a split. Raises ConfigError, which names the row."""
+    where = getattr(data, split)
+    columns = data.text_columns
+    rows = read_rows(data, split, dict.fromkeys(columns, "text_columns"), nested=True)
+    columns_to_read = [*columns]
+    if TOOLS in rows.column_names:
+        columns_to_read.append(TOOLS)
+    values_of_columns = [values_of(rows, column) for column in columns_to_read]
+    for number, values in enumerate(zip(*values_of_columns, strict=True)):
+        row = dict(zip(columns_to_read, values, strict=True))
+        read = partial(_example, row, data, tokenizer, for_training=split == "train")
+        try:
+            example = read(place=where)
+        except ConfigError:
+            # once more with the place, which takes a pass over the file to find
+            example = read(place=f"{where}: {place_in_split(data, split, rows, number)}")
+        yield example
 
 
 class Chat(AnswerTask[Conversations]):
@@ -120,25 +154,18 @@ class Chat(AnswerTask[Conversations]):
     def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Conversations:
         """Return the conversations of a split. Raises ConfigError also for a template that hides the answers."""
         require_template(tokenizer, "chat")
+        where = getattr(data, split)
+        is_training = split == "train"
+        special = set(tokenizer.all_special_ids)
+        # compact arrays: lists of Python's numbers would take eight times the memory
         tokens = array("i")
         is_answer = bytearray()
         ends = array("q")
-        prompts = []
-        references = []
+        prompts: list[list[int]] = []
+        references: list[list[str]] = []
+        answer_ends: set[int] = set()
         omitted = 0
-        where = getattr(data, split)
-        special = set(tokenizer.all_special_ids)
-        answer_ends = set()
-        columns = data.text_columns
-        rows = read_rows(data, split, dict.fromkeys(columns, "text_columns"), nested=True)
-        wanted = [*columns, *([TOOLS] if TOOLS in rows.column_names else [])]
-        values = zip(*(values_of(rows, column) for column in wanted), strict=True)
-        for number, row in enumerate(dict(zip(wanted, of_row, strict=True)) for of_row in values):
-            read = partial(_example, row, data, tokenizer, for_training=split == "train")
-            try:
-                example = read(place=where)
-            except ConfigError:  # once more with the place, which may take a while to find
-                example = read(place=f"{where}: {place_in_split(data, split, rows, number)}")
+        for example in _examples_of_split(data, split, tokenizer):
             rendered = example.rendered
             answer_ends |= special.intersection(itertools.compress(rendered.ids, rendered.is_answer))
             if not example.has_answer:
@@ -147,7 +174,7 @@ class Chat(AnswerTask[Conversations]):
             tokens.extend(rendered.ids[: data.max_length])
             is_answer.extend(rendered.is_answer[: data.max_length])
             ends.append(len(tokens))
-            if split != "train":
+            if not is_training:
                 prompts.append(example.prompt_ids)
                 references.append([example.reference])
         if not ends:
@@ -155,20 +182,23 @@ class Chat(AnswerTask[Conversations]):
                 f"{where}: no conversation has an answer within data.max_length = {data.max_length} tokens. Raise it"
             )
         return Conversations(
-            np.frombuffer(tokens, dtype=np.int32),
-            np.frombuffer(is_answer, dtype=bool),
-            np.frombuffer(ends, dtype=np.int64),
-            prompts,
-            references,
-            sorted(answer_ends),
-            data.max_length,
-            omitted,
+            tokens=np.frombuffer(tokens, dtype=np.int32),
+            is_answer=np.frombuffer(is_answer, dtype=bool),
+            ends=np.frombuffer(ends, dtype=np.int64),
+            prompt_ids=prompts,
+            references=references,
+            answer_ends=sorted(answer_ends),
+            max_length=data.max_length,
+            omitted=omitted,
         )
 
     def remark(self, data: DataConfig, examples: Conversations) -> str:
-        count = examples.omitted
-        length = examples.max_length
-        return f"conversations without an answer in their first {length} tokens are left out: {count}" if count else ""
+        if not examples.omitted:
+            return ""
+        return (
+            f"conversations without an answer in their first {examples.max_length} tokens are left out: "
+            f"{examples.omitted}"
+        )
 
     def ends_of(self, examples: Conversations) -> Sequence[int]:
         return examples.answer_ends

@@ -40,12 +40,12 @@ class Classification(Task[texts.Examples]):
         return names
 
     def config_options(self, labels: Sequence[str]) -> dict[str, object]:
-        ids = dict(enumerate(labels))
         return {
             "num_labels": len(labels),
-            "id2label": ids,
-            "label2id": {label: i for i, label in ids.items()},
-            "problem_type": "single_label_classification",  # the base may have been trained for another
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: number for number, label in enumerate(labels)},
+            # the base may have been trained for another
+            "problem_type": "single_label_classification",
         }
 
     def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> texts.Examples:
@@ -77,9 +77,12 @@ def classification_metrics(logits: np.ndarray, labels: Sequence[float]) -> dict[
         "matthews_correlation": float(matthews_corrcoef(labels, predicted)),
     }
     if logits.shape[1] == 2:
+        # 0 without a warning where the second class is neither predicted nor there, as early in training
         metrics["f1"] = float(f1_score(labels, predicted, zero_division=0.0))
-    of_labels = log_softmax(logits.astype(np.float64), -1)[np.arange(len(labels)), np.asarray(labels, dtype=np.int64)]
-    return {**metrics, "loss": -float(of_labels.mean())}
+    log_probabilities = log_softmax(logits.astype(np.float64), -1)
+    classes = np.asarray(labels, dtype=np.int64)
+    log_probabilities_of_labels = log_probabilities[np.arange(len(labels)), classes]
+    return {**metrics, "loss": -float(log_probabilities_of_labels.mean())}
 
 
 TASK = Classification

@@ -67,7 +67,8 @@ class Pairs:
         first, to at least half of that, and keeps the separator at its end."""
         data = self.inputs[self.input_of[example]]
         target = self.targets[example]
-        prompt = self._prompt(data, max(self.max_length - len(target), self.max_length // 2))
+        most_of_prompt = max(self.max_length - len(target), self.max_length // 2)
+        prompt = self._prompt(data, most_of_prompt)
         return prompt, target[: self.max_length - len(prompt)]
 
     def row(self, example: int) -> tuple[list[int], list[int]]:
@@ -79,6 +80,7 @@ class Pairs:
         return [self._prompt(data, min(most, self.max_length)) for data in self.inputs]
 
     def _prompt(self, data: list[int], most: int) -> list[int]:
+        """Return the tokens of an input and the separator, at most ``most``; only the input is truncated."""
         return data[: max(0, most - len(self.separator))] + self.separator
 
 
@@ -93,27 +95,40 @@ def linearize(value: object) -> str | None:
         return _attributes(value) or value.strip() or None
     if not isinstance(value, list) or not value:
         return None
-    if all(isinstance(triple, str) for triple in value):
-        return _joined(triple.split(_PARTS) for triple in value)
-    if not all(isinstance(part, list) and part and all(isinstance(x, str) for x in part) for part in value):
+    if _are_texts(value):
+        return _joined([triple.split(_PARTS) for triple in value])
+    if not all(isinstance(part, list) and part and _are_texts(part) for part in value):
         return None
+    # WebNLG: the first of several sets of triples
     if all(_PARTS in triple for triple in value[0]):
         return linearize(value[0])
-    if all(len(triple) == 3 for triple in value):
-        return _joined([subject, predicate.lower(), end] for subject, predicate, end in value)
-    return None
+    if any(len(triple) != 3 for triple in value):
+        return None
+    triples: list[list[str]] = []
+    for subject, predicate, end in value:
+        triples.append([subject, predicate.lower(), end])
+    return _joined(triples)
+
+
+def _are_texts(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _joined(triples: Iterable[Sequence[str]]) -> str:
-    return _PARTS.join(" : ".join(part.strip() for part in triple) for triple in triples)
+    """Return triples, or pairs, as a line: "s : p : o | s : p : o"."""
+    lines: list[str] = []
+    for triple in triples:
+        lines.append(" : ".join(part.strip() for part in triple))
+    return _PARTS.join(lines)
 
 
 def _attributes(text: str) -> str:
     """Return a meaning representation of E2E as a line; "" for any other text."""
-    attributes = []
+    attributes: list[Sequence[str]] = []
     position = 0
     while position < len(text):
         match = _ATTRIBUTE.match(text, position)
+        # a text such as "see [1] and [2]" starts like an attribute, but does not consist of them
         if match is None:
             return ""
         attributes.append(match.groups())
@@ -121,21 +136,37 @@ def _attributes(text: str) -> str:
     return _joined(attributes)
 
 
-def _flat(value: object) -> list[str]:
-    """Return the text or texts in a value, which may be a nested list."""
+class _ObjectAmongTexts(Exception):
+    """A value is an object where texts are expected; the argument is the object."""
+
+
+def _texts_in(value: object) -> list[str]:
+    """Return the text or texts in a value, which may be a nested list. Raises _ObjectAmongTexts."""
     if isinstance(value, list):
-        return [text for item in value for text in _flat(item)]
-    return [] if value is None else [str(value)]
+        texts: list[str] = []
+        for item in value:
+            texts += _texts_in(item)
+        return texts
+    if isinstance(value, dict):
+        raise _ObjectAmongTexts(value)
+    # no text: benchmarks have test sets without targets
+    if value is None or not str(value).strip():
+        return []
+    return [str(value).strip()]
 
 
 def _separator(data: DataConfig, tokenizer: Tokenizer) -> list[int]:
-    ids = tokenizer(data.separator, add_special_tokens=False)["input_ids"] if data.separator else []
-    if data.separator and not 0 < len(ids) <= data.max_length // 4:
+    """Return the tokens between input and text. Raises ConfigError for a separator without tokens or a long one."""
+    if not data.separator:
+        return [tokenizer.eos_token_id]
+    ids: list[int] = tokenizer(data.separator, add_special_tokens=False)["input_ids"]
+    # the input, which is truncated to half of max_length, keeps the separator at its end
+    if not 0 < len(ids) <= data.max_length // 4:
         raise ConfigError(
             f"data.separator = {data.separator!r} has {len(ids)} tokens. Choose one with at least one token, and at "
             f"most a quarter of data.max_length = {data.max_length}"
         )
-    return ids or [tokenizer.eos_token_id]
+    return ids
 
 
 class DataToText(AnswerTask[Pairs]):
@@ -145,44 +176,67 @@ class DataToText(AnswerTask[Pairs]):
 
     def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Pairs:
         """Return an example for each text of each row. Rows without a text are omitted, as in some test sets."""
-        column = data.text_columns[0]
-        where = getattr(data, split)
-        rows = read_rows(data, split, {column: "text_columns", data.label_column: "label_column"}, nested=True)
-        references: dict[str, list[str]] = {}
-        pairs = zip(values_of(rows, column), values_of(rows, data.label_column), strict=True)
-        for row, (value, label) in enumerate(pairs):
-            texts = [text.strip() for text in _flat(label) if text and text.strip()]
-            if not texts:
-                continue
-            if (line := linearize(value)) is None:
-                place = place_in_split(data, split, rows, row)
-                raise ConfigError(
-                    f"{where}: column {column!r} has {str(value)[:80]!r} in {place}, which is neither a text nor a "
-                    'list of triples, as ["subject | property | object"] or [["subject", "property", "object"]]'
-                )
-            references.setdefault(line, []).extend(texts)
-        if not references:
-            raise ConfigError(f"{where}: column {data.label_column!r} has no text in any row. Name another column")
+        texts_of_lines = _texts_of_lines(data, split)
         separator = _separator(data, tokenizer)
         end = tokenizer.eos_token_id
         input_of: list[int] = []
         texts_of_examples: list[str] = []
-        for index, texts in enumerate(references.values()):
+        for index, texts in enumerate(texts_of_lines.values()):
             input_of += [index] * len(texts)
-            texts_of_examples += [f" {text}" for text in texts]  # as after the separator in running text
-        targets = tokenizer(texts_of_examples, add_special_tokens=False)["input_ids"]
+            # with a space, as after the separator in running text
+            texts_of_examples += [f" {text}" for text in texts]
+        targets: list[list[int]] = []
+        for ids in tokenizer(texts_of_examples, add_special_tokens=False)["input_ids"]:
+            targets.append([*ids, end])
         inputs: list[list[int]] = []
-        for ids in tokenizer(list(references))["input_ids"]:
+        for ids in tokenizer(list(texts_of_lines))["input_ids"]:
             # Some tokenizers end a text with the end-of-text token, but here the answer follows.
-            inputs.append(ids[:-1] if ids[-1:] == [end] else ids)
+            if ids[-1:] == [end]:
+                ids = ids[:-1]
+            inputs.append(ids)
         return Pairs(
             inputs=inputs,
-            references=list(references.values()),
+            references=list(texts_of_lines.values()),
             input_of=input_of,
-            targets=[[*target, end] for target in targets],
+            targets=targets,
             separator=separator,
             max_length=data.max_length,
         )
+
+
+def _texts_of_lines(data: DataConfig, split: str) -> dict[str, list[str]]:
+    """Return all texts about each distinct input, by its line, in the order of the rows.
+
+    Raises ConfigError for data of an unknown shape, for objects in place of texts, and for a split without texts.
+    """
+    column = data.text_columns[0]
+    where = getattr(data, split)
+    rows = read_rows(data, split, {column: "text_columns", data.label_column: "label_column"}, nested=True)
+    texts_of_lines: dict[str, list[str]] = {}
+    pairs = zip(values_of(rows, column), values_of(rows, data.label_column), strict=True)
+    for row, (value, label) in enumerate(pairs):
+        try:
+            texts = _texts_in(label)
+        except _ObjectAmongTexts as error:
+            (names,) = error.args
+            example = f"{data.label_column}.{next(iter(names), 'text')}"
+            raise ConfigError(
+                f"{where}: column {data.label_column!r} has an object in {place_in_split(data, split, rows, row)}, not "
+                f"a text. Name a part of it, such as {example!r}, with data.label_column"
+            ) from None
+        if not texts:
+            continue
+        line = linearize(value)
+        if line is None:
+            place = place_in_split(data, split, rows, row)
+            raise ConfigError(
+                f"{where}: column {column!r} has {str(value)[:80]!r} in {place}, which is neither a text nor a "
+                'list of triples, as ["subject | property | object"] or [["subject", "property", "object"]]'
+            )
+        texts_of_lines.setdefault(line, []).extend(texts)
+    if not texts_of_lines:
+        raise ConfigError(f"{where}: column {data.label_column!r} has no text in any row. Name another column")
+    return texts_of_lines
 
 
 TASK = DataToText

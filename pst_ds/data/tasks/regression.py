@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 
 def _numbers(values: Iterable[Any], column: str, where: str, place: Callable[[int], str]) -> list[float]:
-    numbers = []
+    """Return the values of a column as numbers. Raises ConfigError for one that is not a finite number."""
+    numbers: list[float] = []
     for row, value in enumerate(values):
         try:
             number = float(value)
         except (TypeError, ValueError):
+            # refused like the infinite ones below
             number = math.nan
         if not math.isfinite(number):
             raise ConfigError(
@@ -45,9 +47,11 @@ def regression_metrics(predicted: np.ndarray, labels: Iterable[float]) -> dict[s
     errors = {"mse": mse, "rmse": math.sqrt(mse), "mae": float(np.mean(np.abs(values - wanted)))}
     if not np.isfinite(values).all():
         return {"pearson": math.nan, "spearman": math.nan, **errors}
+    # scipy warns and returns NaN here, which would never be the best of a run's metrics
     if len(values) < 2 or np.ptp(values) == 0 or np.ptp(wanted) == 0:
         return {"pearson": 0.0, "spearman": 0.0, **errors}
-    pearson, spearman = (float(of(values, wanted).statistic) for of in (pearsonr, spearmanr))
+    pearson = float(pearsonr(values, wanted).statistic)
+    spearman = float(spearmanr(values, wanted).statistic)
     return {"pearson": pearson, "spearman": spearman, **errors}
 
 
@@ -74,12 +78,15 @@ class Regression(Classification):
             return place_in_split(data, split, rows, row)
 
         numbers = _numbers(rows[data.label_column], data.label_column, where, place)
+        # GLUE's test sets; a single -1 among other numbers is a target
         if set(numbers) == {-1.0}:
             refuse_hidden(-1, place(0), where)
         return Examples(tokenized_texts(rows, data, split, tokenizer), numbers)
 
     def label_scale(self, examples: Examples) -> tuple[float, float]:
-        return float(np.mean(examples.labels)), float(np.std(examples.labels)) or 1.0
+        # labels that are all equal have the deviation 0, by which a head cannot be scaled
+        deviation = float(np.std(examples.labels)) or 1.0
+        return float(np.mean(examples.labels)), deviation
 
     def metrics(self, outcomes: np.ndarray, examples: Examples) -> dict[str, float]:
         return regression_metrics(outcomes[:, 0], examples.labels)

@@ -95,6 +95,7 @@ class Task(ABC, Generic[E]):
 
     def sample(self, examples: E, count: int, seed: str | int) -> tuple[ExampleSet, list[int]]:
         """Draw ``count`` of ``examples`` without repetition; return a set and indices in it, equal on every rank."""
+        # a generator for this call only: ranks have drawn different numbers from the global one
         return examples, random.Random(seed).sample(range(len(examples)), count)
 
     def remark(self, data: DataConfig, examples: E) -> str:

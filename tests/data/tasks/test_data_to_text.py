@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pst_ds.config.data import EvalConfig
-from pst_ds.config.run import DataConfig
+from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.data.tasks.data_to_text import IGNORED, DataToText, Pairs, linearize
 
 TOKENIZER = AutoTokenizer.from_pretrained("tests/data/tiny-llama")
@@ -38,6 +38,24 @@ _tokens = st.lists(st.integers(3, 30), max_size=20)
 )  # fmt: skip
 def test_data_as_a_line(value, line):
     assert linearize(value) == line
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_texts_in_objects_are_refused(tmp_path, alone, ending):
+    """A path that ends too early, "lex" for WebNLG's "lex.text": objects were trained on as Python prints them."""
+    import datasets
+
+    path = tmp_path / f"rows.{ending}"
+    rows = datasets.Dataset.from_list([{"data": "name[Ann]", "lex": [{"lang": "en", "text": "Ann"}]}])
+    if ending == "jsonl":
+        rows.to_json(path)
+    else:
+        rows.to_parquet(path)
+    data = DataConfig(train=str(path), text_columns=("data",), label_column="lex", max_length=16)
+    place = {"jsonl": "line 1", "parquet": "row 0"}[ending]
+    words = rf"column 'lex' has an object in {place}, not a text. Name a part of it, such as 'lex\.lang'"
+    with pytest.raises(ConfigError, match=words):
+        TASK.load(data, "train", TOKENIZER, [])
 
 
 def _pairs(inputs, targets, max_length, separator=(END,)):

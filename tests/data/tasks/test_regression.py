@@ -178,7 +178,7 @@ def test_every_format_reads_the_same_numbers(tmp_path):
     [
         (["0.5", "much"], "has 'much' in line 2. Give every example a finite number"),
         ([0.5, None], "has None in line 2"),
-        ([1.0, float("nan")], "has 'NaN' in line 2"),
+        ([1.0, float("nan")], "has None in line 2"),
         ([-1.0, -1.0], "label -1 in line 1 stands for a hidden label"),
     ],
 )
