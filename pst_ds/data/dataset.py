@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from pst_ds.config.data import PARQUET_BRANCH
 from pst_ds.config.run import ConfigError, DataConfig
-from pst_ds.data.file_rows import place_of_row
+from pst_ds.data.file_rows import (
+    QUOTED_VALUE,
+    VALUE_QUOTED_INSIDE,
+    QuoteCounts,
+    has_quoted_names,
+    place_of_row,
+    quoted_tsv,
+)
 from pst_ds.errors import first_line
 
 if TYPE_CHECKING:
@@ -27,10 +34,6 @@ _SAVED_SPLITS = "dataset_dict.json"
 _ROWS_WITH_PATH = 1000
 """Rows in which a path into JSON values must occur."""
 _SLICED = re.compile(r"(?P<file>.+)(?P<slice>\[(-?\d+%?)?:(-?\d+%?)?\])")
-_QUOTED = r'^"([^"]|"")*"$'
-"""A value with quotes around it, and doubled ones inside, if any."""
-_QUOTED_INSIDE = r'^"([^"]|"")*""([^"]|"")*"$'
-"""The same with doubled quotes inside."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -289,25 +292,20 @@ def _require_unquoted(rows: Dataset, columns: Iterable[str], where: str) -> None
         # the sum of no values is None
         return arrow.sum(arrow.match_substring_regex(values, pattern)).as_py() or 0
 
-    quoted = ""
-    if any(name[:1] == name[-1:] == '"' for name in rows.column_names):
-        quoted = "names of columns"
+    if has_quoted_names(rows.column_names):
+        raise quoted_tsv(where, "names of columns")
     for column in columns:
         if "string" not in rows.features[column].dtype:
             continue
         values = rows.data.column(column)
-        num_quoted = count(values, _QUOTED)
-        if not num_quoted:
-            continue
-        # CSV quotes some values only if they contain quotes, which it doubles; a text may have quotes around it as well
-        quotes_as_csv = num_quoted == count(values, '"') and count(values, _QUOTED_INSIDE)
-        if num_quoted == len(values) or quotes_as_csv:
-            quoted = f"values in column {column!r}"
-    if quoted:
-        raise ConfigError(
-            f"{where} was written with quotes around its {quoted}, but quotes have no meaning in a .tsv file. "
-            "Save it without them, or as .csv or .jsonl"
+        counts = QuoteCounts(
+            values=len(values),
+            with_quotes=count(values, '"'),
+            quoted=count(values, f"^{QUOTED_VALUE}$"),
+            quoted_inside=count(values, f"^{VALUE_QUOTED_INSIDE}$"),
         )
+        if counts.is_quoted_as_csv:
+            raise quoted_tsv(where, f"values in column {column!r}")
 
 
 def _require_path(rows: Dataset, top: str, path: list[str], column: str, setting: str, where: str) -> None:

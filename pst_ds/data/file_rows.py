@@ -9,9 +9,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, NoReturn, TypeAlias
@@ -33,6 +35,12 @@ _MAX_DIGITS = 4000
 """Maximum digits of an integer; Python refuses longer ones, whose text is kept all the same."""
 _BOM = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 20
+QUOTED_VALUE = r'"([^"]|"")*"'
+"""Pattern of a value with quotes around it, and doubled ones inside, if any."""
+VALUE_QUOTED_INSIDE = r'"([^"]|"")*""([^"]|"")*"'
+"""The same with doubled quotes inside."""
+_QUOTED = re.compile(QUOTED_VALUE)
+_QUOTED_INSIDE = re.compile(VALUE_QUOTED_INSIDE)
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
@@ -124,6 +132,49 @@ def _counted(count: int, noun: str) -> str:
     if count == 1:
         return f"1 {noun}"
     return f"{count} {noun}s"
+
+
+@dataclass(kw_only=True, slots=True)
+class QuoteCounts:
+    """Counts of values in a column of a .tsv file, which tell whether it was written with quotes as CSV has them."""
+
+    values: int = 0
+    with_quotes: int = 0
+    """Values with a quote anywhere."""
+    quoted: int = 0
+    """Values with quotes around them, and doubled ones inside, if any."""
+    quoted_inside: int = 0
+    """Values with quotes around them and doubled ones inside."""
+
+    def add(self, value: str) -> None:
+        """Count a value."""
+        self.values += 1
+        if '"' in value:
+            self.with_quotes += 1
+            self.quoted += _QUOTED.fullmatch(value) is not None
+            self.quoted_inside += _QUOTED_INSIDE.fullmatch(value) is not None
+
+    @property
+    def is_quoted_as_csv(self) -> bool:
+        """True if all values have quotes around them, or exactly those that contain quotes, which are doubled."""
+        if not self.quoted:
+            return False
+        # CSV quotes some values only if they contain quotes, which it doubles; a text may have quotes around it as well
+        is_minimal = self.quoted == self.with_quotes and self.quoted_inside > 0
+        return self.quoted == self.values or is_minimal
+
+
+def has_quoted_names(names: Iterable[str]) -> bool:
+    """Return whether a column of a .tsv file has a name with quotes around it."""
+    return any(name[:1] == name[-1:] == '"' for name in names)
+
+
+def quoted_tsv(name: str, quoted: str) -> ConfigError:
+    """Return the error for a .tsv file with quotes around ``quoted``."""
+    return ConfigError(
+        f"{name} was written with quotes around its {quoted}, but quotes have no meaning in a .tsv file. "
+        "Save it without them, or as .csv or .jsonl"
+    )
 
 
 def _refuse_encoding(name: str, open_file: OpenFile, error: UnicodeDecodeError) -> NoReturn:

@@ -67,12 +67,16 @@ Piece = tuple[Span, ...]
 def find_pieces(sources: Sequence[str], reading: Reading, piece_bytes: int) -> list[Piece]:
     """Return the pieces of all sources in order, determined by names, sizes and contents only. A source is a file, a
     folder, a pattern, a URL supported by fsspec, or a dataset on the hub. Raises InputError."""
-    spans = [span for source in sources for span in _spans(source, reading, piece_bytes)]
+    spans: list[Span] = []
+    for source in sources:
+        spans += _spans(source, reading, piece_bytes)
+    # small files share a piece
     runs = runs_of([span.num_bytes for span in spans], piece_bytes)
     return [tuple(spans[run.start : run.stop]) for run in runs]
 
 
 def _spans(source: str, reading: Reading, piece_bytes: int) -> Iterator[Span]:
+    """Yield the parts of a source, in order. Raises InputError for one that does not exist or has nothing to read."""
     path = Path(source)
     if path.is_dir() and (path / "state.json").is_file():
         yield from _saved_spans(source, piece_bytes)
@@ -82,7 +86,7 @@ def _spans(source: str, reading: Reading, piece_bytes: int) -> Iterator[Span]:
             f"{source} holds several splits (save_to_disk of a DatasetDict). Name one, such as {path / reading.split}"
         )
     if path.is_dir():
-        files = sorted(str(file) for file in path.rglob("*") if file.is_file() and format_of(file.name))
+        files = _files_in(path)
         if not files:
             raise InputError(f"{source} has no file of a known kind ({_KNOWN}). Name another folder")
     elif path.is_file() or "://" in source:
@@ -104,15 +108,42 @@ def _spans(source: str, reading: Reading, piece_bytes: int) -> Iterator[Span]:
         yield from _file_spans(file, reading, piece_bytes)
 
 
+def _files_in(folder: Path) -> list[str]:
+    """Return the files of known kinds in a folder and its subfolders, sorted by path.
+
+    Hidden files and folders are omitted, as in patterns: copies of notebooks (.ipynb_checkpoints), caches of the hub.
+    So is README.md at the top of files with rows: it is the card of a dataset, not a document.
+    """
+    files: list[str] = []
+    has_rows = False
+    for file in folder.rglob("*"):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        file_format = format_of(file.name)
+        if is_hidden or file_format is None or not file.is_file():
+            continue
+        kind, _ = file_format
+        has_rows = has_rows or kind != "text"
+        files.append(str(file))
+    card = str(folder / "README.md")
+    if has_rows and card in files:
+        files.remove(card)
+    return sorted(files)
+
+
 def format_of(name: str) -> tuple[str, str] | None:
     """Return the format and the compression of a file by its name; None for unknown kinds."""
     path = Path(name.lower())
     compression = COMPRESSIONS.get(path.suffix, "")
-    kind = FORMATS.get(path.with_suffix("").suffix if compression else path.suffix)
-    return (kind, compression) if kind else None
+    if compression:
+        path = path.with_suffix("")
+    kind = FORMATS.get(path.suffix)
+    if kind is None:
+        return None
+    return kind, compression
 
 
 def _file_spans(file: str, reading: Reading, piece_bytes: int) -> Iterator[Span]:
+    """Yield the parts of a file, or the whole where only reading it from its start tells rows apart."""
     file_format = format_of(file)
     if file_format is None:
         raise InputError(f"{file!r} is of an unknown kind. Use one of {_KNOWN}")
@@ -123,9 +154,10 @@ def _file_spans(file: str, reading: Reading, piece_bytes: int) -> Iterator[Span]
         yield from _row_groups(whole, piece_bytes)
     elif compression or kind not in LINE_FORMATS or (kind == "text" and reading.sample_by == "document"):
         yield whole
+    elif kind == "text" and reading.sample_by == "paragraph":
+        yield from _line_spans(whole, b"\n\n", piece_bytes)
     else:
-        ending = b"\n\n" if kind == "text" and reading.sample_by == "paragraph" else b"\n"
-        yield from _line_spans(whole, ending, piece_bytes)
+        yield from _line_spans(whole, b"\n", piece_bytes)
 
 
 def _line_spans(whole: Span, ending: bytes, piece_bytes: int) -> Iterator[Span]:
@@ -134,14 +166,15 @@ def _line_spans(whole: Span, ending: bytes, piece_bytes: int) -> Iterator[Span]:
     size = whole.num_bytes
     with open_file(whole.path) as file:
         while start < size:
-            stop = _behind(file, ending, start + piece_bytes, size) if start + piece_bytes < size else size
+            stop = size
+            if start + piece_bytes < size:
+                stop = _behind(file, ending, place=start + piece_bytes, size=size)
             yield Span(path=whole.path, kind=whole.kind, start=start, stop=stop, num_bytes=stop - start)
             start = stop
 
 
 def _behind(file: IO[bytes], ending: bytes, place: int, size: int) -> int:
-    """Return the offset after the first ``ending`` from ``place`` on, or ``size``. An ending must not follow another
-    line break: the first two line breaks in a row end a paragraph."""
+    """Return the offset after the first ``ending`` that starts after ``place``, or ``size``."""
     file.seek(place)
     data = b""
     at = place
@@ -150,53 +183,51 @@ def _behind(file: IO[bytes], ending: bytes, place: int, size: int) -> int:
         if not more:
             break
         data += more
-        found = _find(data, ending)
+        # from 1: an ending at ``place`` belongs to a line that ends exactly there
+        found = data.find(ending, 1)
         if found >= 0:
             return at + found + len(ending)
-        # an ending may lie across two reads, and the byte before it decides whether it counts
-        num_kept = len(ending) + 1
+        # an ending may lie across two reads
+        num_kept = len(ending)
         at += len(data[:-num_kept])
         data = data[-num_kept:]
     return size
 
 
-def _find(data: bytes, ending: bytes) -> int:
-    found = data.find(ending, 1)
-    while len(ending) > 1 and found >= 0 and data[found - 1 : found] in (b"\n", b"\r"):
-        found = data.find(ending, found + 1)
-    return found
-
-
 def _row_groups(whole: Span, piece_bytes: int) -> Iterator[Span]:
+    """Yield parts of a Parquet file that have at least ``piece_bytes``, and the rest. Raises InputError."""
     import pyarrow.parquet
 
     try:
         with open_file(whole.path) as file:
             about = pyarrow.parquet.ParquetFile(file).metadata
-            sizes = [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
-    except Exception as error:
+            sizes = [about.row_group(group).total_byte_size for group in range(about.num_row_groups)]
+    except Exception as error:  # damaged files raise various errors of Arrow
         raise InputError(f"{whole.path} cannot be read as parquet: {first_line(error)}. Name another file") from None
     first = 0
-    for i, _ in enumerate(sizes):
-        num_bytes = sum(sizes[first : i + 1])
-        if num_bytes >= piece_bytes or i + 1 == len(sizes):
-            yield Span(path=whole.path, kind="parquet", start=first, stop=i + 1, num_bytes=num_bytes)
-            first = i + 1
+    num_bytes = 0
+    for stop, size in enumerate(sizes, 1):
+        num_bytes += size
+        if num_bytes >= piece_bytes or stop == len(sizes):
+            yield Span(path=whole.path, kind="parquet", start=first, stop=stop, num_bytes=num_bytes)
+            first = stop
+            num_bytes = 0
 
 
 def _saved_spans(folder: str, piece_bytes: int) -> Iterator[Span]:
+    """Yield ranges of rows, as long as each other, of a folder of ``save_to_disk``. Raises InputError."""
     import datasets
 
     try:
         rows = datasets.load_from_disk(folder)
-    except Exception as error:
+    except Exception as error:  # damaged files raise errors of Arrow, JSON and datasets
         raise InputError(f"{folder} cannot be read as a saved dataset: {first_line(error)}. Save it again") from None
     size = max(1, rows.data.nbytes)
-    cuts = max(1, round(size / piece_bytes))
-    for i in range(min(cuts, len(rows))):
-        start = len(rows) * i // cuts
-        stop = len(rows) * (i + 1) // cuts
-        yield Span(path=folder, kind="saved", start=start, stop=stop, num_bytes=size // cuts)
+    num_spans = max(1, round(size / piece_bytes))
+    for number in range(min(num_spans, len(rows))):
+        start = len(rows) * number // num_spans
+        stop = len(rows) * (number + 1) // num_spans
+        yield Span(path=folder, kind="saved", start=start, stop=stop, num_bytes=size // num_spans)
 
 
 def load_hub(name: str, reading: Reading) -> "IterableDataset":
@@ -208,7 +239,7 @@ def load_hub(name: str, reading: Reading) -> "IterableDataset":
         return datasets.load_dataset(
             name, reading.subset or None, split=reading.split, streaming=True, revision=revision
         )
-    except Exception as error:
+    except Exception as error:  # the connection, or the builder of the dataset, may raise anything
         raise InputError(
             f"{name!r} is not a local file or folder, and the dataset of that name, split {reading.split!r}, cannot be "
             f"opened: {first_line(error)}. Name files, or a dataset on the hub that can be reached"
@@ -220,6 +251,7 @@ def open_file(path: str) -> IO[bytes]:
     try:
         if "://" not in path:
             return open(path, "rb")
+        # only for URLs: it imports a client per protocol
         import fsspec
 
         return fsspec.open(path, "rb").open()

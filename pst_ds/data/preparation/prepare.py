@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -29,20 +29,21 @@ from pst_ds.atomic_files import (
     write_text_atomic,
 )
 from pst_ds.data.conversations import require_template, template_hash
-from pst_ds.data.preparation.pieces import Piece, Reading, find_pieces
+from pst_ds.data.preparation.pieces import Piece, Reading, Span, find_pieces
 from pst_ds.data.preparation.readers import texts_of, tokenize_texts
 from pst_ds.data.tokens.store import (
     BYTES,
     LEARNED,
     MANIFEST,
     Manifest,
+    ShardRecord,
     ShardWriter,
     clean_up,
     finish_store,
     finished_shard,
     read_manifest,
 )
-from pst_ds.data.tokens.tokenize import TokenizerIdentity, identity_of
+from pst_ds.data.tokens.tokenize import TokenizerIdentity, bytes_of_texts, identity_of
 from pst_ds.errors import InputError
 from pst_ds.progress import Progress
 
@@ -75,21 +76,32 @@ class Preparation:
     @property
     def plain_files(self) -> list[Path]:
         """Local uncompressed text files."""
-        spans = (span for piece in self.pieces for span in piece)
-        plain = (of.path for of in spans if of.kind == "text" and not of.compression and "://" not in of.path)
-        return [Path(path) for path in dict.fromkeys(plain)]
+        files: dict[str, None] = {}  # each once, in order
+        for span in self._spans:
+            if span.kind == "text" and not span.compression and "://" not in span.path:
+                files[span.path] = None
+        return [Path(path) for path in files]
+
+    @property
+    def _spans(self) -> Iterator[Span]:
+        """The parts of files of all pieces, in order."""
+        for piece in self.pieces:
+            yield from piece
 
     @property
     def num_bytes(self) -> int:
         """Approximate bytes to read."""
-        return sum(span.num_bytes for piece in self.pieces for span in piece)
+        return sum(span.num_bytes for span in self._spans)
 
     @property
     def key(self) -> str:
         """Hash of everything that determines the store. File times and sizes represent the contents."""
-        paths = dict.fromkeys(span.path for piece in self.pieces for span in piece)
+        paths = dict.fromkeys(span.path for span in self._spans)
+        # a URL or a dataset on the hub has no time
         times = [Path(path).stat().st_mtime_ns for path in paths if Path(path).exists()]
-        pieces = [[asdict(span) for span in piece] for piece in self.pieces]
+        pieces: list[list[dict[str, object]]] = []
+        for piece in self.pieces:
+            pieces.append([asdict(span) for span in piece])
         about = [asdict(self.reading), pieces, times, asdict(self.tokenizer), self.count_bytes]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
@@ -131,11 +143,13 @@ def prepare_store(
                     f"out = {str(out)!r} is a finished store. Replace it with force = true, or name another"
                 )
         _take_over(unfinished, plan.key, force=force)
+        # with a manifest, only publishing was interrupted
         if not (unfinished / MANIFEST).is_file():
             try:
                 write_pieces(plan, tokenizer, unfinished, num_workers)
             except InputError:
-                if not any(finished_shard(unfinished, i, plan.tokenizer.dtype) for i in range(len(plan.pieces))):
+                # without a finished shard there is nothing to continue from
+                if not _has_finished_shard(plan, unfinished):
                     shutil.rmtree(unfinished)
                 raise
         manifest = read_manifest(unfinished)
@@ -147,15 +161,27 @@ def prepare_store(
     return manifest
 
 
+def _has_finished_shard(plan: Preparation, folder: Path) -> bool:
+    return any(finished_shard(folder, number, plan.tokenizer.dtype) for number in range(len(plan.pieces)))
+
+
 def write_pieces(plan: Preparation, tokenizer: Tokenizer, folder: Path, num_workers: int = 1) -> None:
     """Write the missing shards, then the manifest. Raises InputError."""
-    numbers = range(len(plan.pieces))
     dtype = plan.tokenizer.dtype
-    missing = [i for i in numbers if finished_shard(folder, i, dtype) is None]
-    left = sum(span.num_bytes for i in missing for span in plan.pieces[i])
-    with Progress("tokenize", plan.num_bytes, "bytes", done=plan.num_bytes - left) as progress:
+    missing: list[int] = []
+    num_done_bytes = 0
+    for number, piece in enumerate(plan.pieces):
+        if finished_shard(folder, number, dtype) is None:
+            missing.append(number)
+        else:
+            num_done_bytes += sum(span.num_bytes for span in piece)
+    with Progress("tokenize", plan.num_bytes, "bytes", done=num_done_bytes) as progress:
         run_tasks(partial(_tokenize_piece, plan, tokenizer, folder), missing, num_workers, progress.add)
-    records = [record for i in numbers if (record := finished_shard(folder, i, dtype)) is not None]
+    records: list[ShardRecord] = []
+    for number in range(len(plan.pieces)):
+        record = finished_shard(folder, number, dtype)
+        if record is not None:
+            records.append(record)
     finish_store(folder, plan.tokenizer, records, {"sources": list(plan.sources), **asdict(plan.reading)})
 
 
@@ -169,6 +195,7 @@ def _take_over(folder: Path, key: str, *, force: bool) -> None:
                 "force = true, or name another folder"
             )
         return
+    # a finished store has no plan; only publishing it was interrupted
     if folder.is_dir() and (folder / MANIFEST).is_file() and not force:
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -180,19 +207,25 @@ def _take_over(folder: Path, key: str, *, force: bool) -> None:
 def _tokenize_piece(
     plan: Preparation, tokenizer: Tokenizer, folder: Path, number: int, report: Callable[[int], None]
 ) -> None:
+    """Write the shard of a piece. ``report`` gets the bytes done since its last call."""
     reading = plan.reading
-    count = plan.count_bytes
-    kinds = {BYTES} if count else {LEARNED} if reading.kind == "chat" else set[str]()
+    kinds: set[str] = set()
+    if plan.count_bytes:
+        kinds = {BYTES}
+    elif reading.kind == "chat":
+        kinds = {LEARNED}
     with ShardWriter(folder, number, plan.tokenizer, frozenset(kinds)) as shard:
         for span in plan.pieces[number]:
-            left = span.num_bytes
+            remaining = span.num_bytes
             for texts in texts_of(span, reading):
-                size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-                shard.add(tokenize_texts(texts, reading, tokenizer, span.path, count=count), size)
-                done = min(size, left)
-                left -= done
+                num_bytes = bytes_of_texts(texts)
+                documents = tokenize_texts(texts, reading, tokenizer, where=span.path, count=plan.count_bytes)
+                shard.add(documents, num_bytes)
+                # a span of a compressed file has more bytes of text than the file, which the progress counts
+                done = min(num_bytes, remaining)
+                remaining -= done
                 report(done)
-            report(left)
+            report(remaining)
         shard.finish()
 
 
@@ -204,6 +237,7 @@ def run_tasks(task: Task, numbers: Sequence[int], num_workers: int, report: Call
         for number in numbers:
             task(number, report)
         return
+    # forks share the tokenizer and the plan without copying them
     context = multiprocessing.get_context("fork")
     done: Synchronized[int] = context.Value("q", 0)
     with ProcessPoolExecutor(num_workers, context, _become_worker, (task, done)) as pool:
@@ -231,18 +265,24 @@ def run_tasks(task: Task, numbers: Sequence[int], num_workers: int, report: Call
 
 
 def _become_worker(task: Task, done: Synchronized[int]) -> None:
+    """Set up a forked process, which gets its task and the progress counter once, not with each number."""
     global _worker
-    gc.freeze()  # a garbage collection would touch, and so copy, all memory shared with the first process
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a worker would wait for tasks forever
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process receives it too, and stops the workers
+    # a garbage collection would touch, and so copy, all memory shared with the first process
+    gc.freeze()
+    # if the first process is killed, a worker would wait for tasks forever
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # the first process receives Ctrl-C too, and stops the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker = task, done
 
 
 def _run(number: int) -> None:
+    """Do the task of a number in a worker. Raises InterruptedError if another one failed."""
     task, done = _worker
 
     def report(count: int) -> None:
         with done.get_lock():
+            # a pool cannot stop a task that has started: this ends it at its next report
             if done.value == _STOPPED:
                 raise InterruptedError("another worker failed")
             done.value += count

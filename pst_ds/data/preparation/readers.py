@@ -3,10 +3,19 @@
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 from pst_ds.data.conversations import columns_of_chat, row_of_chat, tokenize_chats
-from pst_ds.data.file_rows import byte_blocks, json_file, json_lines, plain_documents, table_rows
+from pst_ds.data.file_rows import (
+    QuoteCounts,
+    byte_blocks,
+    has_quoted_names,
+    json_file,
+    json_lines,
+    plain_documents,
+    quoted_tsv,
+    table_rows,
+)
 from pst_ds.data.preparation.pieces import Reading, Span, load_hub, open_file
 from pst_ds.data.tokens.tokenize import Documents, tokenize
 from pst_ds.errors import InputError, first_line
@@ -42,6 +51,7 @@ def tokenize_texts(
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield texts in lists that end at ROWS_AT_A_TIME texts, or with the text that reaches BYTES_AT_A_TIME."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -60,12 +70,14 @@ def _open(span: Span) -> IO[bytes]:
     file = open_file(span.path)
     if not span.compression:
         return file
+    if span.compression == "zstd":
+        import pyarrow
+
+        # not fsspec's, which needs a package, and stops at the end of the first frame: pzstd and cat write several
+        return cast("IO[bytes]", pyarrow.CompressedInputStream(file, "zstd"))
     import fsspec.compression
 
-    unpack = fsspec.compression.compr.get(span.compression)
-    if unpack is None:
-        raise InputError(f"{span.path} needs a package for decompression. Run pip install zstandard")
-    return unpack(file, mode="rb")
+    return fsspec.compression.compr[span.compression](file, mode="rb")
 
 
 def _blocks(span: Span) -> Iterator[bytes]:
@@ -85,7 +97,9 @@ def _json_lines(span: Span, reading: Reading) -> Iterator[str]:
     lines_before = _lines_before(span)
 
     def place(number: int) -> str:
-        return f"line {number + (lines_before() if lines_before else 0)}"
+        if lines_before is not None:
+            number += lines_before()
+        return f"line {number}"
 
     for number, row in json_lines(span.path, _blocks(span), lines_before):
         yield _text(row, number, span, reading, place)
@@ -115,12 +129,15 @@ def _text(
     value = row[reading.column]
     if isinstance(value, str):
         return value
-    what = "no text" if value is None else f"a {type(value).__name__}"
     if value is None or isinstance(value, dict | list | tuple | bytes):
+        content = "no text"
+        if value is not None:
+            content = f"a {type(value).__name__}"
         raise InputError(
-            f"{span.path}: column {reading.column!r} has {what} in {place(number)}. Add one (an empty one is "
+            f"{span.path}: column {reading.column!r} has {content} in {place(number)}. Add one (an empty one is "
             'written "") or remove the row'
         )
+    # a number of a Parquet file or a dataset
     return str(value)
 
 
@@ -129,30 +146,46 @@ def _plain(span: Span, reading: Reading) -> Iterator[str]:
 
 
 def _table(span: Span, reading: Reading) -> Iterator[str]:
-    rows = table_rows(span.path, lambda: _open(span), is_tsv=span.kind == "tsv")
+    is_tsv = span.kind == "tsv"
+    rows = table_rows(span.path, lambda: _open(span), is_tsv=is_tsv)
     _, names = next(rows, (0, list[str]()))
+    if is_tsv and has_quoted_names(names):
+        raise quoted_tsv(span.path, "names of columns")
     if reading.column not in names:
         raise _without_column(span.path, names, reading)
     column = names.index(reading.column)
+    counts = QuoteCounts()
     for _, fields in rows:
-        yield fields[column]
+        text = fields[column]
+        counts.add(text)
+        yield text
+    # known only at the end, since a text may have quotes; the error keeps the shard from being finished
+    if is_tsv and counts.is_quoted_as_csv:
+        raise quoted_tsv(span.path, f"values in column {reading.column!r}")
 
 
 def _parquet(span: Span, reading: Reading) -> Iterator[str]:
     import pyarrow.parquet
 
     with _open(span) as file:
-        source = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if span.compression else file)
+        seekable: IO[bytes] = file
+        if span.compression:
+            # the reader seeks, which would decompress from the start each time
+            seekable = io.BytesIO(file.read())
+        source = pyarrow.parquet.ParquetFile(seekable)
         columns = _columns(source.schema_arrow.names, span, reading)
-        groups = range(span.start, span.stop) if span.stop >= 0 else range(source.num_row_groups)
+        groups = range(source.num_row_groups)
+        if span.stop >= 0:
+            groups = range(span.start, span.stop)
         batches = source.iter_batches(batch_size=ROWS_AT_A_TIME, row_groups=list(groups), columns=columns)
         # messages count rows from the start of the file, also in a span that starts inside it
         number = sum(source.metadata.row_group(group).num_rows for group in range(groups.start))
         for batch in batches:
+            # the reader does not check that texts are UTF-8
             batch.validate(full=True)
             for row in batch.to_pylist():
-                number += 1
                 yield _text(row, number, span, reading)
+                number += 1
 
 
 def _saved(span: Span, reading: Reading) -> Iterator[str]:
@@ -161,20 +194,23 @@ def _saved(span: Span, reading: Reading) -> Iterator[str]:
     rows = datasets.load_from_disk(span.path)
     rows = rows.select_columns(_columns(rows.column_names, span, reading))
     for number in range(span.start, span.stop):
-        yield _text(rows[number], number + 1, span, reading)
+        yield _text(rows[number], number, span, reading)
 
 
 def _hub(span: Span, reading: Reading) -> Iterator[str]:
     rows = load_hub(span.path, reading)
-    rows = rows.shard(rows.num_shards, span.start) if rows.num_shards > 1 else rows
-    for number, row in enumerate(rows, 1):
+    if rows.num_shards > 1:
+        rows = rows.shard(rows.num_shards, span.start)
+    for number, row in enumerate(rows):
         yield _text(row, number, span, reading)
 
 
 def _columns(names: list[str], span: Span, reading: Reading) -> list[str]:
     """Return the columns to read. Raises InputError for missing columns."""
-    if reading.kind == "chat" and (found := columns_of_chat(names, reading.column)):
-        return found
+    if reading.kind == "chat":
+        columns = columns_of_chat(names, reading.column)
+        if columns:
+            return columns
     if reading.column not in names:
         raise _without_column(span.path, names, reading)
     return [reading.column]

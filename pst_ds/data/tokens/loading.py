@@ -34,7 +34,7 @@ from pst_ds.data.tokens.store import (
     stream_of_documents,
 )
 from pst_ds.data.tokens.token_files import open_token_files, token_files
-from pst_ds.data.tokens.tokenize import TokenizerIdentity, identity_of, tokenize
+from pst_ds.data.tokens.tokenize import TokenizerIdentity, bytes_of_texts, identity_of, tokenize
 from pst_ds.remote_folder import is_address
 
 if TYPE_CHECKING:
@@ -227,8 +227,7 @@ def _cached_tokens(
     def build(folder: Path) -> None:
         with ShardWriter(folder, 0, identity, frozenset({BYTES} if count else ())) as shard:
             for batch in texts:
-                size = sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
-                shard.add(tokenize(batch, tokenizer, count=count), size)
+                shard.add(tokenize(batch, tokenizer, count=count), bytes_of_texts(batch))
             record = shard.finish()
         finish_store(folder, identity, [record], {"sources": [what]})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -38,7 +38,9 @@ def open_tokenizer(path: str | Path, setting: str, fix: str) -> Tokenizer:
             problem = f"model_max_length = {str(longest)[:80]!r} in tokenizer_config.json is not a number of tokens"
     except Exception as error:  # strange values make transformers raise anything
         problem = first_line(error)
-    where = "" if Path(path).is_dir() else f", as a folder (looked in {Path(path).absolute()}) or on the hub"
+    where = ""
+    if not Path(path).is_dir():
+        where = f", as a folder (looked in {Path(path).absolute()}) or on the hub"
     if hub.is_hub_name(path):
         try:
             hub.require_file(str(path), "tokenizer_config.json")
@@ -63,7 +65,9 @@ class TokenizerIdentity:
     @property
     def dtype(self) -> np.dtype:
         """Smallest little-endian type that holds its tokens: uint16 or uint32."""
-        return np.dtype("<u2" if self.vocabulary <= 1 << 16 else "<u4")
+        if self.vocabulary <= 1 << 16:
+            return np.dtype("<u2")
+        return np.dtype("<u4")
 
 
 def identity_of(tokenizer: Tokenizer) -> TokenizerIdentity:
@@ -114,13 +118,14 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer, *, count: bool = False)
     """
     texts = [text for text in texts if text.strip()]
     if not texts:
-        return Documents(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint32) if count else None)
+        return _no_documents(count=count)
     end = tokenizer.eos_token_id
     all_ids, places = _encoded(texts, tokenizer, with_places=count and tokenizer.is_fast)
     documents: list[list[int]] = []
     num_bytes: list[int] = []
     closed = False
     for index, ids in enumerate(all_ids):
+        # a text of characters that the tokenizer's normalizer removes
         if not ids:
             continue
         closed = ids[-1] != end
@@ -134,10 +139,25 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer, *, count: bool = False)
             if count:
                 num_bytes.append(0)
         documents.append(ids)
+    # from iterators of a known length: a list of all tokens would take eight times the memory of the arrays
     lengths = np.fromiter(map(len, documents), np.int64, len(documents))
     tokens = np.fromiter(chain.from_iterable(documents), np.int64, int(lengths.sum()))
-    counted = np.array(num_bytes, dtype=np.uint32) if count else None
+    counted = None
+    if count:
+        counted = np.array(num_bytes, dtype=np.uint32)
     return Documents(tokens, lengths, counted, closed_by_us=closed)
+
+
+def _no_documents(*, count: bool) -> Documents:
+    num_bytes = None
+    if count:
+        num_bytes = np.empty(0, np.uint32)
+    return Documents(np.empty(0, np.int64), np.empty(0, np.int64), num_bytes)
+
+
+def bytes_of_texts(texts: Iterable[str]) -> int:
+    """Return the UTF-8 bytes of texts. Halves of surrogate pairs, which datasets on the hub may have, count three."""
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
 
 
 def _encoded(
@@ -148,8 +168,11 @@ def _encoded(
         encoded = tokenizer(
             texts, return_attention_mask=False, return_token_type_ids=False, return_offsets_mapping=with_places
         )
-        return encoded["input_ids"], encoded["offset_mapping"] if with_places else None
-    backend = tokenizer.backend_tokenizer  # 25 % faster than calling the tokenizer, which returns more than tokens
+        # slow tokenizers have no offsets
+        return encoded["input_ids"], encoded.get("offset_mapping")
+    # 25 % faster than calling the tokenizer, which returns more than tokens
+    backend = tokenizer.backend_tokenizer
+    # its last call may have truncated or padded
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
@@ -160,12 +183,12 @@ def _calls_only_its_backend(tokenizer: Tokenizer) -> bool:
     """Return whether calling ``tokenizer`` does nothing besides calling its backend."""
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-    own = type(tokenizer)
-    plain = PreTrainedTokenizerFast
+    tokenizer_class = type(tokenizer)
+    # a class may override either method, for example to add tokens of a language
     return (
-        isinstance(tokenizer, plain)
-        and own.__call__ is PreTrainedTokenizerBase.__call__
-        and own._encode_plus is plain._encode_plus
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and tokenizer_class.__call__ is PreTrainedTokenizerBase.__call__
+        and tokenizer_class._encode_plus is PreTrainedTokenizerFast._encode_plus
         and hasattr(tokenizer.backend_tokenizer, "encode_batch_fast")
     )
 

@@ -14,6 +14,7 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,7 +71,7 @@ def _write(path, texts, column="text"):
 
 
 def _zstd(data):
-    return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
+    return pyarrow.compress(data, "zstd", asbytes=True)
 
 
 def _texts(source, reading=None, piece_bytes=1 << 20):
@@ -106,8 +107,60 @@ def test_every_format_gives_its_texts(tmp_path, name):
 
 
 def test_quotes_of_a_tsv_are_characters(tmp_path):
-    texts = ["the film", 'a "quoted" plot', "NA"]
+    texts = ["the film", 'a "quoted" plot', '"the film"', "NA"]
     assert _texts(_write(tmp_path / "a.tsv", texts)) == texts
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC, csv.QUOTE_ALL])
+def test_a_tsv_that_was_written_with_quotes_is_refused(tmp_path, quoting):
+    """As when training reads it: the quotes were tokenised."""
+    path = tmp_path / "a.tsv"
+    with path.open("w", newline="") as file:
+        rows = [("text", "n"), ("the film", 0), ('a "quoted" plot', 1)]
+        csv.writer(file, delimiter="\t", quoting=quoting).writerows(rows)
+    with pytest.raises(InputError, match=r"a\.tsv was written with quotes around its .*Save it without them"):
+        _texts(path)
+    path.write_text('n\ttext\n0\t"the film"\n1\t"a plot"\n')
+    with pytest.raises(InputError, match=r"a\.tsv was written with quotes around its values in column 'text'"):
+        _texts(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".bz2", ".zst"])
+def test_joined_compressed_files_are_read_to_their_end(tmp_path, name, ending):
+    """As pzstd, bgzip and cat write them: each part is a stream of its own."""
+    texts = ["the film", "the plot", "warm"]
+    path = _write(tmp_path / f"{name}{ending}", texts)
+    more = tmp_path / f"more{ending}"
+    unpacked = _write(tmp_path / name, texts).read_bytes()
+    more.write_bytes(unpacked.partition(b"\n")[2] if name == "a.csv" else unpacked)
+    packers = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": _zstd}
+    path.write_bytes(path.read_bytes() + packers[ending](more.read_bytes()))
+    assert _texts(path) == texts * 2
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".bz2", ".zst"])
+def test_a_compressed_file_that_was_cut_is_refused(tmp_path, ending):
+    """As an interrupted download leaves it."""
+    draw = random.Random(0)
+    path = _write(tmp_path / f"a.jsonl{ending}", [str(draw.random()) for _ in range(2000)])
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cannot be read"):
+        _texts(path)
+
+
+def test_hidden_files_of_a_folder_and_its_dataset_card_are_not_text(tmp_path):
+    """Notebooks keep copies in .ipynb_checkpoints, and datasets of the hub come with a README.md."""
+    _write(tmp_path / "a.jsonl", ["film"])
+    for hidden in (".ipynb_checkpoints", "b/.cache/huggingface"):
+        (tmp_path / hidden).mkdir(parents=True)
+        _write(tmp_path / hidden / "copy.jsonl", ["copy"])
+    _write(tmp_path / ".copy.jsonl", ["copy"])
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert _texts(tmp_path) == ["film"]
+    assert _texts(tmp_path / ".ipynb_checkpoints") == ["copy"]  # named as such
+    (tmp_path / "a.jsonl").unlink()
+    assert _texts(tmp_path) == ["---", "license: mit", "---"]
 
 
 @every_pair
@@ -176,7 +229,7 @@ def test_the_store_is_one_stream_with_the_end_between_documents(tmp_path):
 
 @pytest.mark.few(1)
 def test_a_row_without_text_is_numbered_from_the_start_of_a_parquet_file(tmp_path):
-    """Also in a later piece, which starts inside the file."""
+    """From 0, as when training reads it; also in a later piece, which starts inside the file."""
     import pyarrow
     import pyarrow.parquet
 
@@ -185,7 +238,7 @@ def test_a_row_without_text_is_numbered_from_the_start_of_a_parquet_file(tmp_pat
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(texts, pyarrow.string())}), path, row_group_size=1)
     reading = Reading()
     *_, (last,) = find_pieces([str(path)], reading, 1)
-    with pytest.raises(InputError, match=r"a\.parquet: column 'text' has no text in row 4\. "):
+    with pytest.raises(InputError, match=r"a\.parquet: column 'text' has no text in row 3\. "):
         list(texts_of(last, reading))
 
 
