@@ -1,5 +1,7 @@
-"""Refuse an export for what its settings, its place and the configs of run and model say: before weights are read,
-data is tokenised or anything is written."""
+"""Refuse an export early, from its settings, its place, and the configs of run and model.
+
+No check here reads weights, tokenises data or writes anything, so that a wrong option fails in seconds.
+"""
 
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from pst_ds.storage_format import storage_format
 
 def require_place(out: Path, format_name: str, source: Path | None = None) -> None:
     """Raise InputError unless ``out`` can be written, and is another place than the folder ``source``."""
+    # resolved, because "model", "./model" and a link to it are one folder, which the export would replace while reading
     if source is not None and out.resolve() == source.resolve():
         raise InputError(f"out = {str(out)!r} is the folder to read. Name another folder")
     storage_format(format_name).require_free(out)
@@ -20,7 +23,11 @@ def require_place(out: Path, format_name: str, source: Path | None = None) -> No
 
 def require_vocabulary(path: str | None, seen: str) -> None:
     """Raise InputError unless ``path``, the setting ``vocabulary``, is None, ``seen`` or a file."""
-    if path and path != seen and (not Path(path).exists() or Path(path).is_dir()):
+    if not path or path == seen:
+        return
+    # not is_file(), which is False for a pipe, such as a shell's <(...)
+    is_readable = Path(path).exists() and not Path(path).is_dir()
+    if not is_readable:
         raise InputError(
             f"vocabulary = {path!r} cannot be read: no such file (looked in {Path(path).absolute()}). Name a UTF-8 "
             f'file with one text per line, or vocabulary = "{seen}"'
@@ -34,7 +41,9 @@ def require_pruned(run: RunConfig, format_name: str, *, plain: bool) -> None:
     if not packing.omits_pruned:
         return
     if run.mask_method.masks == "none":
-        fix = "Set plain = true" if storage.has_plain_variant else 'Choose format = "dense"'
+        fix = 'Choose format = "dense"'
+        if storage.has_plain_variant:
+            fix = "Set plain = true"
         raise InputError(
             f'format = "{format_name}" omits pruned weights, and method = "{run.method}" of the run prunes none. {fix}'
         )
@@ -44,7 +53,9 @@ def require_pruned(run: RunConfig, format_name: str, *, plain: bool) -> None:
     sparsity = pattern.fixed_sparsity
     if sparsity is None:
         sparsity = run.schedule.final_sparsity
-    if not varies_by_layer and run.pst.initial_mask != "zeros" and 1 - sparsity > packing.most_kept:
+    # with "zeros" the base model's weights decide, and they are not read here
+    is_known = not varies_by_layer and run.pst.initial_mask != "zeros"
+    if is_known and 1 - sparsity > packing.most_kept:
         raise InputError(
             f'format = "{packing.name}" holds at most {packing.most_kept_text}, and the run, with pattern {pattern} '
             f"and sparsity {sparsity}, keeps more. {packing.fix_for_most_kept}"

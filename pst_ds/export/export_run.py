@@ -47,7 +47,9 @@ _BATCH = 1024
 
 def _as_group(value: object) -> object:
     """Convert a number that is written as text, as an option of the command line is."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    return value
 
 
 def _require_listed(name: str) -> str:
@@ -56,6 +58,15 @@ def _require_listed(name: str) -> str:
     if name not in known:
         raise ValueError(f"format = {name!r} must be one of {', '.join(map(repr, known))}")
     return name
+
+
+def _formats_with_plain_variant() -> list[str]:
+    """Return the names of formats that ``plain`` applies to, in quotes."""
+    names: list[str] = []
+    for name, storage in listed_formats().items():
+        if storage.has_plain_variant:
+            names.append(f'"{name}"')
+    return names
 
 
 @settings
@@ -87,7 +98,7 @@ class ExportSettings(Section):
     def problems(self) -> Iterator[str]:
         storage = self.storage
         if self.plain and not storage.has_plain_variant:
-            with_variant = " or ".join(f'"{name}"' for name, each in listed_formats().items() if each.has_plain_variant)
+            with_variant = " or ".join(_formats_with_plain_variant())
             yield f'plain = true is for format = {with_variant}, not for format = "{self.format}". Remove plain = true'
         if self.shard_bytes != SHARD_BYTES and not storage.has_weight_files:
             yield (
@@ -122,6 +133,10 @@ class ExportSettings(Section):
         group = self.group or self.storage.default_group
         values: Grid | None = None
         embeddings: Grid | None = None
+        dtype: str | None = self.dtype
+        if self.values == "bf16":
+            # a cast of every tensor, which users write where they would write "int8"
+            dtype = "bf16"
         try:
             if self.values in VALUE_BITS:
                 values = grid_of(self.values, group)
@@ -131,12 +146,7 @@ class ExportSettings(Section):
         except ValueError as error:
             raise InputError(str(error)) from None
         return ExportOptions(
-            packing=packing,
-            values=values,
-            embeddings=embeddings,
-            # "bf16" is a cast of every tensor, which users write where they would write "int8"
-            dtype="bf16" if self.values == "bf16" else self.dtype,
-            shard_bytes=self.shard_bytes,
+            packing=packing, values=values, embeddings=embeddings, dtype=dtype, shard_bytes=self.shard_bytes
         )
 
 
@@ -171,6 +181,7 @@ def export_run(
     if isinstance(run, str | Path):
         run = load_run_or_folder(run)
     config = run.run if isinstance(run, ResolvedRun) else run
+    # the cheap checks first: opening the checkpoint reads files and may download the base model's config
     require_run_fits(config, out, settings)
     resolved, opened = open_trained(run, checkpoint)
     model = resolved.shapes.model_to_export()
@@ -191,6 +202,7 @@ def _export_resolved(resolved: ResolvedRun, checkpoint: Checkpoint, out: Path, s
     model = resolved.shapes.model_to_export()
     options = options_as_trained(settings.options(), model, checkpoint)
     whole: PreTrainedModel | None = None
+    # all blocks keep equally many experts, because a config has one number of experts; the first tells it
     kept = next(iter(kept_experts(model, checkpoint).values()), ())
     if kept:
         # the export has fewer experts than the trained model, whose shapes tell which rows to read
@@ -225,7 +237,8 @@ def export_model_folder(source: str | Path, out: str | Path, settings: ExportSet
     require_representable(model_of(source), settings.format)
     settings.storage.require_additions_fit(read_additions(source, with_tensors=False), source)
     if _is_converted(settings):
-        return _convert(lambda at, how: export_model_folder(source, at, how), Path(out), settings)
+        export = partial(export_model_folder, source)
+        return _convert(export, Path(out), settings)
     tokenizer: PreTrainedTokenizerBase | None = None
     vocabulary: Vocabulary | None = None
     if settings.vocabulary:
@@ -281,6 +294,7 @@ def _tokens_of_splits(resolved: ResolvedRun) -> set[int]:
     tokens = set[int]()
     for split in splits:
         examples = resolved.load(split)
+        # collated as in training, because templates and special tokens add tokens that no example contains
         for indices in evaluation_batches(examples.lengths, _BATCH, mixed=task.pads):
             batch = task.collate(examples, indices, tokenizer)
             tokens.update(batch["input_ids"].unique().tolist())
@@ -292,6 +306,7 @@ def _tokens_of_file(path: str, tokenizer: "PreTrainedTokenizerBase") -> set[int]
     tokens = set[int]()
     try:
         with Path(path).open(encoding="utf-8") as file:
+            # in batches, which a tokenizer processes in parallel, and so that a large file need not fit in memory
             while lines := [line.rstrip("\n") for line in islice(file, _BATCH)]:
                 tokens.update(*tokenizer(lines)["input_ids"])
     except (OSError, UnicodeDecodeError) as error:

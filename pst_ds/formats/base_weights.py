@@ -51,11 +51,13 @@ class BaseWeights:
     @property
     def file_bytes(self) -> int:
         """Size of the weight files in bytes. Raises InputError for a missing file."""
-        files = [self.folder / file for file in sorted(set(self._file_of.values()))]
-        for file in files:
+        nbytes = 0
+        for name in sorted(set(self._file_of.values())):
+            file = self.folder / name
             if not file.is_file():
                 raise InputError(f"{file} is missing")
-        return sum(file.stat().st_size for file in files)
+            nbytes += file.stat().st_size
+        return nbytes
 
     def find(self, name: str) -> str | None:
         """Return the name in the files of the model's tensor ``name``, with or without the prefix; None if absent."""
@@ -83,6 +85,7 @@ class BaseWeights:
         return file[name].flatten(0, -2)[first:last]
 
     def _file(self, name: str) -> _WeightFile:
+        """Return the opened file that holds a tensor. Raises InputError if it lacks a tensor of the index."""
         file = self._file_of[name]
         if file not in self._open:
             opened = _opened(self.folder / file)
@@ -141,6 +144,7 @@ def names_in_files(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str,
 
 def may_be_missing(model: nn.Module, name: str) -> bool:
     """Return whether transformers allows files without the tensor ``name``."""
+    # attributes without a public name, in which a class of transformers lists tensors that it computes itself
     rules = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]  # type: ignore[misc]
     return any(re.search(rule, name) for rule in rules)
 
@@ -157,7 +161,7 @@ def tensors_lacking(model: nn.Module, in_files: Collection[str]) -> list[str]:
     for names in _tied(state.items()):
         # files have a tied tensor under one of its names
         if not any(map(is_there, names)):
-            lacking.update((name, state[name]) for name in names)
+            lacking |= {name: state[name] for name in names}
     # files may have it under the names of an older or another class, such as single experts
     still_lacking: list[str] = []
     for names in _tied(saved_tensors(model, lacking).items()):
@@ -199,6 +203,7 @@ def _index(folder: Path, named: str) -> dict[str, str]:
 
 
 def _tensors_of(file: _WeightFile) -> Mapping[str, Slot | Tensor]:
+    """Return the tensors of a file by name; of a safetensors file their places."""
     if isinstance(file, TensorFile):
         return file.slots
     return file
@@ -211,6 +216,7 @@ def _opened(path: Path) -> _WeightFile:
     if path.suffix == ".safetensors":
         return TensorFile(path)
     try:
+        # weights_only, because a pickle of unknown origin can run any code
         return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
     except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
         raise InputError(f"{path} is damaged: {first_line(error)}") from None

@@ -80,8 +80,10 @@ class PackQuantizedFormat(_OfCompressedTensors):
     def unpack_codes(self, parts: Mapping[str, Tensor]) -> Tensor:
         raw = parts["weight_packed"].detach().cpu().contiguous().view(torch.uint8)
         if self.grid.bits == 4:
+            # the lower half of a byte has the first of its two codes
             raw = torch.stack([raw & 15, raw >> 4], -1).flatten(1)
         columns = int(parts["weight_shape"][1])
+        # int16, because an unsigned byte minus 128 has no place in uint8
         unsigned = raw[:, :columns].to(torch.int16)
         return (unsigned - (self.grid.largest + 1)).to(torch.int8)
 

@@ -61,6 +61,7 @@ def downloaded(path: str | Path) -> Path:
         raise InputError(f"{name} does not exist (looked in {Path(path).absolute()}). Name a model folder")
     folder = cached_snapshot(name)
     missing = [CONFIG_FILE] if folder is None else missing_weights(folder)
+    # "*token*" is any file of a tokenizer: tokenizer.json, tokenizer.model, special_tokens_map.json
     if folder is not None and not missing and any(folder.glob("*token*")):
         return folder
     try:
@@ -68,7 +69,9 @@ def downloaded(path: str | Path) -> Path:
     except InputError:
         raise
     except Exception as error:  # of several HTTP clients
-        needed = missing[0] if missing else "its tokenizer"
+        needed = "its tokenizer"
+        if missing:
+            needed = missing[0]
         problem = _error(name, needed, error)
         # some models have no tokenizer file, and a complete one in the cache must load offline
         if folder is not None and not missing and isinstance(problem, NotDownloadedError):
@@ -94,6 +97,7 @@ def missing_weights(folder: Path) -> list[str]:
         if (folder / name).is_file():
             if not name.endswith(".json"):
                 return []
+            # a download that was interrupted leaves the index and some of its files
             shards = sorted(set(weight_map(folder / name).values()))
             return [shard for shard in shards if not (folder / shard).is_file()]
     return [WEIGHT_FILES[0]]
@@ -180,11 +184,13 @@ def _download(name: str) -> Path:
 
     folder = _fetch(name, CONFIG_FILE).parent
     info = HfApi().model_info(name, revision=folder.name, files_metadata=True)
+    # "or", because the client types both as optional
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     wanted = _needed_files(name, folder, sizes)
     lacking = [file for file in wanted if not (folder / file).is_file()]
     if not lacking:
         return folder
+    # the client takes patterns: a name with brackets would match another file
     patterns = [glob.escape(file) for file in wanted]
     download = _Background(lambda: snapshot_download(name, revision=folder.name, allow_patterns=patterns))
     total = sum(sizes[file] for file in lacking)
@@ -204,12 +210,16 @@ def _needed_files(name: str, folder: Path, sizes: Collection[str]) -> list[str]:
 
     Raises InputError for a repository without weights.
     """
-    first = next((file for file in WEIGHT_FILES if file in sizes), None)
-    if first is None:
+    in_repository = [file for file in WEIGHT_FILES if file in sizes]
+    if not in_repository:
         raise InputError(f"{name} has no {WEIGHT_FILES[0]} or {WEIGHT_FILES[2]} on the hub. Name a model with weights")
-    small = [file for file in sizes if file.endswith(_SMALL_FILES) and not file.endswith(".index.json")]
-    # subfolders hold settings of sentence encoders, such as 1_Pooling, but also exports to other formats
-    small = [file for file in small if "/" not in file or file.endswith("_Pooling/config.json")]
+    first = in_repository[0]
+    small: list[str] = []
+    for file in sizes:
+        # subfolders hold settings of sentence encoders, such as 1_Pooling, but also exports to other formats
+        is_in_place = "/" not in file or file.endswith("_Pooling/config.json")
+        if is_in_place and file.endswith(_SMALL_FILES) and not file.endswith(".index.json"):
+            small.append(file)
     if not first.endswith(".index.json"):
         return [*small, first]
     from huggingface_hub import hf_hub_download
@@ -245,6 +255,7 @@ class _Background:
 
 
 def _bytes_in(folder: Path) -> int:
+    """Return the size of the files in a folder while others write to it."""
     total = 0
     for path in folder.glob("*"):
         with suppress(FileNotFoundError):  # renamed when it was complete
@@ -276,6 +287,7 @@ def _error(name: str, file: str, error: Exception) -> InputError | OSError:
     if isinstance(error, OSError) and error.errno and not isinstance(error, HfHubHTTPError | ConnectionError):
         return error  # such as a full disk
     told = f"{type(error).__name__}: {first_line(error)}"
+    # an answer with an error status comes from a hub that was reached
     verb = "does not send it" if isinstance(error, HfHubHTTPError) else "cannot be reached"
     return _not_downloaded(name, file, f"the hub {verb} ({told})")
 

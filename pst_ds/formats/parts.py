@@ -77,6 +77,7 @@ class PackedFormat(ABC):
             return self._pack(weight, row_bits(weight), name)
         assert keep.dtype == torch.uint8
         assert keep.shape == (weight.shape[0], bytes_of_row(weight.shape[1]))
+        # a copy, because the bits become a part, and callers change their masks later
         keep = keep.cpu().clone(memory_format=torch.contiguous_format)
         require_no_padding(name, "the kept positions", keep, weight.shape[1])
         return self._pack(weight, keep, name)
@@ -98,6 +99,8 @@ class PackedFormat(ABC):
             raise FormatError(f"{name}: {self.name} must have the parts {wanted}, found {stored}")
         held = {part: self._plain(name, part, parts[part]) for part in self.part_names}
         rows, columns = self._claimed_shape(name, held)
+        # Python's integers do not overflow, which the sizes below would do in torch; an empty matrix may not claim
+        # 2**62 rows either
         if max(rows, 1) * max(columns, 1) * held[self.values_name].dtype.itemsize > MAX_BYTES:
             raise FormatError(f"{name}: no matrix has the shape {(rows, columns)}")
         if shape is not None and (rows, columns) != tuple(shape):
@@ -113,6 +116,7 @@ class PackedFormat(ABC):
                     f"{name}: {part} of a {rows} x {columns} matrix with {values.numel()} values must be {dtype} of "
                     f"shape {dims}, found {_described(held[part])}"
                 )
+        # last, because it reads values at places that dtypes and shapes must allow
         self._check_contents(name, held, (rows, columns))
         if values.is_floating_point():
             _require_no_negative_zero(name, self.values_name, values)
@@ -123,8 +127,12 @@ class PackedFormat(ABC):
 
         ``dtype``: dtype of the matrix; None is that of the values, or fp32 for quantised values, which is exact.
         """
-        dense = self._unpack({part: parts[part].detach().cpu().contiguous() for part in self.part_names}, dtype)
-        return dense if dtype is None else dense.to(dtype)
+        # C++ loops read the memory of a part from its start, without strides
+        on_cpu = {part: parts[part].detach().cpu().contiguous() for part in self.part_names}
+        dense = self._unpack(on_cpu, dtype)
+        if dtype is None:
+            return dense
+        return dense.to(dtype)
 
     def row_starts(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Return the index of the first element of every row in the flattened values, (O,) int64, on their device."""
@@ -146,9 +154,13 @@ class PackedFormat(ABC):
         for name, part in parts.items():
             if name == "row_offsets":
                 held[name] = starts
-            elif name != self.shape_name:
-                by_row = part.dim() == 2 and part.shape[0] == outputs
-                held[name] = part[rows] if by_row else part[values]
+            elif name == self.shape_name:
+                continue
+            elif part.dim() == 2 and part.shape[0] == outputs:
+                # a row per output: bits, scales, and the values of 2:4
+                held[name] = part[rows]
+            else:
+                held[name] = part[values]
         return held
 
     @abstractmethod
@@ -177,7 +189,9 @@ class PackedFormat(ABC):
         if tensor.layout != torch.strided or tensor.device.type == "meta" or not tensor.is_contiguous():
             raise FormatError(f"{name}: {part} must be a contiguous tensor with values, found {_described(tensor)}")
         if part == self.values_name and tensor.dtype not in self.value_dtypes:
-            known = "bf16, fp16, fp32 or fp64" if self.value_dtypes == VALUE_DTYPES else self.value_dtypes[0]
+            known: object = self.value_dtypes[0]
+            if self.value_dtypes == VALUE_DTYPES:
+                known = "bf16, fp16, fp32 or fp64"
             raise FormatError(f"{name}: {part} must be {known}, found {_described(tensor)}")
         return tensor.detach().cpu()
 
@@ -198,6 +212,7 @@ def require_no_padding(name: str, part: str, bits: Tensor, columns: int) -> None
     """Raise FormatError if a row of ``bits`` has a bit set beyond its ``columns``."""
     if columns % 8 == 0 or not bits.numel():
         return
+    # bits are little-endian within a byte, so that padding is in the upper bits of a row's last byte
     padded = (bits[:, -1] >> (columns % 8)) != 0
     if padded.any():
         row = int(padded.to(torch.uint8).argmax())
@@ -207,13 +222,18 @@ def require_no_padding(name: str, part: str, bits: Tensor, columns: int) -> None
 
 
 def _require_no_negative_zero(name: str, part: str, values: Tensor) -> None:
+    """Raise FormatError if a value is -0.0, the float whose only set bit is the sign."""
+    # as integers, because -0.0 == 0.0 in a comparison of floats
     as_int = values.view(INT_OF_SIZE[values.element_size()])
-    found = as_int == torch.iinfo(as_int.dtype).min
-    if found.any():
-        first = int(found.flatten().to(torch.uint8).argmax())
+    negative = as_int == torch.iinfo(as_int.dtype).min
+    if negative.any():
+        first = int(negative.flatten().to(torch.uint8).argmax())
         raise FormatError(f"{name}: {part} has -0.0 at position {first}; packed zeros must be +0.0")
 
 
 def _described(tensor: Tensor) -> str:
-    strides = f", strides {tensor.stride()}" if tensor.layout == torch.strided else f", {tensor.layout}"
-    return f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device.type}{strides}"
+    """Return dtype, shape, device and memory layout of a tensor, for messages."""
+    storage = str(tensor.layout)
+    if tensor.layout == torch.strided:
+        storage = f"strides {tensor.stride()}"
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device.type}, {storage}"

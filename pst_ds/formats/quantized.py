@@ -33,11 +33,18 @@ def grid_of_parts(parts: Mapping[str, Part], columns: int) -> Grid:
 
     Raises FormatError if the scales fit no quantisation.
     """
+    # two int4 codes share a byte, which is unsigned; int8 codes are signed bytes
     bits = 4 if parts["codes"][0] == torch.uint8 else 8
-    dims = parts["scales"][1] if "scales" in parts else ()
-    groups = dims[1] if len(dims) == 2 else 1
-    group = None if groups == 1 or not columns else columns // max(groups, 1)
-    if group is not None and (group not in GROUPS or group * groups != columns):
+    groups = 1
+    if "scales" in parts:
+        _, dims = parts["scales"]
+        # scales of another shape are refused by the check of the parts
+        if len(dims) == 2:
+            groups = dims[1]
+    if groups == 1 or not columns:
+        return Grid(bits, None)
+    group = columns // max(groups, 1)
+    if group not in GROUPS or group * groups != columns:
         known = ", ".join(map(str, GROUPS))
         raise FormatError(f"{groups} scales per row of {columns} inputs: a scale must be for {known} inputs or for all")
     return Grid(bits, group)
@@ -71,8 +78,9 @@ class QuantizedFormat(PackedFormat):
 
     def stored(self, counts: Tensor) -> int:
         """Return the number of stored codes; int4 codes fill whole bytes in every row."""
-        padding = counts & 1 if self.grid.bits == 4 else 0
-        return int((counts + padding).sum())
+        if self.grid.bits == 4:
+            counts = counts + (counts & 1)
+        return int(counts.sum())
 
     def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
         """Return dtype and shape of every part; ``nonzero``: from :meth:`stored`. ``dtype`` is not used."""
@@ -81,6 +89,7 @@ class QuantizedFormat(PackedFormat):
             self.positions.parts(shape, nonzero, torch.float32)  # rejects shapes that it cannot hold
         *outer, num_codes = self._shape_of_codes(shape, nonzero)
         if self.grid.bits == 4:
+            # two codes per byte, rounded up
             num_codes = -(-num_codes // 2)
         parts: dict[str, Part] = {
             "codes": (self.value_dtypes[0], (*outer, num_codes)),
@@ -149,7 +158,10 @@ class QuantizedFormat(PackedFormat):
         return dequantize(self.unpack_codes(parts), parts["scales"], dtype or torch.float32)
 
     def stored_of(self, num_values: int) -> int:
-        return num_values * 2 if self.grid.bits == 4 else num_values
+        if self.grid.bits == 4:
+            # the padding of odd rows is counted too, as in :meth:`stored`
+            return num_values * 2
+        return num_values
 
     def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         bad = first_bad_scale(parts["scales"], self.grid)
@@ -167,17 +179,28 @@ class QuantizedFormat(PackedFormat):
     def _check_codes(self, name: str, codes: Tensor, counts: Tensor) -> None:
         """Check for codes that no quantisation writes; ``counts``: codes per row, (O,) int64."""
         flat = codes.flatten()
-        bad = flat == -128
-        if self.grid.bits == 8 and bad.any():
-            place = int(bad.to(torch.uint8).argmax())
-            raise FormatError(f"{name}: codes has -128 in byte {place}; int8 codes go from -127 to 127")
-        if self.grid.bits == 4 and bool((counts & 1).any()):
-            last_bytes = ((counts + 1) // 2).cumsum(0) - 1
-            odd_rows = (counts & 1).nonzero().flatten()
-            wrong = (flat[last_bytes[odd_rows]] >> 4) != 0
-            if wrong.any():
-                row = int(odd_rows[int(wrong.to(torch.uint8).argmax())])
-                raise FormatError(f"{name}: the last half byte of row {row} in codes is padding, and must be 0")
+        if self.grid.bits == 8:
+            # quantisation is symmetric: codes go as far down as up
+            bad = flat == -128
+            if bad.any():
+                place = int(bad.to(torch.uint8).argmax())
+                raise FormatError(f"{name}: codes has -128 in byte {place}; int8 codes go from -127 to 127")
+            return
+        odd_rows = (counts & 1).nonzero().flatten()
+        if not odd_rows.numel():
+            return
+        # a bit set in the padding would be read as the same weights, so no other check could find it
+        last_bytes = ((counts + 1) // 2).cumsum(0) - 1
+        wrong = (flat[last_bytes[odd_rows]] >> 4) != 0
+        if wrong.any():
+            row = int(odd_rows[int(wrong.to(torch.uint8).argmax())])
+            raise FormatError(f"{name}: the last half byte of row {row} in codes is padding, and must be 0")
+
+    def _in_bytes(self, codes: Tensor) -> Tensor:
+        """Return int8 codes (rows, codes) as they are stored: int4 in pairs, (rows, ceil(codes / 2)) uint8."""
+        if self.grid.bits == 4:
+            return pack_nibbles(codes)
+        return codes
 
     @abstractmethod
     def _shape_of_codes(self, shape: tuple[int, int], nonzero: int) -> tuple[int, ...]:
@@ -207,7 +230,7 @@ class QuantizedDense(QuantizedFormat):
         return shape
 
     def _pack_kept(self, codes: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
-        return {"codes": pack_nibbles(codes) if self.grid.bits == 4 else codes}
+        return {"codes": self._in_bytes(codes)}
 
     def _codes_per_row(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         return torch.full((shape[0],), shape[1], dtype=torch.int64)
@@ -225,7 +248,9 @@ class QuantizedBitmask(QuantizedFormat):
 
     def row_starts(self, parts: Mapping[str, Tensor]) -> Tensor:
         counts = row_counts(parts["bitmask"].cpu())
-        nbytes = counts if self.grid.bits == 8 else (counts + 1) // 2
+        nbytes = counts
+        if self.grid.bits == 4:
+            nbytes = (counts + 1) // 2
         return (nbytes.cumsum(0) - nbytes).to(parts["codes"].device)
 
     def _shape_of_codes(self, shape: tuple[int, int], nonzero: int) -> tuple[int, ...]:
@@ -262,9 +287,10 @@ class QuantizedTwoFour(QuantizedFormat):
 
     def _pack_kept(self, codes: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
         rows, columns = codes.shape
+        # groups that keep fewer than two are filled with pruned positions, whose codes are 0
         filled = filled_groups(name, keep, columns)
         kept = gather(codes.contiguous(), filled, rows * columns // 2).view(rows, columns // 2)
-        return {"codes": pack_nibbles(kept) if self.grid.bits == 4 else kept, "bitmask": filled}
+        return {"codes": self._in_bytes(kept), "bitmask": filled}
 
     def _codes_per_row(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         return torch.full((shape[0],), shape[1] // 2, dtype=torch.int64)
@@ -274,6 +300,7 @@ def _packed_rows(codes: Tensor, counts: Tensor) -> Tensor:
     """Pack int4 codes row by row, (nnz,) int8 to (bytes,) uint8; ``counts``: codes per row."""
     odd = (counts & 1).bool()
     if odd.any():
+        # a 0 where each odd row ends makes all rows even, so that pairs never cross rows
         codes = torch.from_numpy(np.insert(codes.numpy(), counts.cumsum(0)[odd].numpy(), 0))
     return pack_nibbles(codes)
 
@@ -284,6 +311,8 @@ def without_padding(codes: Tensor, counts: Tensor) -> Tensor:
     ``counts``: codes per row, (O,) int64.
     """
     odd = counts & 1
-    whole = torch.ones(codes.shape, dtype=torch.bool, device=codes.device)
-    whole[((counts + odd).cumsum(0) - 1)[odd.bool()]] = False
-    return codes[whole]
+    is_code = torch.ones(codes.shape, dtype=torch.bool, device=codes.device)
+    # the last place of each row, padding included
+    row_ends = (counts + odd).cumsum(0) - 1
+    is_code[row_ends[odd.bool()]] = False
+    return codes[is_code]

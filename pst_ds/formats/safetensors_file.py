@@ -8,7 +8,7 @@ import math
 import os
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -88,11 +88,13 @@ class TensorFile:
     def _read_bytes(self, name: str, first: int, last: int) -> Tensor:
         """Return bytes [first, last) of a tensor, uint8."""
         data = torch.empty(last - first, dtype=torch.uint8)
+        # opened for each read otherwise, since a model may have more files than a process may have open
         handle = os.open(self.path, os.O_RDONLY) if self._handle is None else self._handle
         try:
             offset = self.slots[name].offset + first
             view = data.numpy().data
             done = 0
+            # a read may return fewer bytes than it was asked for, such as on a network file system
             while done < len(view):
                 count = os.preadv(handle, [view[done : done + _CHUNK_BYTES]], offset + done)
                 if not count:
@@ -115,11 +117,13 @@ def _read_slots(path: Path) -> dict[str, Slot]:
         count = int.from_bytes(stream.read(8), "little")
         table = json.loads(stream.read(count))
     table.pop("__metadata__", None)
-    slots = {}
+    slots: dict[str, Slot] = {}
     for name, entry in table.items():
-        dtype, shape = DTYPE_OF_CODE.get(entry["dtype"]), tuple(entry["shape"])
-        # torch multiplies the sizes of empty tensors too
-        if dtype is None or len(shape) > 16 or math.prod(max(size, 1) for size in shape) >= 1 << 60:
+        dtype = DTYPE_OF_CODE.get(entry["dtype"])
+        shape = tuple(entry["shape"])
+        # torch multiplies the sizes of empty tensors too, and its products overflow
+        num_values = math.prod(max(size, 1) for size in shape)
+        if dtype is None or len(shape) > 16 or num_values >= 1 << 60:
             known = ", ".join(DTYPE_OF_CODE)
             raise TensorFileError(f"{path}: {name} is {entry['dtype']} of shape {str(shape)[:80]}; known are {known}")
         slots[name] = Slot(dtype, shape, 8 + count + entry["data_offsets"][0])
@@ -153,7 +157,7 @@ def header_and_slots(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]])
     text += b" " * (-len(text) % 8)
     # an offset in the header counts from the header's end, an offset of a Slot from the start of the file
     start = 8 + len(text)
-    placed = {name: Slot(slot.dtype, slot.shape, start + slot.offset) for name, slot in slots.items()}
+    placed = {name: replace(slot, offset=start + slot.offset) for name, slot in slots.items()}
     return len(text).to_bytes(8, "little") + text, placed, start + end
 
 

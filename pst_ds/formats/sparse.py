@@ -96,9 +96,15 @@ class CsrFormat(PackedFormat):
         rows, columns = shape
         if columns > MOST_COLUMNS:
             raise FormatError(f"csr holds at most {MOST_COLUMNS} inputs, got {columns}")
+        starts_dtype = torch.int64
+        if nonzero < 1 << 31:
+            starts_dtype = torch.int32
+        columns_dtype = torch.int32
+        if columns <= 1 << 16:
+            columns_dtype = torch.uint16
         return {
-            "crow_indices": (torch.int32 if nonzero < 1 << 31 else torch.int64, (rows + 1,)),
-            "col_indices": (torch.uint16 if columns <= 1 << 16 else torch.int32, (nonzero,)),
+            "crow_indices": (starts_dtype, (rows + 1,)),
+            "col_indices": (columns_dtype, (nonzero,)),
             "values": (dtype, (nonzero,)),
             "shape": (torch.int64, self.shape_dims),
         }
@@ -116,11 +122,13 @@ class CsrFormat(PackedFormat):
             expected = self.parts((weight.shape[0], columns), count, weight.dtype)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from None
-        starts = torch.zeros(expected["crow_indices"][1], dtype=expected["crow_indices"][0])
+        starts_dtype, starts_shape = expected["crow_indices"]
+        columns_dtype, _ = expected["col_indices"]
+        starts = torch.zeros(starts_shape, dtype=starts_dtype)
         starts[1:] = counts.cumsum(0)
         return {
             "crow_indices": starts,
-            "col_indices": columns_of(keep, columns, count, expected["col_indices"][0]),
+            "col_indices": columns_of(bits=keep, columns=columns, count=count, dtype=columns_dtype),
             "values": gather(weight, keep, count),
             "shape": self._shape_part(weight.shape),
         }
@@ -145,7 +153,8 @@ class CsrFormat(PackedFormat):
         rises = indices[1:] > indices[:-1]
         # columns may fall where a row starts; empty rows at the ends start outside the indices
         first_of_row = starts[1:-1]
-        rises[first_of_row[(first_of_row > 0) & (first_of_row < len(indices))] - 1] = True
+        has_neighbour = (first_of_row > 0) & (first_of_row < len(indices))
+        rises[first_of_row[has_neighbour] - 1] = True
         if not rises.all():
             i = int(np.argmin(rises))
             row = int(np.searchsorted(starts, i, side="right")) - 1
@@ -189,8 +198,10 @@ class TwoFourFormat(BitmaskFormat):
     def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
         rows, columns = weight.shape
         filled = filled_groups(name, keep, columns)
-        if not torch.equal(filled, keep):  # values at filled positions are pruned, and must be stored as 0
-            weight = scatter(gather(weight, keep, int(row_counts(keep).sum())), keep, columns)
+        if not torch.equal(filled, keep):
+            # values at filled positions are pruned, and must be stored as 0
+            kept_values = gather(weight, keep, int(row_counts(keep).sum()))
+            weight = scatter(kept_values, keep, columns)
         values = gather(weight, filled, rows * columns // 2)
         return {
             "compressed": values.view(rows, columns // 2),
@@ -215,6 +226,7 @@ def filled_groups(name: str, keep: Tensor, columns: int) -> Tensor:
     _require_groups(name, keep, _TOO_MANY, "at most two")
     filled = _FILLED[keep.numpy()]
     if columns % 8:
+        # the table has filled the half byte after the last group, too
         filled[:, -1] &= 0x0F
     return torch.from_numpy(filled)
 
@@ -234,16 +246,19 @@ def _table(of_group: list[int], join: str) -> np.ndarray:
     """Combine a value for each of the 16 groups into a value for each of the 256 bytes of two groups."""
     low = np.array(of_group * 16, dtype=np.uint8)  # (256,): the value for the lower half of each byte
     high = np.repeat(np.array(of_group, dtype=np.uint8), 16)
-    return (low | high) if join == "or" else (low | high << 4)
+    if join == "or":
+        return low | high
+    return low | high << 4
 
 
 def _fill(group: int) -> int:
     """Return ``group`` with its lowest free positions set until it has two."""
     while group.bit_count() < 2:
-        group |= ~group & (group + 1)
+        group |= ~group & (group + 1)  # the lowest bit that is not set
     return group
 
 
+# tables for a byte, which is two groups: looking up bytes is much faster than unpacking bits
 _TOO_MANY = _table([int(group.bit_count() > 2) for group in range(16)], "or").view(bool)
 _NOT_TWO = _table([int(group.bit_count() != 2) for group in range(16)], "or").view(bool)
 _FILLED = _table([_fill(group) for group in range(16)], "bytes")
@@ -257,7 +272,9 @@ def _require_groups(name: str, bits: Tensor, table: np.ndarray, wanted: str, fir
     row, byte = divmod(int(bad.argmax()), bits.shape[1])
     value = int(bits[row, byte])
     # 0x30 is a valid upper half in both tables, so that this looks at the lower half only
-    half = 0 if table[(value & 0x0F) | 0x30] else 1
+    half = 1
+    if table[(value & 0x0F) | 0x30]:
+        half = 0
     group = value >> GROUP * half & 0x0F
     first = 8 * (first_byte + byte) + GROUP * half
     raise FormatError(

@@ -50,6 +50,7 @@ class VerifyReport:
         """Return the JSON object of ``pst-ds verify --json``."""
         if self.comparison is None:
             return {**self.file, "export_dir": self.export_dir}
+        # a key that is missing means "not measured", such as "kl" of an export without quantisation
         compared = {key: value for key, value in asdict(self.comparison).items() if value is not None}
         return {**self.file, **compared, "reloaded_equal": not self.problem, "export_dir": self.export_dir}
 
@@ -95,13 +96,17 @@ def verify(
         file = storage.check(folder)
     else:
         file = check_export(folder)
+        # the manifest cannot tell that transformers would initialise a tensor of the model that no file has
         check_model(folder)
     if run is None:
         return VerifyReport(str(export), file)
     resolved, opened = open_trained(run, checkpoint)
     compared = compare(folder, resolved, opened, split, limit, reference)
+    # a name stays as the caller wrote it: "best" says more than the folder that it is a link to
     name = opened.folder.name if isinstance(checkpoint, Checkpoint) else checkpoint
-    return VerifyReport(str(export), file, compared, f"{resolved.run.output_dir}, checkpoint {name}")
+    return VerifyReport(
+        export_dir=str(export), file=file, comparison=compared, run=f"{resolved.run.output_dir}, checkpoint {name}"
+    )
 
 
 def _name_of_run(run: RunConfig | str | Path | ResolvedRun) -> str:

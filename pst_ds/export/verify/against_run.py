@@ -91,7 +91,7 @@ def compare_with_run(
     The masked model is first quantised or cast as the export is; ``rounding`` and ``kl`` have the effect. Raises
     InputError.
     """
-    run = MaskedRun.of(folder, resolved, checkpoint, split, limit, None)
+    run = MaskedRun.of(folder=folder, resolved=resolved, checkpoint=checkpoint, split=split, limit=limit, encoding=None)
     _align(run.model)
     encoding = run.encoding
     fewer = run.trim()
@@ -112,8 +112,13 @@ def compare_with_run(
     pairs = _weights_of_both(run, plain, quantised)
     differences = run.compare(run.model, plain)
     dtype = next(plain.parameters()).dtype
-    inputs = max(weight.shape[-1] for weight, _ in pairs if weight.dim())
-    allowed = allowed_difference(dtype, len(pairs), inputs)
+    longest_row = 0
+    num_differing = 0
+    for ours, theirs in pairs:
+        if ours.dim():
+            longest_row = max(longest_row, ours.shape[-1])
+        num_differing += not torch.equal(ours, theirs)
+    allowed = allowed_difference(dtype, num_layers=len(pairs), inputs=longest_row)
     kept_sparse: KeptSparse | None = None
     if not encoding.is_plain:
         kept_sparse = _compare_sparse(run, plain)
@@ -121,7 +126,7 @@ def compare_with_run(
         examples=len(run.examples),
         unit=run.context.task.unit,
         compared_weights=len(pairs),
-        differing_weights=sum(not torch.equal(ours, theirs) for ours, theirs in pairs),
+        differing_weights=num_differing,
         differing_predictions=differences.predictions,
         max_logit_difference=differences.logit,
         allowed_logit_difference=allowed * differences.largest_logit,
@@ -142,13 +147,16 @@ def quantisation_loss(out: Path, resolved: ResolvedRun, checkpoint: Checkpoint, 
     file, the trained model gets the same quantised weights. Raises InputError, also for unreadable data.
     """
     kind = storage_format(storage.packing)
-    foreign = None
+    foreign: Encoding | None = None
     if kind.runtime:
         resolved = without_document_mask(resolved)
     elif kind.engine:
         foreign = Encoding(storage.packing, storage.values, storage.embeddings)
-    run = MaskedRun.of(out, resolved, checkpoint, "validation", None, foreign)
+    run = MaskedRun.of(
+        folder=out, resolved=resolved, checkpoint=checkpoint, split="validation", limit=None, encoding=foreign
+    )
     tokens_up_to = np.cumsum(run.examples.lengths)
+    # the limit is kept in the run, because trimming tokenises the examples again
     run.limit = max(1, int(np.searchsorted(tokens_up_to, MEASURED_TOKENS, "right")))
     run.examples = run.examples.first(run.limit)
     trained = run.metrics_of(run.model)
@@ -177,28 +185,45 @@ def _weights_of_both(run: MaskedRun, plain: nn.Module, quantised: dict[str, Tens
 
     Persistent buffers are included. Raises InputError if the export lacks one, or has it in another shape.
     """
-    merged: dict[str, Tensor] = {
-        plain_name(name, layer): layer.masked_weight().view(layer.weight_shape)
-        for name, layer in pst_layers(run.model).items()
-    }
-    merged |= {f"{n}.weight": table.updated_weight() for n, table in updated_tables(run.model).items()}
-    merged = merged or dict(run.model.named_parameters())  # method "dense" changes no module
+    merged = _merged_weights(run.model)
+    if not merged:
+        # method "dense" changes no module
+        merged = dict(run.model.named_parameters())
     merged |= quantised | persistent_buffers(run.model)
     loaded = {**dict(plain.named_parameters()), **persistent_buffers(plain)}
-    for router in pst_routers(run.model).values():  # the export has no removed experts
-        block = f"{router.experts.rpartition('.')[0]}."
-        for name, weight in merged.items():
-            if not name.startswith(block) or name not in loaded:
-                continue
-            if weight.shape[0] == router.num_embeddings != loaded[name].shape[0]:
-                merged[name] = weight[router.kept]
-    foreign = [name for name, weight in merged.items() if name not in loaded or loaded[name].shape != weight.shape]
+    _take_kept_experts(run.model, merged, loaded)
+    foreign: list[str] = []
+    for name, weight in merged.items():
+        if name not in loaded or loaded[name].shape != weight.shape:
+            foreign.append(name)
     if foreign:
         raise InputError(
             f"{run.folder} has no {foreign[0]} as in the model of against = {run.context.run.output_dir!r} "
             f"({len(foreign)} weights differ in name or shape). Name the run it came from"
         )
     return [(weight, loaded[name]) for name, weight in merged.items()]
+
+
+def _merged_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the masked weights of pruned layers and the updated tables, in their shapes and by their plain names."""
+    merged: dict[str, Tensor] = {}
+    for name, layer in pst_layers(model).items():
+        merged[plain_name(name, layer)] = layer.masked_weight().view(layer.weight_shape)
+    for name, table in updated_tables(model).items():
+        merged[f"{name}.weight"] = table.updated_weight()
+    return merged
+
+
+def _take_kept_experts(model: nn.Module, merged: dict[str, Tensor], loaded: dict[str, Tensor]) -> None:
+    """Reduce tensors in ``merged`` to the experts that the run has not removed, where ``loaded`` has only these."""
+    for router in pst_routers(model).values():
+        # the router and the experts are next to each other in a block
+        block = f"{router.experts.rpartition('.')[0]}."
+        for name, weight in merged.items():
+            if not name.startswith(block) or name not in loaded:
+                continue
+            if weight.shape[0] == router.num_embeddings != loaded[name].shape[0]:
+                merged[name] = weight[router.kept]
 
 
 def _compare_sparse(run: MaskedRun, plain: nn.Module) -> KeptSparse:
@@ -208,6 +233,7 @@ def _compare_sparse(run: MaskedRun, plain: nn.Module) -> KeptSparse:
     differing = 0
     weight: Tensor
     for name, layer in layers.items():
+        # both branches bring the dense weight into the orientation of packed ones: outputs x inputs
         if isinstance(layer, SparseExperts):
             stack: Tensor = plain.get_parameter(name)
             experts = plain.get_submodule(name.rpartition(".")[0])
@@ -223,7 +249,7 @@ def _compare_sparse(run: MaskedRun, plain: nn.Module) -> KeptSparse:
     differences = run.compare(run.model, sparse)
     dtype = next(plain.parameters()).dtype
     inputs = max((layer.in_features for layer in layers.values()), default=1)
-    allowed = allowed_difference(dtype, len(layers), inputs)
+    allowed = allowed_difference(dtype, num_layers=len(layers), inputs=inputs)
     return KeptSparse(
         layers=len(layers),
         differing_weights=differing,

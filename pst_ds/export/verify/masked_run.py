@@ -60,8 +60,10 @@ class Compared:
     @property
     def problem(self) -> str:
         """Why the export is not the trained model; "" if it is."""
-        is_equal = self.max_logit_difference <= self.allowed_logit_difference  # False for NaN
-        return "" if is_equal else "its logits differ by more than rounding explains"
+        # in this direction, because a comparison with NaN is False
+        if self.max_logit_difference <= self.allowed_logit_difference:
+            return ""
+        return "its logits differ by more than rounding explains"
 
 
 @dataclass(slots=True)
@@ -90,8 +92,11 @@ class MaskedRun:
         encoding: Encoding | None,
     ) -> "MaskedRun":
         """Rebuild the model, and load the examples; ``encoding``: of a file that is not read. Raises InputError."""
-        tensors, facts = read_manifest(folder) if encoding is None else ([], {})
-        encoding = encoding or encoding_of(facts["kind"], facts)
+        tensors: list[ExportedTensor] = []
+        facts: Facts = {}
+        if encoding is None:
+            tensors, facts = read_manifest(folder)
+            encoding = encoding_of(facts["kind"], facts)
         engine = encoding.storage.engine
         if facts and engine:
             raise InputError(
@@ -101,12 +106,25 @@ class MaskedRun:
         context = prepare_single(resolved)
         examples = _examples(context, split, limit)
         model = masked_model(context, checkpoint)
-        return cls(folder, split, limit, context, examples, model, tensors, facts, encoding)
+        return cls(
+            folder=folder,
+            split=split,
+            limit=limit,
+            context=context,
+            examples=examples,
+            model=model,
+            tensors=tensors,
+            facts=facts,
+            encoding=encoding,
+        )
 
     def metrics_of(self, model: Callable[..., object]) -> dict[str, float]:
-        return self.context.task.metrics(predict(model, self.context, self.examples), self.examples)
+        """Return the task's metrics of a model on the examples."""
+        predictions = predict(model, self.context, self.examples)
+        return self.context.task.metrics(predictions, self.examples)
 
     def compare(self, one: Callable[..., object], other: Callable[..., object]) -> Differences:
+        """Compare the logits of two models on the examples; the metrics are those of ``other``."""
         return compare(one, other, self.context, self.examples)
 
     def kl_of(self, exported: Callable[..., object]) -> dict[str, float] | None:
@@ -136,6 +154,7 @@ class MaskedRun:
         whole = self.examples
         metrics = self.metrics_of(self.model)
         tokenizer = type(before.tokenizer).from_pretrained(self.folder)
+        # a larger id would read a row that the trimmed model does not have
         if max(tokenizer.get_vocab().values()) >= len(kept):
             raise ExportError(f"{self.folder}: the manifest has {len(kept)} tokens, and the tokenizer has more")
         take_rows(self.model, kept)
@@ -146,6 +165,7 @@ class MaskedRun:
             return FewerTokens(len(kept), metrics)
         same = 0
         for i in range(len(whole)):
+            # ids of the trimmed model are positions in the list of kept tokens
             renumbered_back = [kept[new] for new in _ids(self.context, self.examples, i)]
             same += renumbered_back == _ids(before, whole, i)
         return FewerTokens(len(kept), metrics, same)
@@ -186,6 +206,7 @@ class MaskedRun:
         for layer in pst_layers(self.model).values():
             if not layer.rounds:
                 settle(layer, layer.masked_weight())
+        # not self.model.float(): transformers raises for a model that was loaded with quantised weights
         nn.Module.float(self.model)
         base = BaseWeights(self.context.run.model.path, getattr(self.model, "base_model_prefix", ""))
         params = dict(self.model.named_parameters())
@@ -198,8 +219,9 @@ class MaskedRun:
                 continue
             param = params[name]
             stored = base.read(source)
+            # only a table with a row per token has fewer rows in the export than in the base model
             if kept and stored.dim() == param.dim() and len(stored) > len(param) == len(kept):
-                stored = stored[list(kept)]  # the rows of the export's tokens
+                stored = stored[list(kept)]
             rounded = stored.to(compute_dtype).float()
             # a parameter that is not the rounded base was quantised in training, and has its final values already
             if rounded.shape == param.shape and torch.equal(rounded, param.cpu()):
@@ -213,6 +235,7 @@ class MaskedRun:
         """
         layers = {plain_name(name, layer): layer for name, layer in pst_layers(self.model).items()}
         embeddings = {f"{name}.weight": embedding for name, embedding in updated_tables(self.model).items()}
+        # buffers, too: an export in bf16 has all its tensors in bf16
         tensors = {**dict(self.model.named_parameters()), **persistent_buffers(self.model)}
         for name, dtype in dtypes.items():
             if name in layers:
@@ -237,30 +260,34 @@ class MaskedRun:
         layers = pst_layers(self.model)
         for name, layer in layers.items():
             if values is not None and not layer.rounds:
-                _quantise_layer(layer, values, by_name.get(plain_name(name, layer)), in_fp32)
+                _quantise_layer(layer, values, by_name.get(plain_name(name, layer)), in_fp32=in_fp32)
         if any(layer.rounds for layer in layers.values()):
             values = None  # the export leaves other linear layers unchanged
         base = BaseWeights(self.context.run.model.path, getattr(self.model, "base_model_prefix", ""))
         params = dict(self.model.named_parameters())
         embeddings = updated_tables(self.model)
-        # tables that were trained with quantisation have their quantised values already
-        tables = None if rounded_grid(self.model) else self.encoding.embeddings
+        tables = self.encoding.embeddings
+        if rounded_grid(self.model):
+            tables = None  # trained with quantisation: they have their quantised values already
         quantised = dict[str, Tensor]()
         for name, grid in grids(self.model, values, tables).items():
             owner = name.removesuffix(".weight")
+            exported = by_name.get(name)
             if owner in embeddings:
-                weight = _quantised(embeddings[owner].updated_weight(), grid, by_name.get(name), in_fp32)
-                settle(embeddings[owner], weight)
+                weight = embeddings[owner].updated_weight()
+                settle(embeddings[owner], _quantised(weight, grid, exported, in_fp32=in_fp32))
             elif name in params:
                 module = self.model.get_submodule(owner)
-                is_transposed = is_conv1d(module)
                 weight = _stored(params[name], name, base)
-                if is_transposed:
-                    weight = weight.t().contiguous()  # (I, O) to (O, I), since scales belong to outputs
-                weight = _quantised(weight, grid, by_name.get(name), in_fp32)
+                if is_conv1d(module):
+                    transposed = weight.t().contiguous()  # (I, O) to (O, I), since scales belong to outputs
+                    weight = _quantised(transposed, grid, exported, in_fp32=in_fp32).t()
+                else:
+                    weight = _quantised(weight, grid, exported, in_fp32=in_fp32)
                 if in_fp32:
                     nn.Module.float(module)
-                self.model.get_parameter(name).copy_(weight.t() if is_transposed else weight)
+                # read again, since the conversion may have replaced the Parameter
+                self.model.get_parameter(name).copy_(weight)
             else:
                 continue  # the name in the files of a parameter that has another name in the model
             quantised[name] = self.model.get_parameter(name)
@@ -286,8 +313,11 @@ def settle(module: PSTLayer | UpdatedTable, weight: Tensor) -> None:
 
 
 def _examples(context: RunContext, split: str, limit: int | None) -> ExampleSet:
+    """Return the first ``limit`` examples of a split, or all."""
     examples = context.load(split)
-    return examples.first(limit) if limit else examples
+    if limit:
+        return examples.first(limit)
+    return examples
 
 
 def _ids(context: RunContext, examples: ExampleSet, index: int) -> list[int]:
@@ -297,7 +327,7 @@ def _ids(context: RunContext, examples: ExampleSet, index: int) -> list[int]:
     return ids
 
 
-def _quantise_layer(layer: PSTLayer, grid: Grid, exported: ExportedTensor | None, in_fp32: bool) -> None:
+def _quantise_layer(layer: PSTLayer, grid: Grid, exported: ExportedTensor | None, *, in_fp32: bool) -> None:
     """Quantise a layer's masked weight, or each expert of a stack, along its inputs."""
     is_transposed = layer.layout.transposed
     weight = layer.masked_weight().view(layer.weight_shape)
@@ -305,7 +335,7 @@ def _quantise_layer(layer: PSTLayer, grid: Grid, exported: ExportedTensor | None
         weight = weight.transpose(-1, -2)  # (..., outputs, inputs)
     weight = weight.contiguous()
     matrix = weight.flatten(0, -2)  # a stack of E experts: (E * outputs, inputs)
-    weight = _quantised(matrix, grid, exported, in_fp32).view(weight.shape)
+    weight = _quantised(matrix, grid, exported, in_fp32=in_fp32).view(weight.shape)
     if is_transposed:
         weight = weight.transpose(-1, -2)
     settle(layer, weight.contiguous())
@@ -316,17 +346,25 @@ def _stored(param: nn.Parameter, name: str, base: BaseWeights) -> Tensor:
 
     They may be fp32 although the run is in bf16.
     """
-    source = None if param.requires_grad else base.find(name)
-    if source is None or base.size(source)[1] != tuple(param.shape):  # trained, or trimmed to fewer tokens
+    if param.requires_grad:
+        return param
+    source = base.find(name)
+    if source is None:
+        return param
+    _, shape = base.size(source)
+    if shape != tuple(param.shape):  # trimmed to fewer tokens
         return param
     return base.read(source).to(param.device)
 
 
-def _quantised(weight: Tensor, grid: Grid, exported: ExportedTensor | None, in_fp32: bool) -> Tensor:
+def _quantised(weight: Tensor, grid: Grid, exported: ExportedTensor | None, *, in_fp32: bool) -> Tensor:
     """Return the quantised values of ``weight`` (O, I), in fp32 or its own dtype."""
-    # an export casts before it quantises
-    unquantised = weight if exported is None else weight.to(exported.spec.dtype)
-    # on the CPU, as exports quantise
+    unquantised = weight
+    if exported is not None:
+        # an export casts before it quantises
+        unquantised = weight.to(exported.spec.dtype)
+    # on the CPU, as exports quantise: a scale that another device rounds differently would change many values
     quantised = round_to_grid(unquantised.detach().float().cpu(), None, grid)
-    dtype = torch.float32 if in_fp32 else weight.dtype
-    return quantised.to(weight.device, dtype)
+    if in_fp32:
+        return quantised.to(weight.device, torch.float32)
+    return quantised.to(weight.device, weight.dtype)

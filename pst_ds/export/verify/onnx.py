@@ -40,9 +40,11 @@ def facts_of_file(folder: Path) -> dict[str, object]:
     """
     without_sha256 = _check_files(folder)
     session = open_session(folder / ONNX_FILE)
+    # large weights are in a second file next to the graph
+    file_bytes = sum(path.stat().st_size for path in folder.glob(f"{ONNX_FILE}*"))
     return {
         "kind": "onnx",
-        "file_bytes": sum(path.stat().st_size for path in folder.glob(f"{ONNX_FILE}*")),
+        "file_bytes": file_bytes,
         "inputs": [value.name for value in session.get_inputs()],
         "outputs": [value.name for value in session.get_outputs()],
         "without_sha256": without_sha256,
@@ -56,11 +58,12 @@ def _check_files(folder: Path) -> list[str]:
     Raises ExportError for a missing or damaged manifest, and for a file that is missing or differs.
     """
     _, facts = read_manifest(folder)
-    files = facts["files"]
-    if ONNX_FILE not in files:
-        return sorted(path.name for path in folder.glob(f"{ONNX_FILE}*"))
-    check_sums(folder, files | facts.get("files_in_folders", {}))
-    unknown = sorted(path.name for path in folder.glob(f"{ONNX_FILE}*") if path.name not in files)
+    listed = facts["files"]
+    present = sorted(path.name for path in folder.glob(f"{ONNX_FILE}*"))
+    if ONNX_FILE not in listed:
+        return present
+    check_sums(folder, listed | facts.get("files_in_folders", {}))
+    unknown = [name for name in present if name not in listed]
     if unknown:
         raise ExportError(f"{folder} has files that the manifest does not list: {shortened(unknown)}. Remove them")
     return []
@@ -82,16 +85,26 @@ def compare_onnx_with_run(
     metrics. Raises InputError for a file whose only output is not "logits".
     """
     model = OnnxModel(folder / ONNX_FILE)
-    run = MaskedRun.of(folder, without_document_mask(resolved), checkpoint, split, limit, None)
+    run = MaskedRun.of(
+        folder=folder,
+        resolved=without_document_mask(resolved),
+        checkpoint=checkpoint,
+        split=split,
+        limit=limit,
+        encoding=None,
+    )
     run.trim()
     in_8_bits = model.activation_bits == 8
-    as_it_runs = OnnxModel(folder / ONNX_FILE, exact=False) if in_8_bits else model
+    as_it_runs = model
+    if in_8_bits:
+        as_it_runs = OnnxModel(folder / ONNX_FILE, exact=False)
     # divergences are from the model as it was trained, which the lines below change
     kl = run.kl_of(as_it_runs)
     kl_from_reference = run.kl_from(reference, as_it_runs)
     run.cast(run.narrower_dtypes())
     if run.encoding.is_quantized:
         run.quantise(in_fp32=True)
+    # last: a cast or quantised value stays the same in fp32
     run.to_fp32()
     exact = run.compare(run.model, model)
     quantised: dict[str, str] = {}
@@ -99,8 +112,10 @@ def compare_onnx_with_run(
         for tensor in run.tensors:
             if tensor.values:
                 quantised[tensor.name.removesuffix(".weight")] = tensor.values
-    draws = [RoundedProducts(run.model, quantised, seed) for seed in range(DRAWS)]
-    effects = [run.compare(run.model, draw).logit for draw in draws]
+    effects: list[float] = []
+    for seed in range(DRAWS):
+        rounded = RoundedProducts(run.model, quantised, seed)
+        effects.append(run.compare(run.model, rounded).logit)
     differences = exact
     max_logit_difference_in_8_bits: float | None = None
     if in_8_bits:
@@ -154,6 +169,7 @@ class OnnxModel:
         # transformers has these defaults, and a graph needs every input
         defaults = {"attention_mask": torch.ones_like(tokens), "token_type_ids": torch.zeros_like(tokens)}
         known = defaults | inputs
+        # a graph refuses a name that is not one of its inputs, such as "labels"
         feed = {name: known[name].cpu().numpy() for name in self._inputs if name in known}
         logits = torch.from_numpy(self._session.run(None, feed)[0])
         return ModelOutput(logits=logits.to(tokens.device))
