@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pst_ds.cli.main import above, add_run_arguments, count, load_run_or_folder
 from pst_ds.config.one_shot import CHANNELS
-from pst_ds.planning.machines import MACHINES
+from pst_ds.planning.machines import MACHINES, machine_of
 from pst_ds.text_table import aligned, bytes_text
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ def _time(plan: Plan) -> Iterator[str]:
         f"expected on {plan.machine}: a step {_seconds(time.step)}, a mask update {_seconds(time.update)}; masks take "
         f"{plan.share_of_masks:.2%} of the run"
     )
+    yield _parts_of_step(plan)
     if time.step_received:
         yield (
             f"received by a rank, and of it from other nodes: in a step {bytes_text(time.step_received)}, "
@@ -213,6 +214,20 @@ def _time(plan: Plan) -> Iterator[str]:
         f"full fine-tuning of the same model there: a step {_seconds(time.full_step)}; PST takes "
         f"{time.step / time.full_step:.2f} of it, {time.over_full:.2f} with a mask update in every step"
     )
+
+
+def _parts_of_step(plan: Plan) -> str:
+    """Return a line on the time of products, network and host in a step, and which of them bounds it."""
+    time = plan.time
+    parts = (
+        f"  products {_seconds(time.step_compute)}, network {_seconds(time.step_network)}, "
+        f"host {_seconds(time.step_host)}"
+    )
+    bound = time.step_bound
+    if machine_of(plan.machine).device == "cpu":  # the host is what computes
+        return f"{parts}, one after another"
+    verb = "bound" if bound == "products" else "bounds"
+    return f"{parts}, at the same time: the {bound} {verb} the step"
 
 
 def _verdict(plan: Plan) -> Iterator[str]:

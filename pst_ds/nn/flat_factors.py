@@ -38,11 +38,11 @@ def flatten_factors(model: nn.Module, groups: Sequence[ParamGroup]) -> None:
     values. Factors of stacks of experts stay parameters: they are few tensors, and too large for a whole copy on each
     rank. A model without input embeddings is unchanged, since its outputs need not depend on :class:`FlatFactors`.
     """
-    embeddings = _input_embeddings(model)
+    embeddings = input_embeddings(model)
     if not embeddings:
         return
     flat_factors = FlatFactors()
-    owners = _owners_of_factors(model)
+    owners = owners_of_factors(model)
     for group in groups:
         factors = [param for param in group["params"] if param in owners]
         others = [param for param in group["params"] if param not in owners]
@@ -53,6 +53,19 @@ def flatten_factors(model: nn.Module, groups: Sequence[ParamGroup]) -> None:
     model.add_module(_MODULE, flat_factors)
     for embedding in embeddings:
         embedding.register_forward_hook(flat_factors.follow)
+
+
+def flat_sizes(model: nn.Module, groups: Sequence[ParamGroup]) -> list[int]:
+    """Return the number of values of each parameter that :func:`flatten_factors` would make."""
+    if not input_embeddings(model):
+        return []
+    owners = owners_of_factors(model)
+    sizes = []
+    for group in groups:
+        size = sum(sharding.full_numel(param) for param in group["params"] if param in owners)
+        if size:
+            sizes.append(size)
+    return sizes
 
 
 def parameters_by_layer(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -183,7 +196,7 @@ class _HandOver(torch.autograd.Function):
         return gradient, None, *(views.take_gradient() for views in ctx.views)
 
 
-def _owners_of_factors(model: nn.Module) -> dict[nn.Parameter, tuple[PSTLayer, str]]:
+def owners_of_factors(model: nn.Module) -> dict[nn.Parameter, tuple[PSTLayer, str]]:
     """Return the layer and the attribute of every factor of ``model``, without those of stacks of experts."""
     owners: dict[nn.Parameter, tuple[PSTLayer, str]] = {}
     for layer in pst_layers(model).values():
@@ -194,7 +207,7 @@ def _owners_of_factors(model: nn.Module) -> dict[nn.Parameter, tuple[PSTLayer, s
     return owners
 
 
-def _input_embeddings(model: nn.Module) -> list[nn.Module]:
+def input_embeddings(model: nn.Module) -> list[nn.Module]:
     """Return the modules that embed tokens, once each; several for an encoder with a decoder."""
     embeddings: dict[nn.Module, None] = {}
     for module in model.modules():

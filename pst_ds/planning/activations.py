@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from pst_ds.core.head_loss import ChunkSizes, Teacher, chunk_sizes, head_loss
 from pst_ds.errors import first_line
 from pst_ds.nn.checkpointing import recompute_activations
 from pst_ds.nn.experts import PSTExpertStack, of_routing, registered
+from pst_ds.nn.flat_factors import input_embeddings, owners_of_factors
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.language_head import LanguageHead, UnknownHeadError, language_head
 from pst_ds.nn.layer import PSTLayer
@@ -58,6 +59,12 @@ class Trace:
     """Bytes that operators outside the pruned layers read and write, except products."""
     launches: int = 0
     """Operators outside the pruned layers."""
+    fetches: int = 0
+    """Turns of modules, forward and backward, before which ZeRO-3's hooks run."""
+    releases: int = 0
+    """Turns of modules after which ZeRO-3's hooks run."""
+    parameter_turns: int = 0
+    """Parameters of the modules in ``fetches``."""
 
 
 def trace_micro_batch(
@@ -70,6 +77,7 @@ def trace_micro_batch(
     persistence_threshold: int = 0,
     distilled: bool = False,
     device: str = "cpu",
+    flats: Sequence[int] = (),
 ) -> Trace:
     """Trace a forward and backward pass.
 
@@ -85,17 +93,23 @@ def trace_micro_batch(
         persistence_threshold: elements up to which ZeRO-3 never gathers a parameter.
         distilled: whether the loss of a language model also needs a teacher's hidden states.
         device: "cpu" or "cuda", for the size of the chunks in which the loss of a known head is computed.
+        flats: sizes of the flat parameters that will hold the factors, :func:`pst_ds.nn.flat_factors.flat_sizes`.
 
     Raises:
         UntraceableError: the model cannot run without values.
         InputError: the model has fewer than ``recomputed_blocks``.
     """
     trace = Trace()
+    if flats:
+        _add_flat_parameters(model, flats)
 
     def start(root: nn.Module, args: object) -> None:
         # only now, since checkpointing adds its hook to the embedding first
+        factors: Set[nn.Parameter] = owners_of_factors(root).keys() if flats else set()
         for module in root.modules():
-            _count_gathers(module, trace, persistence_threshold)
+            params = [p for p in module.parameters(recurse=False) if p not in factors]
+            _count_turns(module, len(params), trace)
+            _count_gathers(module, [p for p in params if p.numel() > persistence_threshold], trace)
 
     model.register_forward_pre_hook(start)
     if checkpointing:
@@ -107,14 +121,63 @@ def trace_micro_batch(
     return trace
 
 
-def _count_gathers(module: nn.Module, trace: Trace, threshold: int) -> None:
-    """Count a fetch per completed forward turn, and one for its backward turn.
+def _add_flat_parameters(model: nn.Module, sizes: Sequence[int]) -> None:
+    """Add a module like :class:`pst_ds.nn.flat_factors.FlatFactors` that follows the input embeddings of ``model``."""
+    dtype = next(iter(owners_of_factors(model))).dtype
+    flats = nn.Module()
+    for number, size in enumerate(sizes):
+        flats.register_parameter(str(number), nn.Parameter(torch.empty(size, dtype=dtype, device="meta")))
+    flats.forward = lambda embedded: _PassOn.apply(embedded, *flats.parameters())  # type: ignore[method-assign]
+    model.add_module("flat_parameters", flats)
+    for embedding in input_embeddings(model):
+        embedding.register_forward_hook(lambda _embedding, _inputs, embedded: flats(embedded))
+
+
+class _PassOn(torch.autograd.Function):
+    """Pass on the inputs, and return gradients of the flat parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, embedded: Tensor, *flats: Tensor) -> Tensor:
+        ctx.flats = flats
+        return embedded.view_as(embedded)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient, *(torch.empty_like(flat) for flat in ctx.flats)
+
+
+def _count_turns(module: nn.Module, num_params: int, trace: Trace) -> None:
+    """Count the calls of ZeRO-3's hooks for ``module``, which has ``num_params`` parameters of its own.
+
+    Every module has hooks, with or without parameters. DeepSpeed sees the backward turn begin by an output that has a
+    gradient, and end by a positional input that has one.
+    """
+
+    def fetch(_module: nn.Module, _args: object) -> None:
+        trace.fetches += 1
+        trace.parameter_turns += num_params
+
+    def release(_module: nn.Module, args: object, output: object) -> None:
+        trace.releases += 1
+        if in_backward_pass():  # recomputed: the backward turn is that of the first forward turn
+            return
+        if any(tensor.requires_grad for tensor in _tensors(output)):
+            trace.fetches += 1
+            trace.parameter_turns += num_params
+        if any(tensor.requires_grad for tensor in _tensors(args)):
+            trace.releases += 1
+
+    module.register_forward_pre_hook(fetch)
+    module.register_forward_hook(release)
+
+
+def _count_gathers(module: nn.Module, params: list[nn.Parameter], trace: Trace) -> None:
+    """Count a gather of ``params`` per completed forward turn, and one for its backward turn.
 
     The backward turn of a recomputed forward turn is already counted, and a pruned layer keeps its frozen parameters
     gathered for it. Recomputation stops inside the turn of the last module it needs, which therefore does not complete;
     DeepSpeed still has the parameters of that module then.
     """
-    params = [p for p in module.parameters(recurse=False) if p.numel() > threshold]
     if not params:
         return
     not_kept = params

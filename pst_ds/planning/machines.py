@@ -39,6 +39,10 @@ class Machine:
     """Seconds between two launches of the host; the default is that of eager torch programs on GPUs."""
     triton_launch_seconds: Rate = 2e-5
     """The same for a Triton kernel; its launcher took 17 us (merge) to 31 us (scores) on a loaded AMD EPYC."""
+    host_factor: Rate = 1.0
+    """Time that Python takes on the host, relative to the AMD EPYC (Zen 4) of :mod:`pst_ds.planning.host`. Processors
+    of GPU servers are assumed to be as fast as that one; ``python -m tools.bench.host`` measures another. 0 leaves
+    Python and DeepSpeed's hooks out."""
     instructions: Rate = 0.0
     """Instructions per second, one lane each, of the kernel that scores weights; 0 where memory decides."""
     update_seconds: Rate = 0.0

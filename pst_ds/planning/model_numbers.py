@@ -144,7 +144,11 @@ class ModelNumbers:
     """Width of all attention heads of a layer, summed over layers."""
     products: int = 0
     """Products of two inputs of a pruned layer, summed over layers: what ``schedule.solves`` sums in fp64."""
-
+    flattened_factors: int = 0
+    """Factors of linear layers that are views of few flat parameters, which take their place in ``tensors`` and
+    ``modules``, see :mod:`pst_ds.nn.flat_factors`; 0 if each factor is a parameter."""
+    flat_parameters: int = 0
+    """These flat parameters."""
     dispatch_width: int = 0
     """Values that a token sends to its experts in a forward pass, summed over layers: experts per token x width."""
     divided_by: int = 1

@@ -19,6 +19,7 @@ from pst_ds.json_text import JsonObject
 from pst_ds.nn.addition import extra_tokens_of
 from pst_ds.nn.base_model import DTYPES, Pretrained
 from pst_ds.nn.checkpointing import blocks_of
+from pst_ds.nn.flat_factors import flat_sizes
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.parallel.ds_config import load_deepspeed_config, place_frozen, zero_stage
@@ -266,20 +267,23 @@ def plan_resolved(resolved: ResolvedRun, options: PlanOptions, data: PlannedData
     num_steps = run.train.num_steps if data.num_examples is None else require_stages(run, data.num_examples)
     machine_name = options.machine or _machine_name(ranks)
     machine = machine_of(machine_name)
-    numbers = model_numbers(model, device=machine.device)
+    optimizer_groups = parameter_groups(model, run)
+    # as pst_ds.train.run.build has it: engines of DeepSpeed see flat factors
+    flats = flat_sizes(model, optimizer_groups) if raw is not None else []
+    numbers = model_numbers(model, device=machine.device, flats=flats)
     zero = _zero(run, raw, model, ranks, machine, options.memory)
     layers = _layers(resolved.shapes)
     embeddings = _embeddings(model)
     trained_in_full = head_names(model, run)
     remarks = [data.remark] if data.remark else []
-    groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, run)]
+    groups = [sum(p.numel() for p in group["params"]) for group in optimizer_groups]
     start = start_cost(run, model, numbers, ranks, machine)
     finetuning = run.finetuning()
     before: Plan | None = None
     if finetuning is not None:
         before = plan_resolved(resolved.with_settings(finetuning), replace(options, trace=None), data)
     # tracing changes the model, and the shapes are shared with other plans of this run
-    trace = options.trace or _trace(copy.deepcopy(model), run, ranks, zero.persistence_threshold, machine.device)
+    trace = options.trace or _trace(copy.deepcopy(model), run, ranks, zero.persistence_threshold, machine.device, flats)
     num_blocks = len(blocks_of(model))
     recomputed = _recomputed_share(run, num_blocks)
     scale_bytes = numbers.bytes_of("scales")
@@ -503,7 +507,7 @@ def _teacher(run: RunConfig, numbers: ModelNumbers, no_data: bool) -> tuple[int,
     return nbytes, multiplied
 
 
-def _trace(model: nn.Module, run: RunConfig, ranks: int, threshold: int, device: str) -> Trace | None:
+def _trace(model: nn.Module, run: RunConfig, ranks: int, threshold: int, device: str, flats: list[int]) -> Trace | None:
     """Trace a micro-batch; return None for a model whose forward pass needs values."""
     micro_batch_size = run.micro_batch_size(ranks)
     try:
@@ -516,6 +520,7 @@ def _trace(model: nn.Module, run: RunConfig, ranks: int, threshold: int, device:
             persistence_threshold=threshold,
             distilled=run.distillation.weight > 0.0 and run.task_facts.predicts_tokens,
             device=device,
+            flats=flats,
         )
     except UntraceableError:
         return None

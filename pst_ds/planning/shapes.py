@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from pst_ds.core.kernels.triton.merge import supports
 from pst_ds.core.layout import row_tiles
 from pst_ds.core.tiles import plan_tiles
 from pst_ds.nn.experts import PSTExpertStack
+from pst_ds.nn.flat_factors import owners_of_factors
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.model_structure import experts_per_token, is_linear, linear_shape, model_width, text_config
@@ -30,9 +31,14 @@ gradient, and the products that autograd keeps."""
 Group = TypeVar("Group", TensorGroup, ModuleNumbers, MatrixGroup)
 
 
-def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
-    """Count an injected model, gathered or partitioned, with or without values, for training on "cpu" or "cuda"."""
+def model_numbers(model: nn.Module, *, device: str = "cpu", flats: Sequence[int] = ()) -> ModelNumbers:
+    """Count an injected model, gathered or partitioned, with or without values, for training on "cpu" or "cuda".
+
+    ``flats``: sizes of the flat parameters that will hold the factors, :func:`pst_ds.nn.flat_factors.flat_sizes`; empty
+    if each factor stays a parameter.
+    """
     layers = pst_layers(model)
+    flattened: Set[nn.Parameter] = owners_of_factors(model).keys() if flats else set()
     sliced_weights = 0
     for table in coded_tables(model).values():
         if isinstance(table, CodedOutput):
@@ -41,9 +47,15 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
     modules: list[ModuleNumbers] = []
     for module in model.modules():
         if module._parameters:
-            modules.append(_module_numbers(module, device))
+            modules.append(_module_numbers(module, device, flattened))
         if is_linear(module):
             dense_weights += math.prod(linear_shape(module))
+    flat_tensors: list[TensorGroup] = []
+    if flats:
+        itemsize = next(iter(flattened)).element_size()
+        flat_tensors = [TensorGroup(size, itemsize, trainable=True, kind="factor") for size in flats]
+        flat_bytes = sum(flats) * itemsize
+        modules.append(ModuleNumbers(sum(flats), flat_bytes, flat_bytes))
     matrices: list[MatrixGroup] = []
     score_rank = 0
     update_rank = 0
@@ -59,7 +71,7 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
             updated_weights += layer.layout.numel
         products += layer.layout.in_features**2
     return ModelNumbers(
-        tensors=_tensors(model),
+        tensors=_counted([*_tensors(model, flattened), *flat_tensors]),
         modules=_counted(modules),
         matrices=_counted(matrices),
         score_rank=score_rank,
@@ -70,6 +82,8 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
         attention_width=_attention_width(model),
         dispatch_width=_dispatch_width(model, layers),
         products=products,
+        flattened_factors=len(flattened),
+        flat_parameters=len(flats),
     )
 
 
@@ -123,8 +137,8 @@ def block_sizes(model: nn.Module, numbers: ModelNumbers) -> BlockSizes:
     )
 
 
-def _tensors(model: nn.Module) -> tuple[TensorGroup, ...]:
-    """Return the parameters of ``model`` in groups of equal ones."""
+def _tensors(model: nn.Module, flattened: Set[nn.Parameter]) -> list[TensorGroup]:
+    """Return the parameters of ``model`` without the ``flattened`` factors, each as a group of one."""
     kinds: dict[nn.Parameter, Kind] = {}
     stands_for: dict[nn.Parameter, int] = {}
     in_stacks: set[nn.Parameter] = set()
@@ -144,6 +158,8 @@ def _tensors(model: nn.Module) -> tuple[TensorGroup, ...]:
         stands_for[table.scales] = 0
     groups: list[TensorGroup] = []
     for param in model.parameters():
+        if param in flattened:
+            continue
         group = TensorGroup(
             sharding.full_numel(param),
             param.element_size(),
@@ -153,7 +169,7 @@ def _tensors(model: nn.Module) -> tuple[TensorGroup, ...]:
             in_stack=param in in_stacks,
         )
         groups.append(group)
-    return _counted(groups)
+    return groups
 
 
 def _share_of_tokens(model: nn.Module, name: str, layer: PSTLayer) -> float:
@@ -201,9 +217,9 @@ def _counted(groups: Iterable[Group]) -> tuple[Group, ...]:
     return tuple(replace(group, count=count) for group, count in Counter(groups).items())
 
 
-def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
+def _module_numbers(module: nn.Module, device: str, flattened: Set[nn.Parameter]) -> ModuleNumbers:
     """Return what ZeRO-3 gathers for a module, and the memory of its product."""
-    params = [p for p in module._parameters.values() if p is not None]
+    params = [p for p in module._parameters.values() if p is not None and p not in flattened]
     by_dtype: Counter[object] = Counter()
     for param in params:
         by_dtype[param.dtype] += sharding.full_numel(param) * param.element_size()

@@ -1,19 +1,22 @@
 """Time and network traffic of a training step and of a mask update, computed from shapes and stated rates.
 
 Bytes are those that a rank receives over either kind of link (:mod:`pst_ds.parallel.links`). Rates are what a machine
-is assumed to reach, below its data sheet. A step takes as long as the slowest of the device's computation, the network
-(where that overlaps) and the host's launches; computation waits for exchanges of tokens.
+is assumed to reach, below its data sheet. The host works ahead of a GPU, so a step takes as long as the slowest of the
+device's computation, the network (where that overlaps) and the host; computation waits for exchanges of tokens. A rank
+on a CPU is its own host, and takes the sum.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from pst_ds.core.bracket import MAX_COUNTS
 from pst_ds.core.select import DIGIT_BITS
 from pst_ds.parallel.links import NOTHING, Received
 from pst_ds.planning.activations import Trace
+from pst_ds.planning.host import LAYER_BACKWARD, LAYER_FORWARD, OPERATOR, Hooks
 from pst_ds.planning.machines import Machine
 from pst_ds.planning.memory import ZeroSettings, kept_bytes, persistent_bytes
 from pst_ds.planning.model_numbers import MatrixGroup, ModelNumbers, ModuleNumbers
@@ -117,6 +120,11 @@ REDUCE_BYTES = 14
 the number of ranks, and sent (DeepSpeed 0.19.8, stage 3)."""
 REDUCE_LAUNCHES = 3
 """Launches per trainable tensor and micro-batch: into the bucket, this rank's shard out of it, and the bucket's own."""
+FLAT_BYTES = 16
+"""Bytes per value of the flat factors and micro-batch: copied to where the layers' factors are views (4), gradients
+added to those of the views (6), taken from there (4), which become zero (2)."""
+FLAT_LAUNCHES = 3
+"""The same in launches per flat parameter. Autograd adds the gradient of each factor in one more."""
 STEP_BYTES = 42
 """Bytes per trainable value of a rank's shard: the norm of its gradient, of a copy in fp64 (18); the flat gradient (4),
 in fp32 (6), clipped (8); a 16-bit copy of the updated value (6) (DeepSpeed 0.19.8, stage 3)."""
@@ -178,7 +186,11 @@ class TimePlan:
     step_compute: float
     step_network: float
     step_launching: float
-    """The host's time to launch a step."""
+    """The host's time to launch a step, if launches were all it does."""
+    step_host: float
+    """The host's time for a step: launches, or Python where that takes longer, and DeepSpeed's hooks."""
+    step_bound: Literal["host", "products", "network"]
+    """What takes longest in a step."""
     step: float
     full_step: float
     """A step of full fine-tuning of the same model, predicted the same way."""
@@ -246,7 +258,8 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> Traff
     # with copies of the frozen parameters, only what trains is gathered from all ranks
     among_all = collectives
     if zero.copy_ranks:
-        among_all = batch.trace.trained_gathers or round(passes * model.num_layers)
+        trained_modules = 1 if model.flat_parameters else model.num_layers
+        among_all = batch.trace.trained_gathers or round(passes * trained_modules)
     copies = zero.group(max(1, zero.copy_ranks))
     among_copies = collectives if zero.copy_ranks > 1 else 0
     # a divided stack's gradients are reduced among the ranks that hold the same experts
@@ -328,6 +341,7 @@ def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Ma
     """Predict the times of a step and of a mask update on ``machine``."""
     forwards = 1 + batch.recomputed
     launches = Launches()
+    host = 0.0
     moved: float = batch.trace.moved + model.coded_weights * EXPAND_BYTES * (forwards + 1)
     for matrices in model.matrices:
         counts = _counts(machine, matrices)
@@ -342,12 +356,29 @@ def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Ma
         if layers.groups and machine.code == "triton":
             num_computed = 1
             bands = layers.groups
-        each = (counts.forward_launches * forwards + counts.layer_launches) * num_computed
-        launches += (each + counts.band_launches * bands) * layers.count
+        each = (
+            counts.forward_launches * forwards + counts.layer_launches
+        ) * num_computed + counts.band_launches * bands
+        python = (LAYER_FORWARD * forwards + LAYER_BACKWARD) * num_computed * machine.host_factor
+        launches += each * layers.count
+        # Python was measured for layers of one band; launches of many bands take longer
+        host += max(each.seconds(machine), python) * layers.count
+    moved += FLAT_BYTES * _flat_values(model)
+    of_flats = Launches(FLAT_LAUNCHES * model.flat_parameters + model.flattened_factors)
+    launches += of_flats
+    host += _operator_seconds(of_flats, machine)
     in_step = step_traffic(model, zero, batch)
     in_update = update_traffic(model, zero)
     step = _step_seconds(
-        model, zero, batch, machine, traffic=in_step, flops=step_flops(model, batch), moved=moved, launches=launches
+        model,
+        zero,
+        batch,
+        machine,
+        traffic=in_step,
+        flops=step_flops(model, batch),
+        moved=moved,
+        launches=launches,
+        host=host,
     )
     update_compute = _update_seconds(model, zero, machine)
     update_network = in_update.seconds(machine)
@@ -355,6 +386,8 @@ def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Ma
         step_compute=step.compute,
         step_network=step.network + step.exchanges,
         step_launching=step.launching,
+        step_host=step.host,
+        step_bound=step.bound,
         step=step.together(machine),
         full_step=_full_step(model, zero, batch, machine),
         update_compute=update_compute,
@@ -374,14 +407,26 @@ class _StepSeconds:
     compute: float
     network: float
     launching: float
+    host: float
     exchanges: float
     """Exchanges of tokens, queries, keys and values, for which computation waits."""
 
+    @property
+    def bound(self) -> Literal["host", "products", "network"]:
+        """What takes longest."""
+        network = self.network + self.exchanges
+        if self.host > max(self.compute, network):
+            return "host"
+        return "network" if network > self.compute else "products"
+
     def together(self, machine: Machine) -> float:
         """Return the seconds of the whole step: parts that overlap take as long as the slowest."""
+        computing = max(self.compute, self.host)  # a GPU's work waits in its queue, and the host does not wait for it
+        if machine.device == "cpu":
+            computing = self.compute + self.host
         if machine.overlaps:
-            return max(self.compute, self.network, self.launching) + self.exchanges
-        return max(self.compute, self.launching) + self.network + self.exchanges
+            return max(computing, self.network) + self.exchanges
+        return computing + self.network + self.exchanges
 
 
 def _step_seconds(
@@ -394,24 +439,63 @@ def _step_seconds(
     flops: float,
     moved: float,
     launches: Launches,
+    host: float,
 ) -> _StepSeconds:
     """Return the seconds of a step.
 
-    ``flops``, ``moved``: FLOPs and bytes of a micro-batch without gradients and optimizer; ``launches``: launches of a
-    micro-batch that ``batch`` does not count.
+    ``flops``, ``moved``: FLOPs and bytes of a micro-batch without gradients and optimizer; ``launches``, ``host``:
+    launches of a micro-batch that ``batch`` does not count, and the host's seconds for them.
     """
     reduced = REDUCE_BYTES * batch.micro_batches if zero.world_size > 1 else 0
     owners = zero.world_size if zero.stage else 1  # ranks over which ZeRO partitions the optimizer state
     trained = model.trainables * (reduced + OPTIMIZER_BYTES / owners)
     compute = batch.micro_batches * (flops / machine.flops + moved / machine.memory_bytes)
-    launches += Launches(batch.trace.launches + REDUCE_LAUNCHES * model.num_trainables)
-    launches = launches * batch.micro_batches + Launches(traffic.collectives)
+    traced = Launches(batch.trace.launches)
+    in_hooks = Launches(REDUCE_LAUNCHES * model.num_trainables * batch.micro_batches + traffic.collectives)
+    launches = (launches + traced) * batch.micro_batches + in_hooks
+    hooks = _hooks(model, zero, batch).seconds * machine.host_factor
+    host = (host + _operator_seconds(traced, machine)) * batch.micro_batches + max(hooks, in_hooks.seconds(machine))
     return _StepSeconds(
         compute=compute + trained / machine.memory_bytes,
         network=traffic.seconds(machine),
         launching=launches.seconds(machine),
+        host=host,
         exchanges=machine.link_seconds(traffic.exchanged),
     )
+
+
+def _operator_seconds(launches: Launches, machine: Machine) -> float:
+    """Return the host's seconds for operators outside the pruned layers: Python and dispatch, or the launches alone."""
+    return max(launches.seconds(machine), launches.total * OPERATOR * machine.host_factor)
+
+
+def _hooks(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> Hooks:
+    """Count the calls of DeepSpeed's hooks in a step."""
+    tensors = model.num_trainables
+    if zero.stage is None:
+        return Hooks()
+    if zero.stage != 3:
+        return Hooks(optimizer_tensors=tensors)
+    modules = sum(m.count for m in model.modules)
+    parameters = sum(t.count for t in model.tensors)
+    passes = 2 + batch.checkpointing
+    trace = batch.trace
+    # a model that is its own teacher has one more forward pass
+    return Hooks(
+        fetches=batch.micro_batches * ((trace.fetches or passes * modules) + batch.own_teacher * modules),
+        releases=batch.micro_batches * ((trace.releases or passes * modules) + batch.own_teacher * modules),
+        parameter_turns=batch.micro_batches
+        * ((trace.parameter_turns or passes * parameters) + batch.own_teacher * parameters),
+        reduced_tensors=batch.micro_batches * tensors,
+        optimizer_tensors=tensors,
+    )
+
+
+def _flat_values(model: ModelNumbers) -> int:
+    """Return the values of the flat parameters; 0 if each factor is a parameter."""
+    if not model.flat_parameters:
+        return 0
+    return sum(t.numel * t.count for t in model.tensors if t.kind == "factor" and not t.in_stack)
 
 
 def _update_seconds(model: ModelNumbers, zero: ZeroSettings, machine: Machine) -> float:
@@ -455,14 +539,19 @@ def _full_step(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: M
     plain = tuple(
         replace(t, numel=t.parameters // t.count, element_size=2, stands_for=None, trainable=True)
         for t in model.tensors
-        if t.kind == "weight"
+        if t.kind == "weight" and t.stands_for != 0  # scales of a quantised weight are not there without it
     )
     full = replace(model, tensors=plain, score_rank=0, update_rank=0)
     gathered = int(batch.trace.gathered * full.whole_bytes / model.whole_bytes)
-    batch = replace(batch, trace=replace(batch.trace, gathered=gathered), teacher_weights=0, own_teacher=False)
+    # its modules have fewer parameters: no masks and no factors
+    share = sum(t.count for t in full.tensors) / sum(t.count for t in model.tensors)
+    turns = round(batch.trace.parameter_turns * share)
+    trace = replace(batch.trace, gathered=gathered, parameter_turns=turns)
+    batch = replace(batch, trace=trace, teacher_weights=0, own_teacher=False)
     zero = replace(zero, copy_ranks=0)  # which would be made anew in every step
     flops = step_flops(full, batch) + 2 * full.dense_weights * batch.tokens
     products = 3 + batch.recomputed  # forward, once more where it is recomputed, and two gradients
+    launches = Launches(full.num_layers * products)
     seconds = _step_seconds(
         full,
         zero,
@@ -471,6 +560,7 @@ def _full_step(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: M
         traffic=step_traffic(full, zero, batch),
         flops=flops,
         moved=batch.trace.moved,
-        launches=Launches(full.num_layers * products),
+        launches=launches,
+        host=_operator_seconds(launches, machine),
     )
     return seconds.together(machine)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.head_loss import head_loss
 from pst_ds.core.quantization import Grid
+from pst_ds.nn.flat_factors import flat_sizes, flatten_factors
 from pst_ds.nn.inject import inject_pst
 from pst_ds.nn.language_head import language_head
 from pst_ds.parallel import sharding
@@ -130,11 +131,13 @@ def _received(cases):
         return gather(shard, whole, *more)
 
     partition_parameters._dist_allgather_fn = counted
-    for shape, checkpointing, ds_config, frozen in cases:
+    for shape, checkpointing, ds_config, frozen, is_flat in cases:
         model = _llama(2, "cpu", shape, base_grid=frozen, embedding_grid=frozen)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}]
+        if is_flat:
+            flatten_factors(model, groups)
         engine = build_engine(model, groups, ds_config=ds_config)
         ids, head = torch.arange(16).view(1, 16), language_head(engine.module)
         for _ in range(3):  # DeepSpeed records the order of modules first, and keeps nothing until it has
@@ -161,14 +164,14 @@ def test_a_step_gathers_what_deepspeed_gathers(run_ranks):
                 "stage3_max_reuse_distance": reuse, "stage3_prefetch_bucket_size": ahead,
                 "stage3_max_live_parameters": live,
             },
-        }, frozen)
+        }, frozen, False)
         for checkpointing, small, reuse, ahead, live, frozen in [
             (False, 0, 0, 0, 0, None), (False, 0, 500_000, 0, 0, None), (False, 0, 0, 60_000, 200_000, None),
             (True, 0, 0, 0, 0, None), (True, 500, 500_000, 0, 0, None), (True, 0, 0, 60_000, 200_000, None),
             (False, 0, 0, 0, 0, Grid(4, 64)), (True, 0, 0, 0, 0, Grid(8)),
         ]
     ]  # fmt: skip
-    for (shape, checkpointing, config, frozen), found in zip(cases, run_ranks(_received, 2, cases)[0], strict=True):
+    for (shape, checkpointing, config, frozen, _), found in zip(cases, run_ranks(_received, 2, cases)[0], strict=True):
         model = _llama(2, shape=shape, base_grid=frozen, embedding_grid=frozen)
         zero = zero_settings(config, 2, "gloo")
         numbers = model_numbers(model)
@@ -181,6 +184,30 @@ def test_a_step_gathers_what_deepspeed_gathers(run_ranks):
         assert found[1] <= trace.gathers + (small > 0)
         if not kept and not small:
             assert found[1] == trace.gathers
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.few(1)
+def test_a_step_with_flat_factors_gathers_what_deepspeed_gathers(run_ranks, checkpointing):
+    config = {
+        "train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True},
+        "zero_optimization": {
+            "stage": 3, "reduce_bucket_size": 1 << 20, "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0,
+        },
+    }  # fmt: skip
+    (found,) = run_ranks(_received, 2, [(WIDE_AND_SHALLOW, checkpointing, config, None, True)])[0]
+    model = _llama(2, shape=WIDE_AND_SHALLOW)
+    flats = flat_sizes(model, [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}])
+    numbers = model_numbers(model, flats=flats)
+    assert flats == [numbers.factor_parameters] == [numbers.trainables]
+    assert (numbers.num_trainables, numbers.flat_parameters, numbers.flattened_factors) == (1, 1, 2 * 7 * 6)
+    trace = trace_micro_batch(model, batch=1, sequence=16, checkpointing=checkpointing, flats=flats)
+    batch = Batch(16, 16, checkpointing=checkpointing, trace=trace)
+    counted = step_traffic(numbers, zero_settings(config, 2, "gloo"), batch).gathers.total * 2
+    assert found == (counted, trace.gathers)
+    assert (trace.trained_gathers, trace.trained) == (2, 2 * 2 * numbers.factor_parameters)  # both turns
 
 
 def _held(world_size, ds_config):

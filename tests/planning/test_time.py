@@ -127,7 +127,8 @@ def test_a_mask_update_moves_masters_samples_and_counts_but_no_weight():
 
 
 def test_times_add_up_and_overlap_where_the_machine_does():
-    cpu, zero = MACHINES["cpu"], ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 20)
+    cpu = replace(MACHINES["cpu"], host_factor=0.0)
+    zero = ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 20)
     batch = replace(BATCH, trace=Trace(moved=7_000_000))
     t = time_plan(MODEL, zero, batch, cpu)
     moved = 4_000_000 * (10 + 40) + 7_000_000 + 40_000 * (14 + 70 / 2)
@@ -145,6 +146,7 @@ def test_times_add_up_and_overlap_where_the_machine_does():
 def test_a_host_that_launches_slower_than_the_device_computes_decides():
     zero = ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 20)
     slow = replace(MACHINES["h100"], launch_seconds=1.0, triton_launch_seconds=10.0)
+    assert slow.host_factor == 1.0  # Python takes less
     t = time_plan(MODEL, zero, replace(BATCH, recomputed=1.0, trace=Trace(launches=100), micro_batches=2), slow)
     counts = COUNTS["triton"]
     ops, kernels = (
@@ -156,6 +158,84 @@ def test_a_host_that_launches_slower_than_the_device_computes_decides():
     each = ops + 10 * kernels + 100 + 3 * 4
     assert t.step == t.step_launching == 2 * each + 2 * (3 * 5 + 1)  # the last are collectives
     assert t.update_compute == (4 * counts.update_launches.total + counts.shared_launches.total) + 9 * 10
+
+
+def test_the_host_takes_the_python_of_layers_and_operators_and_the_hooks_of_every_turn():
+    """Two micro-batches of 4 layers and 100 operators: 13 tensors and 5 modules in two passes."""
+    zero = ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 20)
+    batch = replace(BATCH, trace=Trace(launches=100), micro_batches=2)
+    h100 = MACHINES["h100"]
+    python = 4 * (0.25e-3 + 0.98e-3) + 100 * 12.9e-6
+    turns = 2 * 5 * (78e-6 + 49e-6) + 2 * 13 * 238e-6
+    of_step = 2 * (python + turns + 4 * 257e-6) + 4 * 146e-6
+    found = time_plan(MODEL, zero, batch, h100)
+    assert found.step_host == pytest.approx(of_step)
+    assert (found.step, found.step_bound) == (found.step_host, "host")  # as the host works ahead, not the sum
+    slower = time_plan(MODEL, zero, batch, replace(h100, host_factor=2.0))
+    assert slower.step_host == pytest.approx(2 * of_step)
+    traced = replace(batch, trace=Trace(launches=100, fetches=30, releases=20, parameter_turns=50))
+    turns = 30 * 78e-6 + 20 * 49e-6 + 50 * 238e-6
+    of_step = 2 * (python + turns + 4 * 257e-6) + 4 * 146e-6
+    assert time_plan(MODEL, zero, traced, h100).step_host == pytest.approx(of_step)
+    at_stage_2 = time_plan(MODEL, replace(zero, stage=2), traced, h100)
+    assert at_stage_2.step_host == pytest.approx(2 * python + 4 * 146e-6)
+
+
+def test_a_larger_micro_batch_costs_the_host_nothing_and_products_bound_the_step():
+    zero = ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 20)
+    small, large = (time_plan(MODEL, zero, replace(BATCH, tokens=tokens), MACHINES["h100"]) for tokens in (10, 1 << 20))
+    assert small.step_host == large.step_host
+    assert (small.step_bound, large.step_bound) == ("host", "products")
+    assert large.step == large.step_compute
+    slow_links = replace(MACHINES["h100"], node_bytes=1e6)
+    assert time_plan(MODEL, zero, BATCH, slow_links).step_bound == "network"
+
+
+def test_a_rank_on_a_cpu_computes_and_is_its_own_host():
+    zero = ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 20)
+    found = time_plan(MODEL, zero, BATCH, MACHINES["cpu"])
+    assert found.step_host > 4 * (0.25e-3 + 0.98e-3)
+    assert found.step == pytest.approx(found.step_compute + found.step_host + found.step_network)
+
+
+FLAT_MODEL = replace(
+    MODEL,
+    tensors=(
+        TensorGroup(1_000_000, 2, 4),
+        TensorGroup(40_000, 2, trainable=True, kind="factor"),
+        TensorGroup(125_000, 1, 4, kind="mask"),
+        TensorGroup(500_000, 2),
+    ),
+    flattened_factors=4 * 8,
+    flat_parameters=1,
+)
+"""``MODEL`` with one parameter for the 8 factors of each of 4 layers."""
+
+
+def test_flat_factors_are_reduced_and_gathered_as_one_tensor():
+    zero = ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 20)
+    slow = replace(MACHINES["h100"], launch_seconds=1.0, triton_launch_seconds=0.0)
+    launching = time_plan(FLAT_MODEL, zero, BATCH, slow).step_launching
+    counts = COUNTS["triton"]
+    layers = 4 * (counts.forward_launches.torch + counts.layer_launches.torch + 2 * counts.band_launches.torch)
+    # autograd adds 32 gradients; 3 launches around the flat parameter, and 3 of its reduction
+    assert launching == layers + 32 + 3 + 3 + 11
+    per_factor = time_plan(MODEL, zero, BATCH, MACHINES["h100"])
+    flat = time_plan(FLAT_MODEL, zero, BATCH, MACHINES["h100"])
+    fewer_tensors = 3 * (257e-6 + 146e-6 + 2 * 238e-6)
+    assert flat.step_host - per_factor.step_host == pytest.approx(35 * 12.9e-6 - fewer_tensors)
+    copied = replace(zero, world_size=8, node_size=4, copy_ranks=1)
+    among_all = step_traffic(FLAT_MODEL, copied, replace(BATCH, checkpointing=True)).collectives
+    assert among_all == 3 * 1 + 1
+
+
+def test_full_fine_tuning_has_no_masks_but_a_tensor_per_weight():
+    zero = ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 20)
+    batch = replace(BATCH, trace=Trace(launches=100, fetches=30, releases=20, parameter_turns=52))
+    found = time_plan(MODEL, zero, batch, MACHINES["h100"]).full_step
+    python = (100 + 3 * 4) * 12.9e-6  # operators, and the products of its layers
+    turns = 30 * 78e-6 + 20 * 49e-6 + 52 * 5 / 13 * 238e-6  # of 13 tensors, 5 are weights
+    assert found == pytest.approx(python + turns + 5 * (257e-6 + 146e-6))
 
 
 def test_a_mask_update_takes_the_longer_of_its_bytes_and_instructions_or_the_rate_that_was_measured():
@@ -172,7 +252,8 @@ def test_a_mask_update_takes_the_longer_of_its_bytes_and_instructions_or_the_rat
 
 
 def test_full_fine_tuning_trains_every_weight_and_makes_no_mask():
-    cpu, zero = MACHINES["cpu"], ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 30)
+    cpu = replace(MACHINES["cpu"], host_factor=0.0)
+    zero = ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 30)
     parameters = 4_000_000 + 500_000
     flops = 4_000_000 * 10 * 6 + 500_000 * 10 * 6
     moved = parameters * (14 + 70 / 2)

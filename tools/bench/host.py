@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.masks.update import update_masks
@@ -42,6 +43,8 @@ VARIANTS = (
     ("flat factors, blocks as leaves", True, "LlamaDecoderLayer"),
 )
 """Name, whether the factors are flat, and the class of modules whose parameters ZeRO-3 gathers at once."""
+BLOCKS = {"plain": False, "pruned, flat factors": True}
+"""Blocks that are timed in one process without DeepSpeed, and whether PST prunes their layers."""
 WARMUP = 3
 """Steps before the first that counts: ZeRO-3 records the order of its modules in the first ones."""
 
@@ -69,7 +72,9 @@ def main() -> None:
             with Ranks(arguments.ranks, Steps, shape, stage, is_flat, leaf_class) as of_ranks:
                 by_rank = of_ranks.call("measure", arguments.repeats)
             engines[name] = by_rank[0]
-    report = {**conditions(shape=asdict(shape), dtype=str(DTYPE), ranks=arguments.ranks), "engines": engines}
+    blocks = {name: _block(shape, is_pruned, arguments.repeats) for name, is_pruned in BLOCKS.items()}
+    measured = {"engines": engines, "blocks_without_deepspeed": blocks}
+    report = {**conditions(shape=asdict(shape), dtype=str(DTYPE), ranks=arguments.ranks), **measured}
     print_result(report, as_json=arguments.json)
 
 
@@ -157,6 +162,46 @@ class Steps:
         start = time.perf_counter()
         work()
         seconds[name] = time.perf_counter() - start
+
+
+def _block(shape: Shape, is_pruned: bool, repeats: int) -> dict[str, float]:
+    """Return milliseconds of this thread per block in a forward and a backward pass, and the operators per block."""
+    model = random_llama(shape, partitioned=False)
+    if is_pruned:
+        model = inject_pst(model, PSTConfig(score_rank=shape.rank, update_rank=shape.rank))
+        flatten_factors(model, pst_parameter_groups(model))
+        update_masks(model, shape.sparsity)
+    tokens = torch.randint(shape.vocabulary, (shape.batch, shape.sequence))
+
+    def passes() -> tuple[float, float]:
+        start = time.thread_time()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        between = time.thread_time()
+        loss.backward()
+        end = time.thread_time()
+        model.zero_grad(set_to_none=True)
+        return between - start, end - between
+
+    for _ in range(WARMUP):
+        passes()
+    times = [passes() for _ in range(repeats)]
+    with _Operators() as operators:
+        passes()
+    milliseconds = [1000 * statistics.median(part) / shape.layers for part in zip(*times, strict=True)]
+    forward, backward = (round(value, 2) for value in milliseconds)
+    return {"forward": forward, "backward": backward, "operators": round(operators.number / shape.layers)}
+
+
+class _Operators(TorchDispatchMode):
+    """Count operators that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> object:
+        self.number += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 def _settings(stage: int, num_trained: int, leaf_class: str) -> dict[str, Any]:
