@@ -52,17 +52,17 @@ def test_a_row_of_large_models_is_what_the_command_says(capsys, tmp_path, model,
     (row,) = re.findall(rf"^\| {model} \| {gpus} \| (.*) \|$", page, flags=re.M)
     cells = [float(cell) for cell in row.split("|")]
     finer = [memory[part] / 1e9 for part in ("weights", "copies", "gathers", "activations", "peak")]
-    finer += [time["step"], time["over_full"]]
+    finer += [time["step"], time["step_host"], time["over_full"]]
     rough = [time["step_received"] / 1e9, time["step_between_nodes"] / 1e9, time["update"] * 1e3]  # one decimal
-    assert [*cells[:5], cells[7], cells[9]] == pytest.approx(finer, rel=0.01, abs=0.005)
-    assert [*cells[5:7], cells[8]] == pytest.approx(rough, rel=0.01, abs=0.051)
+    assert [*cells[:5], *cells[7:9], cells[10]] == pytest.approx(finer, rel=0.01, abs=0.005)
+    assert [*cells[5:7], cells[9]] == pytest.approx(rough, rel=0.01, abs=0.051)
 
 
 @pytest.mark.thorough
 def test_with_kernels_a_step_and_an_update_are_predicted_to_take_little_more_than_full_fine_tuning():
     times = scaling.times_of_machines()
     assert all(times[name].over_full <= 1.05 for name in ("h100", "h200", "b200", "a100"))
-    assert times["mi300x"].over_full > 1.4  # no kernels there
+    assert times["mi300x"].over_full > 1.1  # no kernels there
 
 
 def test_launch_scripts_are_short_and_pass_bash():

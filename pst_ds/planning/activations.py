@@ -127,7 +127,7 @@ def _add_flat_parameters(model: nn.Module, sizes: Sequence[int]) -> None:
     flats = nn.Module()
     for number, size in enumerate(sizes):
         flats.register_parameter(str(number), nn.Parameter(torch.empty(size, dtype=dtype, device="meta")))
-    flats.forward = lambda embedded: _PassOn.apply(embedded, *flats.parameters())  # type: ignore[method-assign]
+    flats.forward = lambda embedded: _PassOn.apply(embedded, *flats.parameters())
     model.add_module("flat_parameters", flats)
     for embedding in input_embeddings(model):
         embedding.register_forward_hook(lambda _embedding, _inputs, embedded: flats(embedded))
@@ -147,10 +147,10 @@ class _PassOn(torch.autograd.Function):
 
 
 def _count_turns(module: nn.Module, num_params: int, trace: Trace) -> None:
-    """Count the calls of ZeRO-3's hooks for ``module``, which has ``num_params`` parameters of its own.
+    """Count the calls of ZeRO-3's hooks for ``module``, which holds ``num_params`` parameters directly.
 
-    Every module has hooks, with or without parameters. DeepSpeed sees the backward turn begin by an output that has a
-    gradient, and end by a positional input that has one.
+    Every module has hooks, with or without parameters. DeepSpeed starts the backward turn when an output gets its
+    gradient, and ends it when the positional inputs have theirs.
     """
 
     def fetch(_module: nn.Module, _args: object) -> None:

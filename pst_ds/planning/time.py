@@ -465,7 +465,7 @@ def _step_seconds(
 
 
 def _operator_seconds(launches: Launches, machine: Machine) -> float:
-    """Return the host's seconds for operators outside the pruned layers: Python and dispatch, or the launches alone."""
+    """Return the host's seconds for operators outside the pruned layers, the longer of their Python and launches."""
     return max(launches.seconds(machine), launches.total * OPERATOR * machine.host_factor)
 
 
