@@ -18,6 +18,8 @@ CARD_FILE = "README.md"
 """The model card of an export, which users may edit."""
 CHECKPOINTS = "checkpoints"
 STALLS = "stalls"
+PROFILE = "profile"
+"""Folder of the traces of ``train.profile``."""
 FINETUNED = "finetuned"
 """Folder of the fine-tuning before a run."""
 MODEL = "model"
@@ -38,6 +40,11 @@ BEST = "best"
 FINAL = "final"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 """Names of finished checkpoints; unfinished ones have another ending."""
+
+
+def trace_name(first: int, last: int, rank: int) -> str:
+    """Return the name of a rank's profile of the steps ``first`` to ``last``, in the folder PROFILE."""
+    return f"steps-{first}-{last}-rank-{rank:05d}.json.gz"
 
 
 def step_folders(checkpoints: Path) -> list[Path]:

@@ -349,7 +349,7 @@ class RunConfig(Section):
         if self.finetune.method == "none":
             return None
         # Fine-tuning has no scores. Its other rates are those of [finetune], not those of [train] for a pruned model.
-        train = {**asdict(self.finetune), "score_learning_rate": None}
+        train = {**asdict(self.finetune), "score_learning_rate": None, "profile": ()}
         method = train.pop("method")
         if not METHODS[method].injects:  # only injected layers divide experts among ranks
             train["expert_parallel"] = 1

@@ -47,6 +47,8 @@ Rate = Annotated[float, Ge(0.0), FINITE]
 Share = Annotated[float, Ge(0.0), Lt(1.0)]
 Strings = Annotated[tuple[str, ...], Strict(False)]
 """A tuple of strings. Lists are converted."""
+Integers = Annotated[tuple[int, ...], Strict(False)]
+"""A tuple of whole numbers. Lists are converted."""
 Interval = Annotated[int, Ge(-1)]
 """Optimizer steps between two events. 0 is a default, -1 is never."""
 MayDiffer = Annotated[T, OnResume.MAY_DIFFER]

@@ -6,7 +6,18 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from pst_ds.config.methods import METHODS
-from pst_ds.config.settings import FINITE, ConfigError, MayDiffer, Positive, Rate, Reported, Section, Share, settings
+from pst_ds.config.settings import (
+    FINITE,
+    ConfigError,
+    Integers,
+    MayDiffer,
+    Positive,
+    Rate,
+    Reported,
+    Section,
+    Share,
+    settings,
+)
 from pst_ds.config.tasks import TASKS
 
 RATES = tuple(f"{group}_learning_rate" for group in ("score", "update", "embedding", "head"))
@@ -82,6 +93,8 @@ class TrainConfig(Section):
     stall_timeout_seconds: MayDiffer[Annotated[float, Ge(0.0), Lt(1e7)]] = 1800.0
     """Seconds without progress on a rank after which the run ends with that rank's number and stack. Set it above the
     longest micro-batch, mask update and evaluation batch. 0 never ends a run."""
+    profile: MayDiffer[Integers] = ()
+    """First and last of the optimizer steps that every rank profiles (docs/how-to/monitor.md), such as ``[11, 13]``."""
 
     def problems(self) -> Iterator[str]:
         # Checked here, because a negative number of one would be hidden by the other, and NaN compares as false.
@@ -90,6 +103,19 @@ class TrainConfig(Section):
             yield (
                 f"train.num_steps = {self.num_steps} and train.num_epochs = {self.num_epochs}: set one of them to a "
                 "number above 0, and the other to 0"
+            )
+        yield from self.problems_of_profile(self.num_steps)
+
+    def problems_of_profile(self, num_steps: int) -> Iterator[str]:
+        """Yield a message if ``profile`` does not name steps of a run of ``num_steps``; 0 if these are not known."""
+        if not self.profile:
+            return
+        is_range = len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]
+        if not is_range or (num_steps > 0 and self.profile[1] > num_steps):
+            of_run = f" of the {num_steps}" if num_steps > 0 else ""
+            yield (
+                f"train.profile = {list(self.profile)} must be the first and the last{of_run} steps to profile, "
+                f"counted from 1. Set two such numbers, such as [1, {min(3, num_steps) or 3}], or remove it"
             )
 
     def conflicts(

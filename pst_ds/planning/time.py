@@ -478,7 +478,7 @@ def _hooks(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> Hooks:
         return Hooks(optimizer_tensors=tensors)
     modules = sum(m.count for m in model.modules)
     parameters = sum(t.count for t in model.tensors)
-    passes = 2 + batch.checkpointing
+    passes = 2 + batch.recomputed
     trace = batch.trace
     # a model that is its own teacher has one more forward pass
     return Hooks(

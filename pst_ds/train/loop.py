@@ -4,7 +4,7 @@ import hashlib
 import random
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from pst_ds.config.run import ConfigError
 from pst_ds.core.schedule import Schedules, learning_rate_factor
@@ -35,6 +36,7 @@ from pst_ds.train.expert_tokens import token_figures
 from pst_ds.train.monitor.json_lines import STRAGGLER
 from pst_ds.train.monitor.metrics import MetricsWriter, peak_memory_bytes
 from pst_ds.train.objective import Objective
+from pst_ds.train.profile import StepProfile
 from pst_ds.train.run_context import RunContext
 from pst_ds.train.timing import OwnTime, Pace, StepClock
 
@@ -148,8 +150,9 @@ class Loop:
             return
         buffers = {name: buffer.clone() for name, buffer in persistent_buffers(engine.module).items()}
         rest_of_run = own_batches(self.context, self.examples, state.batch)
-        with Prefetched(rest_of_run) as batches:
+        with Prefetched(rest_of_run) as batches, closing(StepProfile(self.run, self.device)) as profile:
             while state.step < self.num_steps:
+                profile.begin(state.step + 1)
                 traffic.take()  # of evaluations and checkpoints
                 with self.own_time.working():
                     with self.data_clock.timing("data_wait"):
@@ -166,11 +169,12 @@ class Loop:
                 if buffers:  # one step is enough to see whether the forward pass changes them
                     _require_unchanged(engine.module, buffers)
                     buffers = {}
-                with self.clock.timing("masks"):
+                with self._timing("masks"):
                     _update_if_due(self, state)
                 _report_straggler(self, state)
                 _measure_layers_if_due(self, state)
                 _report_if_due(self, state)
+                profile.end(state.step)
                 yield state
 
     def _train_on(self, micro_batches: Sequence[MicroBatch], state: LoopState) -> None:
@@ -181,9 +185,9 @@ class Loop:
         losses: list[Tensor] = []
         for number, batch in enumerate(micro_batches, 1):
             heartbeat(f"the forward and backward pass of batch {state.batch + 1}")
-            with self.clock.timing("forward"), self._saved_tensors:
+            with self._timing("forward"), self._saved_tensors:
                 loss = batch.share * self._loss(batch)
-            with self.clock.timing("backward"):
+            with self._timing("backward"):
                 self.engine.backward(loss)
             losses.append(loss.detach())
             if number == len(micro_batches):
@@ -191,8 +195,14 @@ class Loop:
                 self.source.after_batch()
                 state.expert_sums = self.source.collected()
                 self._agree_on_batch(state, losses, micro_batches)
-            with self.clock.timing("optimizer"):
+            with self._timing("optimizer"):
                 self.engine.step()
+
+    @contextmanager
+    def _timing(self, part: str) -> Iterator[None]:
+        """Count the time inside as ``part`` of the step, and mark it in a profile."""
+        with self.clock.timing(part), record_function(part):
+            yield
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         inputs = {name: values.to(self.device, non_blocking=True) for name, values in batch.inputs.items()}

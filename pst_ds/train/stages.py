@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pst_ds.config.run import RunConfig
+from pst_ds.config.settings import report
 from pst_ds.errors import InputError
 from pst_ds.file_names import START
 from pst_ds.train.one_shot.start import require_startable
@@ -30,6 +31,7 @@ def require_stages(run: RunConfig, num_examples: int) -> int:
 def require_schedules(run: RunConfig, num_examples: int) -> int:
     """Return the optimizer steps of the run. Raises InputError for steps and schedules of a stage that cannot work."""
     num_steps = run.num_steps(num_examples)
+    report(run.train.problems_of_profile(num_steps))
     # made for their checks only: each raises for a ramp that does not fit into the steps
     run.make_schedules(num_steps)
     stage = run.finetuning()

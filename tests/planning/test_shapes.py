@@ -204,7 +204,7 @@ def test_a_step_with_flat_factors_gathers_what_deepspeed_gathers(run_ranks, chec
     assert flats == [numbers.factor_parameters] == [numbers.trainables]
     assert (numbers.num_trainables, numbers.flat_parameters, numbers.flattened_factors) == (1, 1, 2 * 7 * 6)
     trace = trace_micro_batch(model, batch=1, sequence=16, checkpointing=checkpointing, flats=flats)
-    batch = Batch(16, 16, checkpointing=checkpointing, trace=trace)
+    batch = Batch(16, 16, recomputed=float(checkpointing), trace=trace)
     counted = step_traffic(numbers, zero_settings(config, 2, "gloo"), batch).gathers.total * 2
     assert found == (counted, trace.gathers)
     assert (trace.trained_gathers, trace.trained) == (2, 2 * 2 * numbers.factor_parameters)  # both turns

@@ -225,7 +225,7 @@ def test_flat_factors_are_reduced_and_gathered_as_one_tensor():
     fewer_tensors = 3 * (257e-6 + 146e-6 + 2 * 238e-6)
     assert flat.step_host - per_factor.step_host == pytest.approx(35 * 12.9e-6 - fewer_tensors)
     copied = replace(zero, world_size=8, node_size=4, copy_ranks=1)
-    among_all = step_traffic(FLAT_MODEL, copied, replace(BATCH, checkpointing=True)).collectives
+    among_all = step_traffic(FLAT_MODEL, copied, replace(BATCH, recomputed=1.0)).collectives
     assert among_all == 3 * 1 + 1
 
 

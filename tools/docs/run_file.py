@@ -172,7 +172,9 @@ def _kind(entry: dict[str, Any]) -> str:
     if "anyOf" in entry:
         return " or ".join(_kind(option) for option in entry["anyOf"] if option.get("type") != "null")
     if entry.get("type") == "array":
-        return "a list of tables" if "$ref" in entry["items"] else "a list of strings"
+        if "$ref" in entry["items"]:
+            return "a list of tables"
+        return "a list of whole numbers" if entry["items"]["type"] == "integer" else "a list of strings"
     return KINDS[entry["type"]]
 
 

@@ -103,6 +103,7 @@ def run_of_users(run: RunConfig, how: UserTraining, **files: str) -> RunConfig:
         gradient_accumulation_steps=1,
         sequence_parallel=1,
         log_interval=_NEVER,
+        profile=(),
     )
     rates = {name: getattr(how, name) for name in ("update_learning_rate", "head_learning_rate")}
     return replace(
