@@ -25,6 +25,7 @@ class Bitmask(PackedFolder):
         return _layout(grid)
 
 
+# Cached, because every tensor of an export asks for its layout.
 @cache
 def _layout(grid: Grid | None) -> PackedFormat:
     from pst_ds.formats import FORMATS, QuantizedBitmask

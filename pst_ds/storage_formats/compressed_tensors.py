@@ -43,14 +43,16 @@ class CompressedTensors(StorageFormat):
         return ""
 
     def layout(self, grid: Grid | None) -> PackedFormat | None:
-        return None if grid is None else _layout(grid)
+        if grid is None:  # embeddings and the like stay as they would be in a dense folder
+            return None
+        return _layout(grid)
 
     def spec_of(self, spec: Any, encoding: Any, grid: Grid | None, keep: Callable[[Any], Tensor] | None) -> Any:
         """Return a quantised matrix in the library's layout; other tensors unchanged. Raises ExportError for Conv1D."""
         quantised = spec.quantised(grid)
         if quantised.grid is None:
             return quantised
-        if len(spec.shape) > 2:  # its readers support linear layers only
+        if len(spec.shape) > 2:  # a stack of experts; its readers support linear layers only
             return spec
         if spec.transposed:
             raise ExportError(
@@ -64,14 +66,24 @@ class CompressedTensors(StorageFormat):
     ) -> dict[str, object]:
         """Describe quantised nn.Linear weights, and int8 activations, in the terms of compressed-tensors."""
         grid = encoding.values
-        symmetric = {"type": "int", "symmetric": True}
-        strategy = {"strategy": "channel" if grid.group is None else "group", "group_size": grid.group}
+        strategy = "channel"  # a scale per output
+        if grid.group is not None:
+            strategy = "group"
+        weights = {
+            "num_bits": grid.bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": strategy,
+            "group_size": grid.group,
+            "dynamic": False,
+        }
         scheme = {
             "targets": ["Linear"],
-            "weights": {"num_bits": grid.bits, **symmetric, **strategy, "dynamic": False},
+            "weights": weights,
             "input_activations": self.input_scheme(),
             "output_activations": None,
         }
+        # vLLM matches the targets by class, so layers in the model's dtype are listed under "ignore".
         return {
             "quant_method": CompressedTensors.name,
             "format": self.layout_name,
@@ -90,10 +102,14 @@ class CompressedTensors(StorageFormat):
         return True
 
     def needs_no_values(self, settings: Any) -> bool:
+        # A run that trained with quantised weights decides; `problem` checks its values later.
         return settings.values is None
 
     def variant_for(self, activation_bits: int) -> str:
-        return self.variant_of_eight_bits if activation_bits == 8 else self.name
+        # The library has a separate layout for weights that are multiplied as integers.
+        if activation_bits == 8:
+            return self.variant_of_eight_bits
+        return self.name
 
 
 @cache

@@ -24,6 +24,7 @@ class CompressedTensorsW8A8(CompressedTensors):
         from pst_ds.core.quantization import Grid
 
         unsupported = super().problem(values, embeddings)
+        # A product of integers has one scale per output; groups would need a sum per group.
         if unsupported or values == Grid(8):
             return unsupported
         return (
@@ -32,7 +33,9 @@ class CompressedTensorsW8A8(CompressedTensors):
         )
 
     def layout(self, grid: Grid | None) -> PackedFormat | None:
-        return None if grid is None else _layout(grid)
+        if grid is None:
+            return None
+        return _layout(grid)
 
     def input_scheme(self) -> dict[str, object] | None:
         """Return int8 with a scale per token, computed as the model runs."""

@@ -23,9 +23,12 @@ class Dense(StorageFormat):
         return not is_quantized
 
     def layout(self, grid: Grid | None) -> PackedFormat | None:
-        return None if grid is None else _quantised(grid)
+        if grid is None:  # stored unchanged
+            return None
+        return _quantised(grid)
 
 
+# Cached, because every tensor of an export asks for its layout.
 @cache
 def _quantised(grid: Grid) -> PackedFormat:
     from pst_ds.formats import QuantizedDense

@@ -27,6 +27,7 @@ class Gguf(StorageFormat):
     engine = "llama.cpp"
 
     def require_free(self, out: Path) -> None:
+        # An older file is replaced. The suffix keeps a mistyped name from replacing a file of another kind.
         if out.suffix != ".gguf" or out.is_dir():
             raise ExportError(
                 f"out = {str(out.absolute())!r} must be one file for llama.cpp. Give it a name that ends in .gguf"
@@ -47,7 +48,9 @@ class Gguf(StorageFormat):
 
     def export_lines(self, out: str, report: Mapping[str, Any], settings: Any) -> list[str]:
         inexact = report["inexact_scales"]
-        changed = f"; fp16 holds {inexact} scales only approximately" if inexact else ""
+        changed = ""
+        if inexact:  # llama.cpp's blocks have fp16 scales, ours are bf16 with a larger range
+            changed = f"; fp16 holds {inexact} scales only approximately"
         return [
             f"wrote {out}: {report['rounded_tensors']} of {report['tensors']} tensors in blocks, "
             f"{report['file_bytes']:,} bytes, {report['bits_per_weight']:.2f} bits per weight{changed}"

@@ -36,7 +36,9 @@ class Onnx(StorageFormat):
         return not settings.plain and settings.values in VALUE_BITS
 
     def made_from(self, *, plain: bool) -> str:
-        return "dense" if plain else "bitmask"
+        if plain:
+            return "dense"
+        return "bitmask"  # the layout that the custom operators read
 
     def convert(self, folder: Path, out: Path, facts: Mapping[str, object], settings: Any) -> dict[str, object]:
         from pst_ds.inference.onnx.folder import write_onnx
@@ -54,7 +56,9 @@ class Onnx(StorageFormat):
         require_graph(model)
 
     def export_lines(self, out: str, report: Mapping[str, Any], settings: Any) -> list[str]:
-        weights = "dense weights" if settings.plain else f"{report['sparse_nodes']} sparse products"
+        weights = f"{report['sparse_nodes']} sparse products"
+        if settings.plain:
+            weights = "dense weights"
         difference = report["max_relative_difference"]
         if difference is None:
             compared = "not run: no onnxruntime"
@@ -75,6 +79,7 @@ class Onnx(StorageFormat):
         from pst_ds.inference.onnx.operators import open_session
 
         session = open_session(path / ONNX_FILE, threads or torch.get_num_threads())
+        # The graph has only the inputs that the model reads; a tokenizer may return more.
         inputs = [value.name for value in session.get_inputs()]
 
         def model(batch: dict[str, Any]) -> Any:
@@ -89,6 +94,7 @@ class Onnx(StorageFormat):
         return OnnxModel(path / ONNX_FILE, exact=False)
 
     def recognises(self, path: Path) -> bool:
+        # A folder with both is a model folder that also has a graph, as many on the hub do.
         return (path / ONNX_FILE).is_file() and not any(path.glob("*.safetensors"))
 
     def check(self, path: Path) -> dict[str, object]:
@@ -104,7 +110,9 @@ class Onnx(StorageFormat):
 
     def verify_lines(self, export: str, file: Mapping[str, Any]) -> Iterator[str]:
         without_sha256 = list[str](file["without_sha256"])
-        checked = "ONNX Runtime opens it" if without_sha256 else "as in the manifest, and ONNX Runtime opens it"
+        checked = "as in the manifest, and ONNX Runtime opens it"
+        if without_sha256:
+            checked = "ONNX Runtime opens it"
         yield f"{Path(export) / ONNX_FILE}: {file['file_bytes']:,} bytes, {checked}; outputs {file['outputs']}"
         if without_sha256:
             yield (

@@ -18,6 +18,7 @@ class TwoOfFour(PackedFolder):
     name = "2:4"
     purpose = "two of four values and their places; as bitmask"
     quantises = (VALUES, EMBEDDINGS)
+    # A layer that keeps more has a group of four with three weights, for which there is no place.
     most_kept = 0.5
     most_kept_text = "two of four weights"
     fix_for_most_kept = 'Choose format = "bitmask", or train with pst.pattern = "2:4"'
@@ -26,6 +27,7 @@ class TwoOfFour(PackedFolder):
         return _layout(grid)
 
 
+# Cached, because every tensor of an export asks for its layout.
 @cache
 def _layout(grid: Grid | None) -> PackedFormat:
     from pst_ds.formats import FORMATS, QuantizedTwoFour
