@@ -197,7 +197,7 @@ class QuantizedFormat(PackedFormat):
             raise FormatError(f"{name}: the last half byte of row {row} in codes is padding, and must be 0")
 
     def _in_bytes(self, codes: Tensor) -> Tensor:
-        """Return int8 codes (rows, codes) as they are stored: int4 in pairs, (rows, ceil(codes / 2)) uint8."""
+        """Return int8 codes (rows, codes) in stored form: int4 in pairs, (rows, ceil(codes / 2)) uint8."""
         if self.grid.bits == 4:
             return pack_nibbles(codes)
         return codes

@@ -58,7 +58,14 @@ def check_export(folder: Path) -> Facts:
             _check_tensor(folder, tensor, files)
             shown.add(nbytes)
     # last, because the checks above name the tensor that differs
-    check_sums(folder, {name: sha256 for name, sha256 in facts["files"].items() if name in files})
+    weight_sums: dict[str, str] = {}
+    without_sha256: list[str] = []
+    for name in files:
+        if name in facts["files"]:
+            weight_sums[name] = facts["files"][name]
+        else:
+            without_sha256.append(name)
+    check_sums(folder, weight_sums)
     refilled = facts.get("refilled", [])
     return {
         **tensor_counts(tensors),
@@ -68,7 +75,7 @@ def check_export(folder: Path) -> Facts:
         "sparsity_requested": facts["sparsity_requested"],
         "sparsity_measured": measured_sparsity(tensors, refilled),
         "refilled": refilled,
-        "without_sha256": [name for name in files if name not in facts["files"]],
+        "without_sha256": without_sha256,
     }
 
 
@@ -104,23 +111,22 @@ def check_model(folder: Path) -> None:
 
 def _check_files(folder: Path, tensors: Sequence[ExportedTensor], facts: Facts, encoding: Encoding) -> None:
     """Require exactly the files of the manifest, their SHA-256 except for weights, and its format in config.json."""
-    weights = {part.file for tensor in tensors for part in tensor.parts}
+    weights: set[str] = set()
+    for tensor in tensors:
+        weights.update(part.file for part in tensor.parts)
     others = {name: sha256 for name, sha256 in facts["files"].items() if name not in weights}
     check_sums(folder, others | facts.get("files_in_folders", {}))
     for name in sorted(weights):
         require_plain(folder / name, f"{folder / name} is missing")
-    stray = {path.name for path in folder.iterdir()} - {*weights, *others, MANIFEST_FILE, CARD_FILE}
-    loaded = sorted(name for name in stray if name.endswith(_LOADED_ENDINGS))
+    known = {*weights, *others, MANIFEST_FILE, CARD_FILE}
+    loaded: list[str] = []
+    for path in sorted(folder.iterdir()):
+        # other files are harmless, such as notes or a .gitattributes
+        if path.name not in known and path.name.endswith(_LOADED_ENDINGS):
+            loaded.append(path.name)
     if loaded:
         raise ExportError(f"{folder} has files that the manifest does not list: {shortened(loaded)}. Remove them")
-    path = folder / CONFIG_FILE
-    found = read_table(path, f"{path} is missing").get("quantization_config")
-    left = facts.get("left_alone", ())
-    # the header of a file, not its config, says whether its bitmasks are compressed
-    compressed = (False, encoding.storage.compresses_bitmask)
-    wanted = [encoding.quantization_config(len(weights), left, compressed=each) for each in compressed]
-    if found not in wanted:
-        raise ExportError(f"{path}: quantization_config = {str(found)[:200]}, but {encoding} weights need {wanted[0]}")
+    _check_config(folder / CONFIG_FILE, len(weights), facts, encoding)
     for tensor in tensors:
         is_quantised_so = tensor.grid in (encoding.values, encoding.embeddings, None)
         is_packed_so = tensor.packing == encoding.packing or not tensor.spec.is_packed
@@ -131,24 +137,38 @@ def _check_files(folder: Path, tensors: Sequence[ExportedTensor], facts: Facts, 
             )
 
 
+def _check_config(path: Path, num_files: int, facts: Facts, encoding: Encoding) -> None:
+    """Require the entry "quantization_config" that programs need to load the weights. Raises ExportError."""
+    entry = read_table(path, f"{path} is missing").get("quantization_config")
+    left_alone = facts.get("left_alone", ())
+    plain = encoding.quantization_config(num_files, left_alone, compressed=False)
+    accepted = [plain]
+    if encoding.storage.compresses_bitmask:
+        # the header of a file, not its config, says whether its bitmasks are compressed
+        accepted.append(encoding.quantization_config(num_files, left_alone, compressed=True))
+    if entry not in accepted:
+        raise ExportError(f"{path}: quantization_config = {str(entry)[:200]}, but {encoding} weights need {plain}")
+
+
 def _open_weights(folder: Path, tensors: Sequence[ExportedTensor]) -> dict[str, TensorFile]:
     """Open the weight files, and require exactly the tensors of the manifest in their headers."""
     wanted: dict[str, set[str]] = {}
     for tensor in tensors:
         for part in tensor.parts:
             wanted.setdefault(part.file, set()).add(part.name)
-    files = {}
+    files: dict[str, TensorFile] = {}
     for name, parts in wanted.items():
         try:
             files[name] = TensorFile(folder / name)
         except TensorFileError as error:
             raise ExportError(str(error)) from None
-        found = set(files[name].slots)
-        if found - parts:
-            unknown = shortened(sorted(found - parts))
-            raise ExportError(f"{folder} has tensors that the manifest does not list: {unknown}")
-        if parts - found:
-            raise ExportError(f"{folder / name} lacks {shortened(sorted(parts - found))}")
+        in_header = set(files[name].slots)
+        unknown = in_header - parts
+        if unknown:
+            raise ExportError(f"{folder} has tensors that the manifest does not list: {shortened(sorted(unknown))}")
+        lacking = parts - in_header
+        if lacking:
+            raise ExportError(f"{folder / name} lacks {shortened(sorted(lacking))}")
     return files
 
 
@@ -157,6 +177,7 @@ def _check_index(
 ) -> None:
     """Check the index through which transformers finds tensors in several files; a single file has no index."""
     path = folder / encoding.weights_file(2)
+    # transformers looks for names with this stem, and would not find others
     if any(not name.startswith(encoding.stem) for name in files):
         raise ExportError(f"{folder} is {encoding}, but its tensors are in {shortened(sorted(files), 2)}")
     if len(files) == 1:
@@ -164,8 +185,12 @@ def _check_index(
             raise ExportError(f"{path} is an index, but there is only one weight file. Remove it")
         return
     index = read_table(path, f"{path} is missing")
-    total = sum(slot.nbytes for file in files.values() for slot in file.slots.values())
-    where = {part.name: part.file for tensor in tensors for part in tensor.parts}
+    total = 0
+    for file in files.values():
+        total += sum(slot.nbytes for slot in file.slots.values())
+    where: dict[str, str] = {}
+    for tensor in tensors:
+        where |= {part.name: part.file for part in tensor.parts}
     if index != {"metadata": {"total_size": total}, "weight_map": where}:
         raise ExportError(f"{path} does not list the tensors and files of the manifest. Export the model again")
 
@@ -202,6 +227,7 @@ def _check_values(tensor: ExportedTensor, values: Tensor, place: str) -> None:
         raise ExportError(f"{place} has {nonzero} non-zeros, not {tensor.nonzero}")
     if tensor.origin != "pruned":
         return
+    # a pruned weight that an update made negative must not leave its sign behind
     if bool((torch.signbit(values) & (values == 0)).any()):
         raise ExportError(f"{place} has a -0.0 where pruned weights must be +0.0")
     matrices = _matrices(tensor, values, place)
@@ -214,9 +240,12 @@ def _matrices(tensor: ExportedTensor, values: Tensor, place: str) -> list[Tensor
     """Split a pruned tensor into its matrices; a stack of experts expert by expert."""
     count = len(tensor.pruned_per_matrix)
     width = tensor.shape[tensor.matrix_axis - 2]  # the axis counts without that of the experts
-    experts = [values] if values.dim() == 2 else list(values)
-    per_expert, rest = divmod(count, len(experts)) if experts else (0, count)
-    if rest or not per_expert or width % per_expert:
+    experts = [values]
+    if values.dim() == 3:
+        experts = list(values)
+    per_expert = count // len(experts) if experts else 0
+    divides = per_expert * len(experts) == count
+    if not divides or not per_expert or width % per_expert:
         raise ExportError(f"{place} cannot be {count} matrices: {list(values.shape)} does not divide")
     if not width:
         return [values] * count  # split would return a single matrix

@@ -42,8 +42,9 @@ def detect_pattern(row_bits: Tensor, inputs: int) -> str:
 
 def _groups(bits: Bits, inputs: int, density: float) -> str:
     """Return N:M, the one that keeps the smallest share; "" without any. ``density``: share of non-zeros."""
-    candidates = []
+    candidates: list[tuple[float, int, int]] = []
     for m in (4, 8, 16):
+        # m - 1, because m of m would be no pattern at all
         most = min(m - 1, int(density / _LEAST_FILLED * m))
         n = largest_group(bits[:_SAMPLE], inputs, m)
         if n is not None and n <= most:
@@ -73,7 +74,9 @@ def _blocks(bits: Bits, inputs: int) -> str:
         tall *= 2
     while inputs % (2 * wide) == 0 and wide < _LARGEST_BLOCK and _uniform(bits, inputs, 2 * wide):
         wide *= 2
-    return f"{tall}x{wide}" if tall * wide > 1 else ""
+    if tall * wide == 1:
+        return ""
+    return f"{tall}x{wide}"
 
 
 def _alike(bits: Bits, size: int) -> bool:
@@ -81,6 +84,7 @@ def _alike(bits: Bits, size: int) -> bool:
     first_rows = bits[::size]
     for i in range(1, size):
         rows = bits[i::size]
+        # the sample first, which decides about almost every matrix
         if not np.array_equal(first_rows[:_SAMPLE], rows[:_SAMPLE]) or not np.array_equal(first_rows, rows):
             return False
     return True

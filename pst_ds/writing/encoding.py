@@ -62,7 +62,9 @@ class Encoding:
     @property
     def stem(self) -> str:
         """Stem of the weight files' names."""
-        return PLAIN_STEM if self.is_plain else self.storage.stem
+        if self.is_plain:
+            return PLAIN_STEM
+        return self.storage.stem
 
     def weights_file(self, num_files: int) -> str:
         """Return the name of the only weight file, or of the index of several files."""
@@ -89,7 +91,10 @@ class Encoding:
 
     @property
     def format_version(self) -> int:
-        return QUANTIZED_VERSION if self.is_quantized else PLAIN_VERSION
+        """Version in config.json, which older versions of pst-ds refuse if they cannot read the folder."""
+        if self.is_quantized:
+            return QUANTIZED_VERSION
+        return PLAIN_VERSION
 
     def quantization_config(
         self, num_files: int, unquantised: Sequence[str] = (), *, compressed: bool = False
@@ -115,11 +120,15 @@ def encoding_of(packing: object, facts: Mapping[str, object]) -> Encoding:
     for key, group_key in _KEYS:
         values = facts.get(key)
         group = facts.get(group_key)
+        # a default for a missing group could read the scales of another quantisation
         if (values is None) != (group is None):
             raise ValueError(f"{key} and {group_key} must be given together, got {values!r} and {group!r}")
-        grids.append(None if values is None else grid_of(values, group))
+        grid: Grid | None = None
+        if values is not None:
+            grid = grid_of(values, group)
+        grids.append(grid)
     linear, embeddings = grids
-    return Encoding(str(packing), linear, embeddings)
+    return Encoding(packing=str(packing), values=linear, embeddings=embeddings)
 
 
 def encoding_of_config(settings: Mapping[str, object]) -> tuple[Encoding, str]:
@@ -136,6 +145,7 @@ def encoding_of_config(settings: Mapping[str, object]) -> tuple[Encoding, str]:
     except ValueError as error:
         raise ExportError(f"{unread}: {error}") from None
     versions = [encoding.format_version]
+    # a separate version, because readers before it take the bytes of a compressed bitmask for bits
     if encoding.storage.compresses_bitmask:
         versions.append(COMPRESSED_VERSION)
     if not encoding.needs_pst_ds or version not in versions:

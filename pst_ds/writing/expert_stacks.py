@@ -34,7 +34,13 @@ class StackRun:
         experts = max(1, stack.num_experts // self.of)  # a matrix of an expert is laid out like one expert
         outputs = stack.out_features // self.of
         matrices = stack.num_matrices // self.of
-        return WeightLayout(outputs, stack.in_features, stack.transposed, matrices, experts)
+        return WeightLayout(
+            out_features=outputs,
+            in_features=stack.in_features,
+            transposed=stack.transposed,
+            num_matrices=matrices,
+            num_experts=experts,
+        )
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -64,7 +70,7 @@ class StackRun:
 
 def all_experts(layout: WeightLayout) -> StackRun:
     """Return a whole stack, expert by expert; any other layer as one piece."""
-    return StackRun(layout, 0, layout.num_experts, layout.num_experts)
+    return StackRun(layout, first=0, last=layout.num_experts, of=layout.num_experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +106,7 @@ def parts_in_files(model: nn.Module, name: str, layout: WeightLayout) -> list[Fi
         # whole experts where possible, since they are fewer and larger pieces than their matrices
         num_pieces = fitting[0]
         rows_of_piece = height // num_pieces
-        run = StackRun(layout, first // rows_of_piece, last // rows_of_piece, num_pieces)
+        run = StackRun(layout, first=first // rows_of_piece, last=last // rows_of_piece, of=num_pieces)
         parts.append(FilePart(part, run, (*rows.shape[:-1], width)))
     return parts
 
@@ -139,7 +145,7 @@ def _stack(model: nn.Module, name: str, layout: WeightLayout, weights: BaseWeigh
     in_one = weights.find(name)
     if in_one is not None:
         whole = FilePart(name, all_experts(layout), shape)
-        return FolderStack(name, layout, shape, (whole,), (in_one,))
+        return FolderStack(name=name, layout=layout, shape=shape, pieces=(whole,), stored=(in_one,))
     stored: list[str] = []
     dtypes = set[torch.dtype]()
     for piece in pieces:
@@ -154,7 +160,7 @@ def _stack(model: nn.Module, name: str, layout: WeightLayout, weights: BaseWeigh
     # without any of them the stack is packed
     if len(stored) not in (0, len(pieces)) or len(dtypes) > 1:
         return None
-    return FolderStack(name, layout, shape, tuple(pieces), tuple(stored))
+    return FolderStack(name=name, layout=layout, shape=shape, pieces=tuple(pieces), stored=tuple(stored))
 
 
 def kept_experts(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

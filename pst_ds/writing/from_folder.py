@@ -131,27 +131,36 @@ class FolderSource:
         Quantised values are returned in ``dtype``. With ``hashed``, parts are compared with the SHA-256 in the
         manifest, if there is one. Raises ExportError, with the tensor's ``name``, for damaged parts.
         """
-        sha256 = recipe.facts.sha256 if hashed else {}
+        sha256: dict[str, str] = {}
+        if hashed:
+            sha256 = recipe.facts.sha256
         form = recipe.form
         stack = recipe.stack
         if form is None and stack is not None:
             rows = [self._stored(stored, sha256).flatten(0, -2) for stored in stack.stored]
-            return rows[0] if len(rows) == 1 else torch.cat(rows)
+            if len(rows) == 1:
+                return rows[0]  # torch.cat would copy it
+            return torch.cat(rows)
         parts = {part: self._stored(stored, sha256) for part, stored in recipe.parts.items()}
         if form is None:
             return parts[""]
         shape = (recipe.matrix[0], recipe.matrix[1])
+        unpacked_dtype: torch.dtype | None = None
+        if isinstance(form, QuantizedFormat):
+            unpacked_dtype = dtype
         try:
             parts = with_row_bits(name, parts, shape)
             form.check(name, parts, shape)
-            dense = form.unpack(parts, dtype if isinstance(form, QuantizedFormat) else None)
+            dense = form.unpack(parts, unpacked_dtype)
         except FormatError as error:
             raise ExportError(f"{self._weights.folder}: {error}") from None
         del parts  # before the copies below, which would otherwise add to it in memory
         if stack is not None and stack.layout.transposed:
             by_expert = dense.view(stack.layout.num_experts, -1, dense.shape[1])  # (experts, outputs, inputs)
             return by_expert.transpose(1, 2).flatten(0, 1)  # (experts * inputs, outputs), as in memory
-        return dense.t().contiguous() if recipe.transposed else dense
+        if recipe.transposed:
+            return dense.t().contiguous()
+        return dense
 
     def _stored(self, name: str, sha256: dict[str, str]) -> Tensor:
         """Read a tensor of the files, and compare it with its SHA-256 if that is known."""
@@ -170,11 +179,11 @@ def _split_into_pieces(values: TensorValues, stack: FolderStack) -> Iterator[Ten
     for piece in stack.pieces:
         rows = slice(*piece.run.rows)
         first, last = piece.run.share(len(pruned))
+        scales: Tensor | None = None
+        if values.scales is not None:
+            scales = values.scales[rows]
         yield replace(
-            values,
-            tensor=values.tensor[rows].view(piece.shape),
-            pruned_per_matrix=pruned[first:last],
-            scales=None if values.scales is None else values.scales[rows],
+            values, tensor=values.tensor[rows].view(piece.shape), pruned_per_matrix=pruned[first:last], scales=scales
         )
 
 
@@ -185,15 +194,17 @@ def open_folder(path: Path) -> FolderContents:
     model = model_of(path)
     tensors: list[ExportedTensor] = []
     facts: Facts = {}
+    # exists(), so that a link or folder of this name is refused and not ignored
     if (path / MANIFEST_FILE).exists():
         tensors, facts = read_manifest(path)
+    tensor_by_name = {tensor.name: tensor for tensor in tensors}
     return FolderContents(
         path=path,
         config=config,
         model=model,
         weights=BaseWeights(path, getattr(model, "base_model_prefix", ""), index),
         encoding=encoding,
-        tensors={tensor.name: tensor for tensor in tensors},
+        tensors=tensor_by_name,
         facts=facts,
         pruned_scales=read_pruned_scales(path),
     )
@@ -236,18 +247,26 @@ def plan_folder(folder: FolderContents, encoding: Encoding, dtype: str | None) -
 
     Reads the weights of linear layers once, to see whether packing them saves space. Raises ExportError and InputError.
     """
-    planner = _Planner(folder, encoding, None if dtype is None else DTYPES[dtype])
+    cast: torch.dtype | None = None
+    if dtype is not None:
+        cast = DTYPES[dtype]
+    planner = _Planner(folder, encoding, cast)
     return planner.jobs(), planner.source
 
 
 class _Planner:
+    """Plans an export of a folder tensor by tensor: the parts of the files it is read from, and how it is stored."""
+
     def __init__(self, folder: FolderContents, encoding: Encoding, cast: torch.dtype | None):
         self._folder = folder
         self._encoding = encoding
         self._cast = cast
         self.source = FolderSource(folder.weights, folder.pruned_scales)
-        layers = {f"{name}.weight": module for name, module in untied_linear_layers(folder.model).items()}
-        weights = {name: module.weight for name, module in layers.items()}
+        layers: dict[str, nn.Module] = {}
+        weights: dict[str, Tensor] = {}
+        for name, module in untied_linear_layers(folder.model).items():
+            layers[f"{name}.weight"] = module
+            weights[f"{name}.weight"] = module.weight
         in_files = names_in_files(folder.model, weights)
         self._linear = layers | {saved: layers[name] for saved, name in in_files.items()}
         """Linear layers with untied weights, by the weights' names in the model and in the files."""
@@ -268,6 +287,7 @@ class _Planner:
             outputs = self._stack_outputs(stack, recipe)
             if outputs:
                 jobs.append(TensorJob(outputs, recipe))
+                # the loop below must not plan these tensors of the files again
                 taken |= {*recipe.parts.values(), *stack.stored}
             if self._encoding.storage.fills_stacks_by_expert:
                 # a packed stack has no stored pieces
@@ -288,9 +308,12 @@ class _Planner:
     def _output(self, name: str, recipe: FolderRecipe, grid: Grid | None) -> TensorSpec:
         """Return the tensor as the export stores it."""
         if recipe.form is None:
-            shape = self._folder.weights.size(recipe.parts[""])[1]
+            _, shape = self._folder.weights.size(recipe.parts[""])
+        elif recipe.transposed:
+            shape = recipe.matrix[::-1]
         else:
-            shape = recipe.matrix[::-1] if recipe.transposed else recipe.matrix
+            shape = recipe.matrix
+        # a file may have a vector under the name of a weight, if another program wrote it
         is_linear = name in self._linear and len(shape) == 2
         transposed = is_linear and is_conv1d(self._linear[name])
         spec = TensorSpec(
@@ -301,8 +324,10 @@ class _Planner:
             transposed=transposed,
             is_linear=is_linear,
         )
-        keep = partial(self._keep, recipe) if is_linear else None
-        return spec.stored_as(self._encoding, grid, keep)
+        if not is_linear:
+            return spec.stored_as(self._encoding, grid)
+        # reads the weight only if the format packs it
+        return spec.stored_as(self._encoding, grid, partial(self._keep, recipe))
 
     def _keep(self, recipe: FolderRecipe, spec: TensorSpec) -> Tensor:
         """Read a weight, and return the row bits of its non-zeros."""
@@ -319,15 +344,20 @@ class _Planner:
             if name in folder.tensors:
                 listed.append(folder.tensors[name])
         facts = _facts_of(listed, layout.num_matrices)
-        pruned_layer = stack.name if stack.name in self._pruned_layers else ""
+        pruned_layer = ""
+        if stack.name in self._pruned_layers:
+            pruned_layer = stack.name
         part_of: dict[str, str] = {}
         if not folder.encoding.is_plain:
             part_of = _parts_of(stack.name, set(folder.weights.names), folder)
         if not part_of:
-            dtype = folder.weights.size(stack.stored[0])[0] if stack.stored else torch.float32
+            # a stack of which the folder has nothing is not made, so that its dtype does not matter
+            dtype = torch.float32
+            if stack.stored:
+                dtype, _ = folder.weights.size(stack.stored[0])
             return FolderRecipe(dtype, facts, {}, pruned_layer=pruned_layer, stack=stack)
         parts = {part: name for name, part in part_of.items()}
-        form, dtype = _form_of_parts(folder, stack.name, parts, layout.in_features)
+        form, dtype = _form_of_parts(folder, stack.name, parts, inputs=layout.in_features)
         return FolderRecipe(
             dtype=dtype,
             facts=facts,
@@ -355,14 +385,18 @@ class _Planner:
         )
         if not storage.keeps_stacks_in_pieces:
             # a format that packs quantises the stack with it, and leaves one that it cannot pack unchanged
-            grid = None if storage.marks_tensors else encoding.values
+            grid: Grid | None = None
+            if not storage.marks_tensors:
+                grid = encoding.values
             as_one = spec.stored_as(encoding, grid, partial(self._keep, recipe))
             if as_one.form is not None:
                 return (as_one,)
         if not is_packed:
             return ()
-        piece_spec = spec.quantised(encoding.values) if storage.fills_stacks_by_expert else spec
-        return tuple(replace(piece_spec, name=piece.name, shape=piece.shape) for piece in stack.pieces)
+        # a packed stack becomes separate tensors again
+        if storage.fills_stacks_by_expert:
+            spec = spec.quantised(encoding.values)
+        return tuple(replace(spec, name=piece.name, shape=piece.shape) for piece in stack.pieces)
 
     def _recipe(self, name: str, parts: dict[str, str]) -> FolderRecipe:
         """Return the recipe for a tensor, given the name in the files of each part. Raises ExportError."""
@@ -371,13 +405,22 @@ class _Planner:
         tensor = folder.tensors.get(name)
         if folder.tensors and tensor is None:
             raise ExportError(f"{folder.path} has {name}, which its {MANIFEST_FILE} does not list")
-        facts = ManifestFacts() if tensor is None else _facts_of([tensor])
+        facts = ManifestFacts()
+        if tensor is not None:
+            facts = _facts_of([tensor])
         if "" in parts:
-            return FolderRecipe(folder.weights.size(parts[""])[0], facts, parts)
-        matrix = linear_shape(layer) if layer is not None else tuple(embedding_tables(folder.model)[name].shape)
-        form, dtype = _form_of_parts(folder, name, parts, matrix[1])
-        transposed = layer is not None and is_conv1d(layer)
-        return FolderRecipe(dtype, facts, parts, form, matrix, transposed)
+            dtype, _ = folder.weights.size(parts[""])
+            return FolderRecipe(dtype, facts, parts)
+        # from the model, not from the parts: these are checked against it when they are read
+        matrix: tuple[int, ...]
+        transposed = False
+        if layer is not None:
+            matrix = linear_shape(layer)
+            transposed = is_conv1d(layer)
+        else:
+            matrix = tuple(embedding_tables(folder.model)[name].shape)
+        form, dtype = _form_of_parts(folder, name, parts, inputs=matrix[1])
+        return FolderRecipe(dtype=dtype, facts=facts, parts=parts, form=form, matrix=matrix, transposed=transposed)
 
     def _tensors(self, taken: set[str]) -> dict[str, dict[str, str]]:
         """Return the name in the files of each part ("" if stored unchanged), by the model's name of each tensor.
@@ -426,13 +469,19 @@ def _facts_of(tensors: Sequence[ExportedTensor], num_matrices: int | None = None
     for tensor in tensors:
         pruned += tensor.pruned_per_matrix
         sha256 |= {part.name: part.sha256 for part in tensor.parts}
-    # relative errors of several tensors do not add up to one of the stack
-    rounding_error = tensors[0].rounding_error if len(tensors) == 1 else 0.0
+    rounding_error = 0.0
+    if len(tensors) == 1:  # relative errors of several tensors do not add up to one of the stack
+        rounding_error = tensors[0].rounding_error
+    origin: Origin
     if num_matrices is None:
-        return ManifestFacts(tensors[0].origin, sha256, tuple(pruned), rounding_error)
-    if len(pruned) == num_matrices:
-        return ManifestFacts("pruned", sha256, tuple(pruned), rounding_error)
-    return ManifestFacts("model", sha256, (), rounding_error)
+        origin = tensors[0].origin
+    elif len(pruned) == num_matrices:
+        origin = "pruned"
+    else:
+        # numbers of only some matrices would be read as those of others
+        origin = "model"
+        pruned = []
+    return ManifestFacts(origin=origin, sha256=sha256, pruned_per_matrix=tuple(pruned), rounding_error=rounding_error)
 
 
 def _parts_of(weight: str, known: set[str], folder: FolderContents) -> dict[str, str]:
@@ -468,8 +517,12 @@ def _model_dtype(folder: FolderContents, name: str) -> torch.dtype:
     """Return the dtype of a quantised weight, from the manifest or else from config.json."""
     if name in folder.tensors:
         return folder.tensors[name].spec.dtype
-    named = getattr(torch, str(folder.config.get("dtype") or folder.config.get("torch_dtype")), None)
-    return named if named in VALUE_DTYPES else torch.float32
+    # older versions of transformers wrote "torch_dtype"
+    name_of_dtype = str(folder.config.get("dtype") or folder.config.get("torch_dtype"))
+    dtype = getattr(torch, name_of_dtype, None)
+    if dtype in VALUE_DTYPES:
+        return dtype
+    return torch.float32
 
 
 def copy_small_files(folder: Path, out: Path) -> None:

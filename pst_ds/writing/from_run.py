@@ -34,7 +34,7 @@ from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.merge import plain_tensors
 from pst_ds.nn.model_structure import is_conv1d, is_linear
 from pst_ds.nn.tables.coded import plain_tables
-from pst_ds.nn.tables.embedding import updated_tables
+from pst_ds.nn.tables.embedding import UpdatedTable, updated_tables
 from pst_ds.nn.tables.rounded import quantisable_tables, table_grid
 from pst_ds.parallel.optimizer_state import MASTER
 from pst_ds.writing.encoding import Encoding, ExportError
@@ -97,6 +97,7 @@ class RunSource:
             whole = self._unpruned(recipe)
             saved = saved_tensors(self._model, {recipe.name: whole.tensor})
             for output in job.outputs:
+                # a copy, since transformers returns views, and the parts of a file must be contiguous
                 yield replace(whole, tensor=saved.pop(output.name).clone(memory_format=torch.contiguous_format))
 
     def _unpruned(self, recipe: RunRecipe) -> TensorValues:
@@ -121,6 +122,7 @@ class RunSource:
         assert recipe.in_base is not None
         stored = self._base.read(recipe.in_base)
         if recipe.base is not None:
+            # the model computed with the quantised table, so the export has its values, not those of the base
             weight = stored.to(compute)
             quantised = CodedWeight(recipe.base, *recipe.base.encode(weight, 0), compute).dense()
             return TensorValues(quantised.to(recipe.dtype))
@@ -149,7 +151,12 @@ class RunSource:
                 keep.append(values.keep)
             if values.scales is not None:
                 scales.append(values.scales)
-        return TensorValues(tensor, torch.cat(keep), tuple(pruned), torch.cat(scales) if scales else None)
+        return TensorValues(
+            tensor=tensor,
+            keep=torch.cat(keep),
+            pruned_per_matrix=tuple(pruned),
+            scales=torch.cat(scales) if scales else None,
+        )
 
     def _start(self, recipe: RunRecipe, run: StackRun, piece: int) -> Tensor:
         """Return W0 of a piece, or the weight that was trained in its place, in storage shape."""
@@ -162,14 +169,16 @@ class RunSource:
         height = shape[0]
         first_row = piece * height
         last_row = first_row + height
-        rows = []
+        rows: list[Tensor] = []
         # a tensor of the files may have several pieces, or a piece several tensors
         for name, first_in_file, last_in_file in recipe.rows_in_base:
             first = max(first_in_file, first_row)
             last = min(last_in_file, last_row)
             if first < last:
                 rows.append(self._base.read_rows(name, first - first_in_file, last - first_in_file))
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        if len(rows) == 1:
+            return rows[0]  # torch.cat would copy it
+        return torch.cat(rows)
 
     def _piece(self, recipe: RunRecipe, run: StackRun, constants: Constants, piece: int) -> TensorValues:
         """Make one piece of a stack, or a whole layer."""
@@ -180,13 +189,16 @@ class RunSource:
         if recipe.whole is not None:
             # the checkpoint has all experts; the piece is looked up among them
             run, piece = run.in_whole(piece, recipe.whole, recipe.kept)
-        # products of another kind of device round differently
-        device = checkpoint.state.device_type if torch.accelerator.is_available() else "cpu"
+        device = "cpu"
+        if torch.accelerator.is_available():
+            # products of another kind of device round differently
+            device = checkpoint.state.device_type
         start = self._start(recipe, run, piece).to(compute).to(device)
         weight: Tensor | CodedWeight = start
         if recipe.base is not None:  # quantised in the same way when the layer was created
             base = replace(recipe.base, stored=StoredGrid(layout, recipe.base.stored.grid))
             weight = CodedWeight(base, *base.encode(start, 0), compute)
+        # each "del" here frees a copy of the weight before the next step allocates another
         del start
         start_of_piece, end_of_piece = run.share(run.stack.numel, piece)
         mask = checkpoint.mask_bits(owner, start_of_piece, end_of_piece)
@@ -207,12 +219,14 @@ class RunSource:
             merged.add_(0.0)  # turns a kept -0.0 into +0.0
         keep = mask_row_bits(mask, layout)
         kept_per_row = row_counts(keep)
-        pruned = []
+        pruned: list[int] = []
         for matrix in layout.matrices():
             kept = int(kept_per_row[matrix.outputs].sum())
             pruned.append(matrix.rect.numel - kept)
-        scales = None if rounding is None else rounding.scales_by_output.cpu()
-        return TensorValues(merged, keep, tuple(pruned), scales)
+        scales: Tensor | None = None
+        if rounding is not None:
+            scales = rounding.scales_by_output.cpu()
+        return TensorValues(tensor=merged, keep=keep, pruned_per_matrix=tuple(pruned), scales=scales)
 
     def _factors(self, owner: str, run: StackRun, piece: int, device: str) -> dict[str, Tensor]:
         """Return the factors of a piece, by name, in the dtype that the model computed with.
@@ -221,7 +235,7 @@ class RunSource:
         """
         checkpoint = self._checkpoint
         prefix = f"{owner}.pst_"
-        factors = {}
+        factors: dict[str, Tensor] = {}
         for name, shape in checkpoint.contents.trained.items():
             if name.startswith(prefix):
                 start, stop = run.share(math.prod(shape), piece)
@@ -257,10 +271,13 @@ def plan_run(
     base are included, under the base's names. ``dtype``: dtype to cast all tensors to. ``whole``: the model of the run,
     if ``model`` lacks the experts that it removed. Raises ExportError.
     """
-    return list(_Planner(model, checkpoint, base, encoding, dtype, whole).jobs())
+    planner = _Planner(model=model, checkpoint=checkpoint, base=base, encoding=encoding, dtype=dtype, whole=whole)
+    return list(planner.jobs())
 
 
 class _Planner:
+    """Plans an export of a run tensor by tensor: where its values come from, and how the export stores them."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -273,19 +290,28 @@ class _Planner:
         self._model = model
         self._checkpoint = checkpoint
         self._base = base
-        self._whole = model if whole is None else whole
-        self._kept = {} if whole is None else kept_experts(whole, checkpoint)
+        self._whole = model
+        self._kept: dict[str, tuple[int, ...]] = {}
+        if whole is not None:
+            self._whole = whole
+            self._kept = kept_experts(whole, checkpoint)
         self._whole_layers = pst_layers(self._whole)
         self._whole_tensors = plain_tensors(self._whole)
         self._state = checkpoint.state
         self._trained = checkpoint.contents.trained
         self._encoding = encoding
-        self._cast = None if dtype is None else DTYPES[dtype]
-        # in a run that quantises, other layers stay unchanged, so that the export computes what was trained
-        rounds = checkpoint.state.rounds
-        values = None if rounds and checkpoint.contents.value_grid else encoding.values
+        self._cast: torch.dtype | None = None
+        if dtype is not None:
+            self._cast = DTYPES[dtype]
+        values = encoding.values
+        self._table_grid: Grid | None = None
+        if checkpoint.state.rounds:
+            self._table_grid = table_grid(model)
+            if checkpoint.contents.value_grid:
+                # other layers were trained without quantisation, and stay unchanged, so that the export computes what
+                # was trained
+                values = None
         self._grids = grids(model, values, encoding.embeddings)
-        self._table_grid = table_grid(model) if rounds else None
         self._rounded = quantisable_tables(model) if self._table_grid else {}
         self._layers = pst_layers(model)
         self._embeddings = updated_tables(model)
@@ -296,6 +322,7 @@ class _Planner:
         self._keeps_rest = is_text_part(model, base.folder)
 
     def jobs(self) -> Iterator[TensorJob]:
+        """Yield the jobs in the order of the model's tensors, and last the other tensors of a complete base."""
         tensors = self._tensors
         in_files = {name: saved for saved, name in names_in_files(self._model, tensors).items()}
         done: set[str] = set()
@@ -310,18 +337,23 @@ class _Planner:
             return
         for name in self._base.names:
             if name not in done:
-                yield self._job(name, name, name, self._base.size(name)[1])
+                _, shape = self._base.size(name)
+                yield self._job(name=name, in_base=name, out_name=name, shape=shape)
 
     def _jobs_of(self, name: str, tensor: Tensor, in_files: str | None) -> Iterator[TensorJob]:
         """Plan one tensor; ``in_files``: the name that ``save_pretrained`` gives it, None if it is split."""
+        shape = tuple(tensor.shape)
         if name in self._base.names:
-            yield self._job(name, name, name, tuple(tensor.shape))
+            # the base's files have the model's name for it, and so has the export
+            yield self._job(name=name, in_base=name, out_name=name, shape=shape)
         elif in_files is None:
             yield from self._in_parts(name, saved_tensors(self._model, {name: tensor}))
         else:
             in_base = self._base.find(in_files) or self._base.find(name)
-            if in_base or name not in self._buffers or not may_be_missing(self._model, name):
-                yield self._job(name, in_base, in_files, tuple(tensor.shape))
+            # transformers computes some buffers itself, and saves no files with them
+            is_computed = name in self._buffers and may_be_missing(self._model, name)
+            if in_base or not is_computed:
+                yield self._job(name=name, in_base=in_base, out_name=in_files, shape=shape)
 
     def _of_stack(self, name: str) -> Iterator[TensorJob]:
         """Plan a stack: packed as one tensor, or as the tensors of the base's files, such as a matrix per expert.
@@ -339,7 +371,8 @@ class _Planner:
         if recipe.kept:
             parts = self._named_parts(self._model, name, layer)
         for in_base, part in parts.items():
-            out = replace(as_one, name=in_base if self._keeps_rest else part.name, shape=part.shape)
+            out_name = in_base if self._keeps_rest else part.name
+            out = replace(as_one, name=out_name, shape=part.shape)
             yield TensorJob((out,), replace(recipe, layer=(part.run, layer.constants)))
 
     def _named_parts(self, model: nn.Module, name: str, layer: PSTLayer) -> dict[str, FilePart]:
@@ -359,12 +392,12 @@ class _Planner:
         parts = self._named_parts(model, name, layer)
         if name in parts:
             return parts
-        by_name_in_base = {}
+        by_name_in_base: dict[str, FilePart] = {}
         for part in parts.values():
             in_base = self._base.find(part.name)
             if in_base is None:
                 raise ExportError(f"{part.name} is not in the base model {self._state.base_path!r}")
-            shape = self._base.size(in_base)[1]
+            _, shape = self._base.size(in_base)
             if shape != part.shape:
                 raise ExportError(
                     f"{part.name} has shape {shape} in the base model, and {part.shape} in the trained model"
@@ -385,8 +418,8 @@ class _Planner:
         owner, _, last = name.rpartition(".")
         state = self._state
         trained = name in self._trained
-        layer = None
-        embedding = None
+        layer: PSTLayer | None = None
+        embedding: UpdatedTable | None = None
         if last == "weight":
             layer = self._layers.get(owner)
             embedding = self._embeddings.get(owner)
@@ -406,6 +439,10 @@ class _Planner:
         if layer is not None or trained or embedding is not None or coded is not None:
             width = torch.promote_types(compute, width)
         kept = self._kept_of(name)
+        base: CodeLayout | None = None
+        if coded is not None:
+            # one shard, because an export quantises the whole weight in one process
+            base = replace(coded, num_shards=1)
         run: tuple[StackRun, Constants] | None = None
         grid: StoredGrid | None = None
         whole: WeightLayout | None = None
@@ -423,7 +460,7 @@ class _Planner:
             layer=run,
             grid=grid,
             table=self._table_grid if name in self._rounded else None,
-            base=None if coded is None else replace(coded, num_shards=1),
+            base=base,
             embedding_beta=None if embedding is None else embedding.beta,
             kept=kept,
             whole=whole,
@@ -431,43 +468,65 @@ class _Planner:
 
     def _kept_of(self, name: str) -> tuple[int, ...]:
         """Return the experts in the model's tensor ``name``; () if none were removed from it."""
-        plain = name.removesuffix(".weight") if name not in self._whole_tensors else name
-        block = next((block for block in self._kept if name.startswith(f"{block}.")), None)
-        if block is None or self._whole_tensors[plain].shape == self._tensors[plain].shape:
-            return ()
-        return self._kept[block]
+        plain = name
+        if name not in self._whole_tensors:
+            # the recipe of a stack has the name of its layer's weight, and the stack is a Parameter without this ending
+            plain = name.removesuffix(".weight")
+        for block, kept in self._kept.items():
+            if name.startswith(f"{block}."):
+                has_lost_experts = self._whole_tensors[plain].shape != self._tensors[plain].shape
+                return kept if has_lost_experts else ()
+        return ()
 
     def _spec(self, recipe: RunRecipe, name: str, shape: tuple[int, ...]) -> TensorSpec:
         """Return the tensor that ``recipe`` makes, under its ``name`` in the export."""
         self._require_shape(recipe, shape)
         owner, _, last = recipe.name.rpartition(".")
-        linear = self._linear.get(owner) if last == "weight" else None
-        origin: Origin
+        linear: nn.Module | None = None
+        if last == "weight":
+            linear = self._linear.get(owner)
+        origin: Origin = "base"
+        transposed = linear is not None and is_conv1d(linear)
         if recipe.layer is not None:
             transposed = recipe.layer[0].piece.transposed
             origin = "pruned"
-        else:
-            transposed = linear is not None and is_conv1d(linear)
-            origin = "trained" if recipe.trained or recipe.embedding_beta is not None else "base"
-        is_linear_weight = linear is not None or recipe.layer is not None
-        dtype = self._cast if self._cast and recipe.dtype.is_floating_point else recipe.dtype
-        spec = TensorSpec(name, shape, dtype, origin, transposed=transposed, is_linear=is_linear_weight)
+        elif recipe.trained or recipe.embedding_beta is not None:
+            origin = "trained"
+        dtype = recipe.dtype
+        if self._cast and recipe.dtype.is_floating_point:
+            dtype = self._cast
+        spec = TensorSpec(
+            name=name,
+            shape=shape,
+            dtype=dtype,
+            origin=origin,
+            transposed=transposed,
+            is_linear=linear is not None or recipe.layer is not None,
+        )
         if recipe.layer is None:
             return spec.stored_as(self._encoding, self._grids.get(recipe.name))
         stack = recipe.layer[0].stack
 
         def bits(_: TensorSpec) -> Tensor:
-            # experts that are kept are whole
-            mask = all_ones(stack.numel, 1) if recipe.kept else self._checkpoint.masks[owner]
-            return mask_row_bits(mask, stack)
+            if recipe.kept:
+                # experts that are kept are whole
+                return mask_row_bits(all_ones(stack.numel, 1), stack)
+            return mask_row_bits(self._checkpoint.masks[owner], stack)
 
         return spec.stored_as(self._encoding, self._encoding.values, bits)
 
     def _require_shape(self, recipe: RunRecipe, shape: tuple[int, ...]) -> None:
+        """Raise ExportError unless the values of ``recipe`` have the shape of the trained model."""
         if (recipe.rows_in_base and not recipe.trained) or recipe.in_files_form:
             return  # checked by _parts_of_stack, or split by transformers
-        stored = tuple(self._trained[recipe.name] if recipe.trained else self._base.size(recipe.in_base or "")[1])
-        expected = tuple(self._whole_tensors[recipe.name].shape) if recipe.kept else shape
+        if recipe.trained:
+            stored = tuple(self._trained[recipe.name])
+        else:
+            _, stored = self._base.size(recipe.in_base or "")
+        expected = shape
+        if recipe.kept:
+            # the rows of other experts are read, and dropped
+            expected = tuple(self._whole_tensors[recipe.name].shape)
         if stored != expected:
             raise ExportError(
                 f"{recipe.name} has shape {stored} in the base model or checkpoint, and {shape} in the trained "
@@ -489,9 +548,15 @@ class _Planner:
         if name not in self._trained:
             for part, tensor in saved.items():
                 stored = in_base[part]  # with all tensors that transformers makes of it
-                shape = tuple(tensor.shape) if stored is None else self._base.size(stored)[1]
-                yield self._job(part, stored, part, shape)
+                shape = tuple(tensor.shape)
+                if stored is not None:
+                    _, shape = self._base.size(stored)
+                yield self._job(name=part, in_base=stored, out_name=part, shape=shape)
             return
-        recipe = replace(self._recipe(name, None, next(iter(in_base.values()))), in_files_form=True)
-        outputs = tuple(self._spec(recipe, part, tuple(tensor.shape)) for part, tensor in saved.items())
-        yield TensorJob(outputs, recipe)
+        # the parts of a tensor have one dtype in the base; the first one tells it
+        first_in_base = next(iter(in_base.values()))
+        recipe = replace(self._recipe(name, None, dtype_of=first_in_base), in_files_form=True)
+        outputs: list[TensorSpec] = []
+        for part, tensor in saved.items():
+            outputs.append(self._spec(recipe, part, tuple(tensor.shape)))
+        yield TensorJob(tuple(outputs), recipe)

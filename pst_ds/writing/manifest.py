@@ -62,8 +62,11 @@ def _require_kind(kind: str) -> str:
 
 def _require_weight_file(name: str) -> str:
     """Return the name of a weight file of an export. Raises pydantic's error of a pattern for another."""
-    stems = {PLAIN_STEM, *(storage.stem for storage in storage_formats() if storage.has_manifest)}
+    stems = {PLAIN_STEM}
     # checked here, because formats of other packages are known only once the registry is asked
+    for storage in storage_formats():
+        if storage.has_manifest:
+            stems.add(storage.stem)
     pattern = rf"(?:{'|'.join(map(re.escape, sorted(stems)))})(?:-[0-9]{{5}}-of-[0-9]{{5}})?\.safetensors"
     if re.fullmatch(pattern, name) is None:
         raise PydanticKnownError("string_pattern_mismatch", {"pattern": pattern})
@@ -123,7 +126,10 @@ class ExportedTensor(BaseModel):
 
     @property
     def grid(self) -> Grid | None:
-        return grid_of(self.values, self.group) if self.values else None
+        """Quantisation of the values; None if they have the model's dtype."""
+        if not self.values:
+            return None
+        return grid_of(self.values, self.group)
 
     @property
     def numel(self) -> int:
@@ -133,12 +139,15 @@ class ExportedTensor(BaseModel):
     def _require_consistent(self) -> Self:
         is_matrix = len(self.shape) in (2, 3)
         needs_matrix = self.spec.form or self.pruned_per_matrix or self.transposed
-        for field, holds in (
-            ("values", bool(self.values) == bool(self.group)),
-            ("pruned_per_matrix", bool(self.pruned_per_matrix) == (self.origin == "pruned")),
-            ("shape", is_matrix or not needs_matrix),
-            ("parts", [part.name for part in self.parts] == self.spec.part_names()),
-        ):
+        part_names = [part.name for part in self.parts]
+        holds_for_field = {
+            "values": bool(self.values) == bool(self.group),
+            "pruned_per_matrix": bool(self.pruned_per_matrix) == (self.origin == "pruned"),
+            "shape": is_matrix or not needs_matrix,
+            # a part under another tensor's name would be read in its place
+            "parts": part_names == self.spec.part_names(),
+        }
+        for field, holds in holds_for_field.items():
             if not holds:
                 raise ValueError(f"{self.name[:80]} has an impossible value of {field}")
         return self
@@ -212,7 +221,8 @@ class _Manifest(BaseModel):
         if not set(self.refilled) <= set(names):
             raise ValueError("refilled names other tensors")
         kept = self.tokens_kept
-        if kept is not None and not (kept and all(one < two for one, two in pairwise(kept))):
+        # ascending, so that no token has two rows; readers compare the last one, the largest, with the model's rows
+        if kept is not None and not (kept and all(token < following for token, following in pairwise(kept))):
             raise ValueError("tokens_kept does not ascend")
         return self
 
@@ -227,11 +237,18 @@ def file_sums(folder: Path) -> Facts:
 
     Users may edit the card. A folder inside is, for example, ``1_Pooling`` of sentence-transformers.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in _UNHASHED)
-    nested = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*") if path.is_file())
-    facts: Facts = {"files": {name: file_sha256(folder / name) for name in names}}
-    if nested:
-        facts["files_in_folders"] = {name: file_sha256(folder / name) for name in nested}
+    sums: dict[str, str] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name not in _UNHASHED:
+            sums[path.name] = file_sha256(path)
+    sums_in_folders: dict[str, str] = {}
+    for path in folder.glob("*/*"):
+        if path.is_file():
+            # with "/" on every system, since an export may be verified on another one
+            sums_in_folders[path.relative_to(folder).as_posix()] = file_sha256(path)
+    facts: Facts = {"files": sums}
+    if sums_in_folders:
+        facts["files_in_folders"] = dict(sorted(sums_in_folders.items()))
     return facts
 
 
@@ -244,16 +261,19 @@ def count_nonzero(tensor: Tensor) -> int:
     """Count the values that are not zero; for dtypes that torch cannot count in, those with any bit set."""
     try:
         return int(torch.count_nonzero(tensor))
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError):  # torch has no kernel for it, such as for fp8
         return int(torch.count_nonzero(tensor.view(INT_OF_SIZE[tensor.element_size()])))
 
 
 def write_manifest(folder: Path, tensors: Sequence[ExportedTensor], facts: Facts) -> None:
     """Write the manifest into ``folder``."""
     is_quantized = any(tensor.values for tensor in tensors)
-    # readers of the first version reject unknown keys
-    version = QUANTIZED_FORMAT if is_quantized else FORMAT
-    omitted = None if is_quantized else _QUANTIZED_KEYS
+    version = QUANTIZED_FORMAT
+    omitted: set[str] | None = None
+    if not is_quantized:
+        # readers of the first version reject unknown keys
+        version = FORMAT
+        omitted = _QUANTIZED_KEYS
     rows = [tensor.model_dump(mode="json", exclude=omitted) for tensor in tensors]
     table = {"format": version, **facts, "tensors": rows}
     text = json.dumps(sealed(table), indent=1, ensure_ascii=False)
@@ -262,9 +282,10 @@ def write_manifest(folder: Path, tensors: Sequence[ExportedTensor], facts: Facts
 
 def sealed(table: dict[str, object]) -> dict[str, object]:
     """Return ``table`` with the SHA-256 of its other values as the last value."""
-    rest = {key: value for key, value in table.items() if key != "sha256"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return {**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    unsealed = {key: value for key, value in table.items() if key != "sha256"}
+    # sorted and without spaces, so that the file's layout does not matter, only its values
+    text = json.dumps(unsealed, sort_keys=True, separators=(",", ":"))
+    return {**unsealed, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def read_manifest(folder: Path) -> tuple[list[ExportedTensor], Facts]:
@@ -285,7 +306,9 @@ def read_manifest(folder: Path) -> tuple[list[ExportedTensor], Facts]:
         raise ExportError(f"{path} is damaged: {_first_problem(error)}. Export the model again") from None
     except ValueError as error:
         raise ExportError(f"{path} is damaged: {error!r}. Export the model again") from None
-    return manifest.tensors, {key: table[key] for key in table if key not in ("format", "sha256", "tensors")}
+    # from the table, because the model has defaults for keys that the manifest does not have
+    facts = {key: value for key, value in table.items() if key not in ("format", "sha256", "tensors")}
+    return manifest.tensors, facts
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -296,7 +319,9 @@ def _first_problem(error: ValidationError) -> str:
         return f"{place}: {first['msg']}"
     if first["type"] == "value_error":  # of a validator of ours, which names the value
         problem = first["msg"].removeprefix("Value error, ")
-        return f"{place}: {problem}" if place else problem
+        if not place:  # of the whole manifest
+            return problem
+        return f"{place}: {problem}"
     return f"{place} = {problem_with_value(first)}"
 
 
@@ -317,6 +342,7 @@ def read_table(path: Path, missing: str) -> dict[str, Any]:
 
 def require_plain(path: Path, missing: str) -> None:
     """Raise ExportError unless ``path`` is a regular file and not a link."""
+    # a link would let a folder from elsewhere show the content of a file outside it
     if path.is_symlink():
         raise ExportError(f"{path} is a link; an export must have plain files only")
     if not path.is_file():

@@ -23,12 +23,15 @@ def model_card(name: str, facts: Facts) -> str:
     tags = ["sparse", "pruned", "pst-ds"]
     if not encoding.is_plain:
         tags.append(f"format-{facts['kind'].replace(':', '-of-')}")
-    tags += dict.fromkeys(grid.values for _, grid in grids)  # once if both are quantised to the same values
+    for _, grid in grids:
+        if grid.values not in tags:  # once if both are quantised to the same values
+            tags.append(grid.values)
     model_class = "AutoModel"
     for task in _TASKS:
         if facts["architecture"].endswith(task):
             model_class = f"AutoModel{task}"
     metrics = {metric: value for metric, value in facts["metrics"].items() if value is not None}
+    # StrictUndefined, because an unknown name in the template would otherwise become an empty text
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )

@@ -97,7 +97,8 @@ class TensorSpec:
         """Return the names in the files of its ``parts``, by default all of them in the order of the format."""
         if self.form is None:
             return [self.name]
-        return [f"{self.name.removesuffix('.weight')}.{part}" for part in parts or self.form.part_names]
+        module = self.name.removesuffix(".weight")
+        return [f"{module}.{part}" for part in parts or self.form.part_names]
 
     def part_sizes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return the dtype and shape of each part, by its name in the files. Raises ExportError."""
@@ -114,7 +115,10 @@ class TensorSpec:
     @property
     def stored_nbytes(self) -> int:
         """Bytes of all parts. Raises ExportError."""
-        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.part_sizes().values())
+        nbytes = 0
+        for dtype, shape in self.part_sizes().values():
+            nbytes += math.prod(shape) * dtype.itemsize
+        return nbytes
 
     def as_matrix(self, tensor: Tensor) -> Tensor:
         """Return ``tensor``, which has the model's shape, as :attr:`matrix`."""
@@ -161,6 +165,7 @@ class TensorSpec:
         """
         counts = row_counts(keep)
         if int(counts.sum()) == self.numel:
+            # nothing was pruned, so the weight does not "stay" dense
             return self
         dense = self.quantised(grid)
         form = packed_format(packing, dense.grid)
@@ -226,8 +231,7 @@ def plan_files(jobs: Sequence[TensorJob], stem: str, shard_bytes: int) -> list[P
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     filled = 0
     names = set[str]()
-    outputs = [output for job in jobs for output in job.outputs]
-    for output in outputs:
+    for output in all_outputs(jobs):
         parts = output.part_sizes()
         nbytes = output.stored_nbytes
         if shards[-1] and filled + nbytes > shard_bytes:
@@ -242,15 +246,26 @@ def plan_files(jobs: Sequence[TensorJob], stem: str, shard_bytes: int) -> list[P
     files: list[PlannedFile] = []
     for number, shard in enumerate(shards, start=1):
         # transformers' names of weight files
-        end = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+        name = f"{stem}.safetensors"
+        if len(shards) > 1:
+            name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         header, slots, file_bytes = header_and_slots(shard)
-        files.append(PlannedFile(f"{stem}{end}.safetensors", header, slots, file_bytes))
+        files.append(PlannedFile(name=name, header=header, slots=slots, nbytes=file_bytes))
     return files
+
+
+def all_outputs(jobs: Iterable[TensorJob]) -> list[TensorSpec]:
+    """Return the tensors that the jobs make, in their order."""
+    outputs: list[TensorSpec] = []
+    for job in jobs:
+        outputs += job.outputs
+    return outputs
 
 
 def require_space(folder: Path, nbytes: int) -> None:
     """Raise ExportError if the disk of ``folder``, which need not exist yet, has less than ``nbytes`` free."""
     place = folder.absolute()
+    # the disk of the nearest folder that exists, in which the others will be made
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
@@ -265,12 +280,13 @@ def require_packed(jobs: Sequence[TensorJob], encoding: Encoding) -> list[str]:
 
     Raises ExportError if nothing is packed, or nothing is quantised, although ``encoding`` asks for it.
     """
-    outputs = [output for job in jobs for output in job.outputs]
+    outputs = all_outputs(jobs)
     if encoding.is_quantized and not any(output.grid for output in outputs):
         raise ExportError(
             "no weight can be quantised: values is for linear layers inside the blocks, embeddings for embedding "
             "tables and output layers, and this model has neither"
         )
+    # "dense" marks no tensors: there is nothing that could fail to be packed
     if not encoding.storage.marks_tensors or any(output.is_packed for output in outputs):
         return [output.name for output in outputs if output.stays_dense]
     raise ExportError(

@@ -41,6 +41,7 @@ class PrunedScales:
                 "prune the model with another quantisation"
             )
         modules = dict(model.named_modules())
+        # an export without these scales would choose others, so a layer that cannot be found is an error
         layer_of: dict[int, str] = {}
         for layer in self.layers:
             if layer in modules:
@@ -74,7 +75,7 @@ class PrunedScales:
                 first, last = rows
                 scales = self.scales.read_rows(name, first, last)
             off = first_off_grid(weight, self.grid, scales)
-        except (TensorFileError, ValueError) as error:
+        except (TensorFileError, ValueError) as error:  # damaged bytes, or scales of another shape
             raise ExportError(f"{path}: {name}: {error}. Prune again, or see {_opt_out(self.folder)}") from None
         if off is not None:
             raise ExportError(
@@ -91,6 +92,7 @@ def read_pruned_scales(folder: Path) -> PrunedScales | None:
     Exports keep the pruning record, but their manifest takes precedence. Raises ExportError.
     """
     record = folder / RECORD_FILE
+    # an export's scales are in its own files
     if not record.is_file() or (folder / MANIFEST_FILE).exists():
         return None
     recorded, _ = read_pruning_record(folder)
@@ -104,6 +106,7 @@ def read_pruned_scales(folder: Path) -> PrunedScales | None:
     path = folder / SCALES_FILE
     require_plain(path, f"{path} is missing, although {record} names a quantisation. See {_opt_out(folder)}")
     scales = TensorFile(path)
+    # all of them now, not after hours of writing the tensors before a missing one
     for layer in layers:
         if scales_name(layer) not in scales.slots:
             raise ExportError(f"{path} lacks {scales_name(layer)}. Prune again, or see {_opt_out(folder)}")

@@ -55,6 +55,7 @@ def read_pruning_record(folder: Path) -> tuple[PruningRecord, Facts]:
     """Return the record of a folder, and all its values. Raises ExportError if it is missing or damaged."""
     path = folder / RECORD_FILE
     table = read_table(path, f"{path} is missing")
+    # validated, because users edit the record, as its messages suggest
     try:
         return PruningRecord.model_validate(table), table
     except ValidationError as error:
@@ -66,6 +67,7 @@ def zeros_in_record(folder: Path) -> dict[str, int]:
 
     Raises ExportError for a damaged record.
     """
+    # an export has a copy of its source's record, which counts zeros before the export
     if not (folder / RECORD_FILE).is_file() or (folder / MANIFEST_FILE).exists():
         return {}
     record, _ = read_pruning_record(folder)

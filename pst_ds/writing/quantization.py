@@ -24,6 +24,7 @@ def grids(model: nn.Module, values: Grid | None, embeddings: Grid | None) -> dic
     sensitive. ``embeddings`` is for embedding tables outside the blocks that are not tiny,
     and for the output layer. Pruned layers are not included: they are quantised wherever they are.
     """
+    # by object, because tied weights and tensors of files are one weight under several names
     chosen: dict[int, Grid] = {}
     if embeddings:
         chosen = {id(table): embeddings for table in quantisable_tables(model).values()}
@@ -62,7 +63,9 @@ def quantised_parts(
     ``known``: its mask, scales and earlier error, if known. Raises ExportError.
     """
     weight = output.as_matrix(weights.pop()).contiguous()
-    keep = row_bits(weight) if known.keep is None else known.keep
+    keep = known.keep
+    if keep is None:
+        keep = row_bits(weight)
     kept = as_bools(keep, weight.shape[1])
     try:
         codes, scales = quantize(weight, kept, form.grid, known.scales)
@@ -73,11 +76,18 @@ def quantised_parts(
         raise ExportError(str(error)) from None
     except ValueError as error:
         raise ExportError(f"{output.name}: {error}") from None
-    relative_error = math.sqrt(changed / norm) if norm else 0.0
+    relative_error = 0.0
+    if norm:
+        relative_error = math.sqrt(changed / norm)
+    pattern = NO_PATTERN
+    if output.is_linear:
+        # of the mask, because quantisation turns small kept weights into zeros as well
+        _, inputs = output.matrix
+        pattern = detect_pattern(keep, inputs)
     return PackedTensor(
         parts=list(parts.values()),
         nonzero=int(torch.count_nonzero(codes)),
-        pattern=detect_pattern(keep, output.matrix[1]) if output.is_linear else NO_PATTERN,
+        pattern=pattern,
         # a weight that was quantised before keeps the error that it had then
         rounding_error=max(float(f"{relative_error:.4g}"), known.rounding_error),
     )

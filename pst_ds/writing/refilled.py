@@ -31,20 +31,26 @@ def refilled_weights(
     if any(tensor.origin == "pruned" for tensor in tensors):
         return []
     if recorded_zeros:
-        fewer = []
+        # more zeros than recorded are fine: a cast rounds small weights to zero
+        fewer: list[str] = []
         for tensor in tensors:
             layer = tensor.name.removesuffix(".weight")
             if _zeros(tensor) < recorded_zeros.get(layer, 0):
                 fewer.append(tensor.name)
         return fewer
     in_blocks = linear_weights_in_blocks(model)
-    candidates = [tensor for tensor in tensors if tensor.name in in_blocks]
-    if not any(is_pruned(_zeros(tensor), tensor.numel) for tensor in candidates):
-        return []
     dense: list[str] = []
-    for tensor in candidates:
-        if not is_pruned(_zeros(tensor), tensor.numel):
+    num_pruned = 0
+    for tensor in tensors:
+        if tensor.name not in in_blocks:
+            continue
+        if is_pruned(_zeros(tensor), tensor.numel):
+            num_pruned += 1
+        else:
             dense.append(tensor.name)
+    if not num_pruned:
+        # an ordinary dense model, which has lost nothing
+        return []
     return dense
 
 
@@ -55,10 +61,13 @@ def measured_sparsity(tensors: Sequence[ExportedTensor], refilled: Sequence[str]
     """
     counted = [tensor for tensor in tensors if tensor.origin == "pruned"]
     if not counted:
-        also = set(refilled)
-        counted = [tensor for tensor in tensors if tensor.pattern != NO_PATTERN or tensor.name in also]
-    weights = sum(tensor.numel for tensor in counted)
-    zeros = sum(_zeros(tensor) for tensor in counted)
+        refilled_names = set(refilled)
+        counted = [tensor for tensor in tensors if tensor.pattern != NO_PATTERN or tensor.name in refilled_names]
+    weights = 0
+    zeros = 0
+    for tensor in counted:
+        weights += tensor.numel
+        zeros += _zeros(tensor)
     if not weights:
         return 0.0
     return zeros / weights
@@ -90,4 +99,5 @@ def refilled_text(names: Sequence[str]) -> str:
 
 
 def _zeros(tensor: ExportedTensor) -> int:
+    """Return the number of zeros in a tensor, quantised ones included."""
     return tensor.numel - tensor.nonzero

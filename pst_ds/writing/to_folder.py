@@ -33,7 +33,16 @@ from pst_ds.writing.from_folder import CONFIG_FILE, copy_small_files, open_folde
 from pst_ds.writing.from_run import RunSource, plan_run
 from pst_ds.writing.manifest import ExportedTensor, Facts, file_sums, write_manifest
 from pst_ds.writing.model_card import model_card
-from pst_ds.writing.plan import SHARD_BYTES, PlannedFile, Source, TensorJob, plan_files, require_packed, require_space
+from pst_ds.writing.plan import (
+    SHARD_BYTES,
+    PlannedFile,
+    Source,
+    TensorJob,
+    all_outputs,
+    plan_files,
+    require_packed,
+    require_space,
+)
 from pst_ds.writing.pruning_record import zeros_in_record
 from pst_ds.writing.refilled import measured_sparsity, refilled_weights
 from pst_ds.writing.trimmed_vocabulary import require_no_other_part, with_fewer_rows, write_vocabulary
@@ -114,6 +123,7 @@ def export_checkpoint(
     """
     options = options_as_trained(options, model, checkpoint)
     encoding = Encoding(options.packing, options.values, options.embeddings)
+    # every check before the first byte is written, and the cheap ones first
     encoding.storage.require_free(out)
     base = BaseWeights(checkpoint.state.base_path, getattr(model, "base_model_prefix", ""))
     if vocabulary:
@@ -122,24 +132,28 @@ def export_checkpoint(
         raise ExportError(
             f"{base.folder} has more than the text part, of which experts cannot be removed. Train its text part only"
         )
-    jobs = plan_run(model, checkpoint, base, encoding, options.dtype, whole)
+    jobs = plan_run(model=model, checkpoint=checkpoint, base=base, encoding=encoding, dtype=options.dtype, whole=whole)
     source = RunSource(checkpoint, base, model)
     facts = _facts_of_run(checkpoint, encoding, run)
     if whole is not None:
+        # the sparsity of this run is the share of experts that it has removed; those it keeps are whole
         facts |= {"sparsity_requested": 0.0, "experts_removed": checkpoint.state.sparsity}
     additions = saved_additions(model, checkpoint.trained, DTYPES[checkpoint.state.precision])
     encoding.storage.require_additions_fit(additions, checkpoint.folder)
     write_small_files = partial(_write_small_files_of_run, model, base, tokenizer, additions)
-    contents = _Contents(model, jobs, source, facts, write_small_files)
+    contents = _Contents(model=model, jobs=jobs, source=source, facts=facts, write_small_files=write_small_files)
     if vocabulary:
         contents = _trimmed(contents, tokenizer, vocabulary)
     return _write(contents, tokenizer, out, encoding, options)
 
 
 def _facts_of_run(checkpoint: Checkpoint, encoding: Encoding, run: dict[str, object] | None) -> Facts:
+    """Return the facts that a manifest has about a run and its checkpoint."""
     state = checkpoint.state
-    # JSON has no NaN or infinity
-    metrics = {name: value if math.isfinite(value) else None for name, value in state.metrics.items()}
+    metrics: dict[str, float | None] = {}
+    for name, value in state.metrics.items():
+        # JSON has no NaN or infinity
+        metrics[name] = value if math.isfinite(value) else None
     facts: Facts = {
         "kind": encoding.packing,
         "step": state.step,
@@ -166,8 +180,10 @@ def _write_small_files_of_run(
     """Write the config, the base's small files, the tokenizer and the additions to ``folder``."""
     write_additions(folder, additions)
     if is_text_part(model, base.folder):
+        # the export has all tensors of the base, so its config is that of the base
         base.copy_if_there(CONFIG_FILE, folder)
     else:
+        # a copy, because the caller's model would otherwise change
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
         config.save_pretrained(folder)
@@ -206,7 +222,7 @@ def export_folder(
     facts: Facts = {"kind": encoding.packing}
     for key in _KEPT_FACTS:
         facts[key] = folder.facts.get(key)
-    facts["metrics"] = facts["metrics"] or {}
+    facts["metrics"] = facts["metrics"] or {}  # the model card lists them
     if "pruned_from" in folder.facts:
         facts["pruned_from"] = folder.facts["pruned_from"]
     recorded_zeros: dict[str, int] = {}
@@ -218,7 +234,14 @@ def export_folder(
         copy_small_files(folder.path, out)
         write_additions(out, additions)
 
-    contents = _Contents(folder.model, jobs, origin, facts, write_small_files, recorded_zeros)
+    contents = _Contents(
+        model=folder.model,
+        jobs=jobs,
+        source=origin,
+        facts=facts,
+        write_small_files=write_small_files,
+        recorded_zeros=recorded_zeros,
+    )
     if vocabulary:
         assert tokenizer is not None
         contents = _trimmed(contents, tokenizer, vocabulary)
@@ -233,6 +256,7 @@ def _trimmed(contents: _Contents, tokenizer: PreTrainedTokenizerBase, vocabulary
 
     def write_small_files(folder: Path) -> None:
         contents.write_small_files(folder)
+        # after the others, since it replaces the files of the complete tokenizer
         write_vocabulary(folder, model, vocabulary, tokenizer)
 
     jobs, source = with_fewer_rows(contents.jobs, contents.source, model, vocabulary.kept)
@@ -273,6 +297,7 @@ def _as_trained(option: str, trained: Grid | None, requested: Grid | None, optio
     if trained is None:
         return requested
     if requested is None:
+        # a cast asks for floats, and formats without codes have them anyway
         has_codes = option in storage_format(options.packing).quantises
         if options.dtype is None and has_codes:
             return trained
@@ -314,7 +339,7 @@ def _write(
         if storage.lists_unquantised:
             left_alone = _unquantised(contents.model, tensors)
         # a compressed bitmask is a row of bytes
-        compressed = any(len(output.bitmask_shape) == 1 for job in jobs for output in job.outputs)
+        compressed = any(len(output.bitmask_shape) == 1 for output in all_outputs(jobs))
         quantization = encoding.quantization_config(len(files), left_alone, compressed=compressed)
         architecture = _finish_config(folder, tensors, quantization)
         refilled = refilled_weights(contents.model, tensors, contents.recorded_zeros)
@@ -341,17 +366,19 @@ def _write(
         # the manifest last, since it has the SHA-256 of every other file but the card
         (folder / CARD_FILE).write_text(model_card(out.name, facts), encoding="utf-8")
         write_manifest(folder, tensors, {**facts, **file_sums(folder)})
+    # the report is printed, and a run file is long
     facts.pop("run", None)
     return {**facts, "export_dir": str(out), **tensor_counts(tensors), **measured, "stay_dense": stay_dense}
 
 
 def tensor_counts(tensors: Sequence[ExportedTensor]) -> dict[str, int]:
     """Return the numbers of tensors, of pruned ones and of packed ones."""
-    return {
-        "tensors": len(tensors),
-        "pruned_tensors": sum(tensor.origin == "pruned" for tensor in tensors),
-        "packed_tensors": sum(tensor.spec.is_packed for tensor in tensors),
-    }
+    num_pruned = 0
+    num_packed = 0
+    for tensor in tensors:
+        num_pruned += tensor.origin == "pruned"
+        num_packed += tensor.spec.is_packed
+    return {"tensors": len(tensors), "pruned_tensors": num_pruned, "packed_tensors": num_packed}
 
 
 def _write_index(folder: Path, files: Sequence[PlannedFile], encoding: Encoding) -> None:
@@ -377,7 +404,9 @@ def _finish_config(folder: Path, tensors: Sequence[ExportedTensor], quantization
     floats = names & {"bfloat16", "float16", "float32"}
     table.pop("torch_dtype", None)  # the older name of "dtype"
     # loading in fp32 holds the values of all of them exactly
-    table["dtype"] = floats.pop() if len(floats) == 1 else "float32"
+    table["dtype"] = "float32"
+    if len(floats) == 1:
+        table["dtype"] = floats.pop()
     for part in table.values():  # such as text_config
         if isinstance(part, dict) and part.get("dtype"):
             part["dtype"] = table["dtype"]
@@ -390,8 +419,13 @@ def _finish_config(folder: Path, tensors: Sequence[ExportedTensor], quantization
 def _unquantised(model: nn.Module, tensors: Sequence[ExportedTensor]) -> list[str]:
     """Return the linear layers that are not quantised."""
     quantised = {tensor.name.removesuffix(".weight") for tensor in tensors if tensor.values}
-    linear = [name for name, module in model.named_modules() if is_linear(module) or isinstance(module, PSTLinear)]
-    return [name for name in linear if name not in quantised]
+    unquantised: list[str] = []
+    for name, module in model.named_modules():
+        # a pruned layer is a linear layer again when the export is loaded
+        is_layer = is_linear(module) or isinstance(module, PSTLinear)
+        if is_layer and name not in quantised:
+            unquantised.append(name)
+    return unquantised
 
 
 def storage_facts(tensors: Sequence[ExportedTensor], sizes: Sequence[int]) -> dict[str, float]:
@@ -399,19 +433,28 @@ def storage_facts(tensors: Sequence[ExportedTensor], sizes: Sequence[int]) -> di
 
     ``sizes``: stored bytes of each tensor.
     """
-
-    def bits_per_weight(stored: Sequence[tuple[ExportedTensor, int]]) -> float:
-        weights = sum(tensor.numel for tensor, _ in stored)
-        nbytes = sum(size for _, size in stored)
-        return round(8 * nbytes / max(weights, 1), 4)
-
-    stored = list(zip(tensors, sizes, strict=True))
-    packed = [(tensor, size) for tensor, size in stored if tensor.spec.is_packed]
-    errors = [tensor.rounding_error for tensor in tensors if tensor.values]
-    facts: dict[str, float] = {"bits_per_weight": bits_per_weight(stored)}
-    if packed:
-        facts["packed_bits_per_weight"] = bits_per_weight(packed)
+    weights = 0
+    packed_weights = 0
+    packed_bytes = 0
+    has_packed = False
+    errors: list[float] = []
+    for tensor, size in zip(tensors, sizes, strict=True):
+        weights += tensor.numel
+        if tensor.spec.is_packed:
+            has_packed = True
+            packed_weights += tensor.numel
+            packed_bytes += size
+        if tensor.values:
+            errors.append(tensor.rounding_error)
+    facts: dict[str, float] = {"bits_per_weight": _bits_per_weight(sum(sizes), weights)}
+    if has_packed:
+        facts["packed_bits_per_weight"] = _bits_per_weight(packed_bytes, packed_weights)
     if errors:
         facts["rounded_tensors"] = len(errors)
         facts["largest_rounding_error"] = max(errors)
     return facts
+
+
+def _bits_per_weight(nbytes: int, weights: int) -> float:
+    """Return the bits of one of the ``weights`` that ``nbytes`` hold; 4 decimals, because reports print it."""
+    return round(8 * nbytes / max(weights, 1), 4)

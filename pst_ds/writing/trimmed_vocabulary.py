@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pst_ds.core.packings import DENSE
 from pst_ds.data.vocabulary import Vocabulary, ids_in, renumbered
@@ -40,7 +40,9 @@ class RowSource:
             if output.name not in self.names:
                 yield values
                 continue
-            scales = None if values.scales is None else values.scales[rows]
+            scales: Tensor | None = None
+            if values.scales is not None:
+                scales = values.scales[rows]
             yield replace(values, tensor=values.tensor[rows], scales=scales)
 
     def job(self, job: TensorJob) -> TensorJob:
@@ -78,6 +80,7 @@ def take_rows(model: nn.Module, kept: Sequence[int]) -> None:
         param.data = param.data[rows.to(param.device)]
     table = model.get_input_embeddings()  # type: ignore[operator]
     if isinstance(table, PSTEmbedding):
+        # U has a row per token, and V a column per feature
         table.pst_U.data = table.pst_U.data[rows.to(table.pst_U.device)]
     if getattr(table, "padding_idx", None) is not None:
         table.padding_idx = list(kept).index(table.padding_idx)
@@ -106,17 +109,18 @@ def _row_per_token(model: nn.Module, kept: Sequence[int]) -> dict[str, nn.Parame
     owned = set[int]()
     for module in modules:
         if module is not None:
-            owned |= {id(param) for param in module.parameters()}
+            owned.update(id(param) for param in module.parameters())
     per_token: dict[str, nn.Parameter] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         if ".pst_" in name:
-            continue
+            continue  # factors, which have no row in the files
         # such as the bias of a masked language model, which is outside the output layer
         is_bias_per_token = tuple(param.shape) == (rows,) and not is_inside_block(name, model)
         if id(param) in owned or is_bias_per_token:
             per_token[name] = param
     layers = pst_layers(model)
     for name in per_token:
+        # a mask and its budgets are for the rows that it was made for
         if name.rpartition(".")[0] in layers:
             raise ExportError(
                 f"vocabulary: {name} has a row per token and is pruned, so its rows must stay. Keep all tokens"
@@ -140,6 +144,7 @@ def ids_of_model(model: nn.Module) -> set[int]:
 
 def write_vocabulary(folder: Path, model: nn.Module, vocabulary: Vocabulary, whole: "PreTrainedTokenizerBase") -> None:
     """Replace the ``whole`` tokenizer in ``folder`` by the trimmed one, and renumber the ids in the configs."""
+    # all of them: a tokenizer.model that stays would be loaded in place of the trimmed tokenizer
     for name in whole.vocab_files_names.values():
         (folder / name).unlink(missing_ok=True)
     vocabulary.tokenizer.save_pretrained(folder)

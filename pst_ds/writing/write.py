@@ -32,18 +32,23 @@ def write_tensors(
     """Write all files into ``folder``; return the tensors in the order of the jobs. Raises ExportError."""
     tensors = list[ExportedTensor]()
     places = Places()
-    nbytes = [sum(output.dense_nbytes for output in job.outputs) for job in jobs]
+    # progress counts dense bytes, which take time to make, not the stored ones
+    nbytes: list[int] = []
+    for job in jobs:
+        nbytes.append(sum(output.dense_nbytes for output in job.outputs))
     with ExitStack() as stack:
         for file in files:
             stream = stack.enter_context((folder / file.name).open("wb", buffering=0))
             write_at(stream.fileno(), memoryview(file.header), 0)
+            # the full size at once, because tensors are written at their offsets in the order of the jobs
             stream.truncate(file.nbytes)
             places |= {name: (stream, slot) for name, slot in file.slots.items()}
         progress = stack.enter_context(Progress("export", sum(nbytes), "bytes"))
         for job, size in zip(jobs, nbytes, strict=True):
             values = source.make(job)
-            # a list, so that the writer can drop the last reference to the values
-            tensors += [_written(output, [next(values)], places) for output in job.outputs]
+            for output in job.outputs:
+                # a list, so that the writer can drop the last reference to the values
+                tensors.append(_written(output, [next(values)], places))
             progress.add(size)
     return tensors
 
@@ -60,11 +65,15 @@ def _written(output: TensorSpec, only: list[TensorValues], places: Places) -> Ex
         assert output.form is not None
         i = output.form.part_names.index("bitmask")
         parts[i] = stored_bits(parts[i])
-    written = []
+    written: list[StoredPart] = []
     for name, part in zip(output.part_names(), parts, strict=True):
         stream, slot = places[name]
         written.append(_written_part(name, part, stream, slot))
-    grid = output.grid
+    values_name = ""
+    group: int | str = ""
+    if output.grid is not None:
+        values_name = output.grid.values
+        group = output.grid.group or WHOLE_ROW
     return ExportedTensor(
         name=output.name,
         shape=output.shape,
@@ -77,8 +86,8 @@ def _written(output: TensorSpec, only: list[TensorValues], places: Places) -> Ex
         packing=output.packing,
         transposed=output.transposed,
         parts=tuple(written),
-        values=grid.values if grid else "",
-        group=(grid.group or WHOLE_ROW) if grid else "",
+        values=values_name,
+        group=group,
         rounding_error=packed.rounding_error,
     )
 
@@ -93,12 +102,16 @@ def _packed(output: TensorSpec, weights: list[Tensor], known: TensorValues) -> P
         nonzero, pattern = _count_packed(output, form, by_name, known.keep)
         return PackedTensor([by_name[name] for name in form.part_names], nonzero, pattern)
     if output.is_linear:
+        # the bits give the count, too, so that a large weight is read once
         bits = row_bits(output.as_matrix(weights[0]))
-        return PackedTensor(weights, int(row_counts(bits).sum()), detect_pattern(bits, output.matrix[1]))
-    return PackedTensor(weights, count_nonzero(weights[0]), NO_PATTERN)
+        _, inputs = output.matrix
+        return PackedTensor(parts=weights, nonzero=int(row_counts(bits).sum()), pattern=detect_pattern(bits, inputs))
+    return PackedTensor(parts=weights, nonzero=count_nonzero(weights[0]), pattern=NO_PATTERN)
 
 
 def _written_part(name: str, tensor: Tensor, stream: BinaryIO, slot: Slot) -> StoredPart:
+    """Write a part at its place; return its entry in the manifest."""
+    # a tensor of another size would overwrite its neighbour; this is a bug in a source, not in the user's files
     if (tensor.dtype, tuple(tensor.shape)) != (slot.dtype, slot.shape):
         raise RuntimeError(f"{name} was planned as {slot} and made as {tensor.dtype} {tuple(tensor.shape)}")
     data = tensor_bytes(tensor)

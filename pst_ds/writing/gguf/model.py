@@ -1,7 +1,7 @@
 """Write a model as a GGUF file for llama.cpp, with int8 and int4 values in blocks of 32 that share a scale."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ from pst_ds.writing.encoding import Encoding, ExportError
 from pst_ds.writing.gguf.seal import SEAL_KEY, UNSEALED, seal
 from pst_ds.writing.gguf.tensors import Config, Family, GgufPlan, GgufTensor, family_of, num_experts
 from pst_ds.writing.gguf.tokenizer import gguf_tokenizer
-from pst_ds.writing.plan import Source, TensorJob, TensorSpec, require_space
+from pst_ds.writing.plan import Source, TensorJob, TensorSpec, TensorValues, all_outputs, require_space
 
 _Table = dict[str, Any]
 _Writer = Any
@@ -39,8 +39,7 @@ def write_gguf(
     family = family_of(text)
     library = _library()
     jobs = [job for job in jobs if not job.outputs[0].name.endswith("rotary_emb.inv_freq")]  # computed by llama.cpp
-    outputs = [output for job in jobs for output in job.outputs]
-    plan = GgufPlan(outputs, text, family, library)
+    plan = GgufPlan(all_outputs(jobs), text, family, library)
     num_tokens = text.vocab_size
     for tensor in plan.tensors:
         if tensor.name == "token_embd.weight":
@@ -50,27 +49,31 @@ def write_gguf(
     factors = _llama3_factors(text)
     if factors is not None:
         kind = library.GGMLQuantizationType.F32
-        output = TensorSpec("rope_freqs.weight", factors.shape, torch.float32, "model")
-        tensors = [*tensors, GgufTensor(output.name, output.shape, kind, np.float32, output)]
+        output = TensorSpec(name="rope_freqs.weight", shape=factors.shape, dtype=torch.float32, origin="model")
+        rope_factors = GgufTensor(name=output.name, shape=output.shape, kind=kind, numpy=np.float32, output=output)
+        tensors = [*tensors, rope_factors]
     require_space(out, sum(tensor.nbytes for tensor in tensors) + _SPARE_BYTES)
     with atomic_file(out) as partial, closing(library.GGUFWriter(partial, family.architecture)) as writer:
-        _describe(writer, text, words, out.stem, encoding)
+        _describe(writer, config=text, words=words, name=out.stem, encoding=encoding)
         if experts := num_experts(text):
             _describe_experts(writer, text, experts, family)
         offsets = _write_head(writer, tensors, partial)
         with partial.open("r+b") as file:
             if factors is not None:
                 write_at(file.fileno(), factors.data.cast("B"), offsets["rope_freqs.weight"])
-            inexact = _write_pieces(file.fileno(), offsets, plan.pieces, jobs, source)
+            inexact = _write_pieces(file.fileno(), offsets=offsets, pieces=plan.pieces, jobs=jobs, source=source)
+        # before the file gets its name, so that every file of this name has its SHA-256
         seal(partial)
     nbytes = out.stat().st_size
+    # of pieces, because a stack of experts is one tensor of the file and several of the model
     numel = sum(piece.output.numel for piece in plan.pieces)
+    num_quantised = sum(tensor.output.grid is not None for tensor in plan.tensors)
     return {
         "export_dir": str(out),
         "kind": "gguf",
         **encoding.facts(),
         "tensors": len(plan.tensors),
-        "rounded_tensors": sum(tensor.output.grid is not None for tensor in plan.tensors),
+        "rounded_tensors": num_quantised,
         "file_bytes": nbytes,
         "inexact_scales": inexact,
         "bits_per_weight": round(8 * nbytes / numel, 4),
@@ -90,6 +93,7 @@ def require_gguf(model: Any) -> None:
 
 
 def _library() -> ModuleType:
+    """Import the optional package gguf. Raises ExportError without it."""
     try:
         import gguf
     except ImportError:
@@ -104,6 +108,7 @@ def _write_head(writer: _Writer, tensors: Sequence[GgufTensor], path: Path) -> d
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    # the package would hold all tensors in memory, or write each in one piece; we write them at their offsets instead
     writer.close()
     offsets: dict[str, int] = {}
     end = path.stat().st_size
@@ -121,8 +126,7 @@ def _write_pieces(
     """Make and write the pieces one by one; return the number of scales that fp16 cannot hold exactly."""
     inexact = 0
     total = sum(piece.nbytes for piece in pieces)
-    # made one by one, so that memory holds only one of them
-    made = (values for job in jobs for values in source.make(job))
+    made = _values_in_turn(jobs, source)
     with Progress("export", total, "bytes") as progress:
         for piece, values in zip(pieces, made, strict=True):
             data, changed = piece.data(values)
@@ -133,6 +137,12 @@ def _write_pieces(
     return inexact
 
 
+def _values_in_turn(jobs: Sequence[TensorJob], source: Source) -> Iterator[TensorValues]:
+    """Yield the values of all outputs, made one by one, so that memory holds only one of them."""
+    for job in jobs:
+        yield from source.make(job)
+
+
 def _describe(writer: _Writer, config: Config, words: _Table, name: str, encoding: Encoding) -> None:
     """Write the model's dimensions, and its tokenizer as :func:`gguf_tokenizer` describes it."""
     heads = config.num_attention_heads
@@ -141,7 +151,10 @@ def _describe(writer: _Writer, config: Config, words: _Table, name: str, encodin
     head_width = getattr(config, "head_dim", None) or width // heads
     writer.add_string(SEAL_KEY, UNSEALED)  # first, so that it is found in the first bytes of the file
     writer.add_name(name)
-    bits = encoding.values.bits if encoding.values else None
+    bits: int | None = None
+    if encoding.values:
+        bits = encoding.values.bits
+    # for people who look at a file; llama.cpp reads the type of each tensor
     writer.add_file_type(_FILE_TYPES[bits])
     writer.add_quantization_version(2)  # of ggml's block layouts
     writer.add_vocab_size(len(words["token_list"]))
@@ -154,9 +167,11 @@ def _describe(writer: _Writer, config: Config, words: _Table, name: str, encodin
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(int(head_width * rotation.get("partial_rotary_factor", 1.0)))
     if head_width * heads != width:
+        # llama.cpp assumes width / heads without these keys
         writer.add_key_length(head_width)
         writer.add_value_length(head_width)
     writer.add_rope_freq_base(float(rotation.get("rope_theta", 10000.0)))
+    # the keys are names of the writer's methods
     for key, value in words.items():
         getattr(writer, f"add_{key}")(value)
 
@@ -184,13 +199,14 @@ def _rotation(config: Config) -> _Table:
 
     Raises ExportError for a type that GGUF export does not support.
     """
-    found = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    # transformers 5 has rope_parameters; older configs have rope_scaling, with rope_theta next to it
+    rotation = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     if getattr(config, "rope_theta", None):
-        found.setdefault("rope_theta", config.rope_theta)
-    kind = found.get("rope_type", "default")
+        rotation.setdefault("rope_theta", config.rope_theta)
+    kind = rotation.get("rope_type", "default")
     if kind not in ("default", "llama3"):
         raise ExportError(f'rope_type = {kind!r}: GGUF export supports "default" and "llama3". Choose another format')
-    return found
+    return rotation
 
 
 def _llama3_factors(config: Config) -> NDArray[np.float32] | None:

@@ -48,16 +48,24 @@ def check_gguf(path: Path) -> Facts:
 def _offset_of_value(head: bytes) -> int | None:
     """Return where the value of :data:`SEAL_KEY` is in the first bytes of a file; None without exactly one."""
     key = SEAL_KEY.encode()
+    # as GGUF writes a string: length and bytes of the key, the type, the length of the value
     entry = len(key).to_bytes(8, "little") + key + _STRING_TYPE.to_bytes(4, "little")
     entry += len(UNSEALED).to_bytes(8, "little")
     place = head.find(entry)
-    end = place + len(entry) + len(UNSEALED)
-    return place + len(entry) if place >= 0 and end <= len(head) and head.count(entry) == 1 else None
+    # a second entry could hide a change of the first, since only one of them is compared
+    if place < 0 or head.count(entry) != 1:
+        return None
+    start = place + len(entry)
+    if start + len(UNSEALED) > len(head):
+        return None
+    return start
 
 
 def _sha256_without_seal(path: Path, offset: int) -> str:
+    """Return the SHA-256 of a file with :data:`UNSEALED` in place of the value at ``offset``."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
+        # in pieces, because a file may be larger than memory
         digest.update(file.read(offset))
         digest.update(UNSEALED.encode())
         file.seek(offset + len(UNSEALED))

@@ -62,10 +62,11 @@ def family_of(config: Config) -> Family:
     if family is None:
         raise ExportError(f"model_type = {kind}: GGUF export supports {', '.join(_FAMILIES)}. Choose another format")
     for setting, value in family.only_with.items():
-        if (found := getattr(config, setting, value)) != value:
+        setting_of_model = getattr(config, setting, value)
+        if setting_of_model != value:
             raise ExportError(
-                f"{setting} = {json.dumps(found)} in the config of this {kind}, but llama.cpp computes the family with "
-                f"{json.dumps(value)}. Choose another format"
+                f"{setting} = {json.dumps(setting_of_model)} in the config of this {kind}, but llama.cpp computes the "
+                f"family with {json.dumps(value)}. Choose another format"
             )
     return family
 
@@ -138,6 +139,7 @@ class GgufPlan:
         for piece in self.pieces:
             by_name.setdefault(piece.name, []).append(piece)
         self.tensors = [self._tensor(name, pieces) for name, pieces in by_name.items()]
+        """Tensors in the order of their first pieces."""
 
     def _piece(self, output: TensorSpec) -> GgufTensor:
         """Return the tensor of the file for an output, or its part of a stack of experts. Raises ExportError."""
@@ -156,7 +158,9 @@ class GgufPlan:
                 f"{output.name} has no name in GGUF files of {self._family.architecture}. Choose another format"
             )
         shape, kind, numpy = self._stored(output, name)
-        return GgufTensor(name, shape, kind, numpy, output, expert, self._heads(output))
+        return GgufTensor(
+            name=name, shape=shape, kind=kind, numpy=numpy, output=output, expert=expert, heads=self._heads(output)
+        )
 
     def _stored(self, output: TensorSpec, name: str) -> tuple[tuple[int, ...], object, type[np.generic]]:
         """Return (shape of the written array, ggml type, numpy type)."""
@@ -168,7 +172,9 @@ class GgufPlan:
                     "unset"
                 )
             block_bytes = 2 + BLOCK * output.grid.bits // 8  # an fp16 scale, and the codes
-            kind = self._kinds.Q8_0 if output.grid.bits == 8 else self._kinds.Q4_0
+            kind = self._kinds.Q4_0
+            if output.grid.bits == 8:
+                kind = self._kinds.Q8_0
             return (*rows, columns // BLOCK * block_bytes), kind, np.uint8
         halves = {torch.bfloat16: self._kinds.BF16, torch.float16: self._kinds.F16}
         # llama.cpp needs vectors in fp32; with 16-bit routers it would also round the activations
@@ -195,6 +201,7 @@ class GgufPlan:
                 raise ExportError(f"{pieces[1].output.name} and {first.output.name} would both be {name} in the file")
             return first
         count = num_experts(self._config)
+        # a gap would stay zero in the file, and two pieces for one place would overwrite each other
         places = {piece.expert for piece in pieces}
         kinds = {(piece.shape, piece.kind) for piece in pieces}
         if places != set(range(count)) or len(pieces) != count or len(kinds) > 1:

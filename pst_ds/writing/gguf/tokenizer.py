@@ -31,7 +31,10 @@ def gguf_tokenizer(tokenizer: "Tokenizer", vocab_size: int) -> _Table:
     Returns the argument of each method ``add_<key>`` of ``GGUFWriter``, by key. Raises ExportError.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    table: _Table = json.loads(backend.to_str()) if backend is not None else {}
+    table: _Table = {}
+    if backend is not None:
+        # the text of tokenizer.json, since the package tokenizers has no other way to read its settings
+        table = json.loads(backend.to_str())
     model = table.get("model") or {}
     if model.get("type") != "BPE":
         raise ExportError(
@@ -43,8 +46,9 @@ def gguf_tokenizer(tokenizer: "Tokenizer", vocab_size: int) -> _Table:
         # a pair in new versions of tokenizers, "left right" in old ones
         merges.append(merge if isinstance(merge, str) else " ".join(merge))
     falls_back = bool(model.get("byte_fallback"))
+    # llama.cpp does not split text before it merges in "llama" vocabularies
     pre = "default" if falls_back else _pre_tokenizer(table)
-    tokens, kinds = _tokens(table, model, vocab_size, falls_back)
+    tokens, kinds = _tokens(table, model, vocab_size, falls_back=falls_back)
     special: dict[str, int] = {}
     for key in ("bos", "eos", "unk", "pad"):
         number = getattr(tokenizer, f"{key}_token_id", None)
@@ -52,6 +56,7 @@ def gguf_tokenizer(tokenizer: "Tokenizer", vocab_size: int) -> _Table:
             special[key] = int(number)
     if "unk" in special and falls_back:
         kinds[special["unk"]] = UNKNOWN
+    # whether a text starts with the bos token is written in several places of tokenizer files, so it is tried out
     encoded = tokenizer("a")["input_ids"]
     described: _Table = {
         "tokenizer_model": "llama" if falls_back else "gpt2",
@@ -69,10 +74,11 @@ def gguf_tokenizer(tokenizer: "Tokenizer", vocab_size: int) -> _Table:
     described["add_bos_token"] = bool(encoded) and encoded[0] == special.get("bos")
     described["add_space_prefix"] = _adds_space(table)
     described["chat_template"] = _chat_templates(tokenizer)
+    # GGUFWriter cannot write an empty list, whose type it does not know
     return {key: value for key, value in described.items() if value != []}
 
 
-def _tokens(table: _Table, model: _Table, vocab_size: int, falls_back: bool) -> tuple[list[str], list[int]]:
+def _tokens(table: _Table, model: _Table, vocab_size: int, *, falls_back: bool) -> tuple[list[str], list[int]]:
     """Return the token and the type of each id; ids without a token get a name, and are marked as unused."""
     tokens = [f"[PAD{number}]" for number in range(vocab_size)]
     kinds = [UNUSED] * vocab_size
@@ -81,10 +87,12 @@ def _tokens(table: _Table, model: _Table, vocab_size: int, falls_back: bool) -> 
         named[number] = (token, NORMAL)
     if falls_back:
         for byte in range(256):
+            # SentencePiece's spelling, which stands for a byte that no other token has
             token = f"<0x{byte:02X}>"
             if token in model["vocab"]:
                 named[model["vocab"][token]] = (token, BYTE)
     for added in table.get("added_tokens") or ():
+        # llama.cpp does not print control tokens, nor read them from a user's text
         kind = CONTROL if added["special"] else USER_DEFINED
         named[added["id"]] = (added["content"], kind)
     beyond = sorted(number for number in named if number >= vocab_size)
@@ -107,10 +115,10 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
 
 def _pre_tokenizer(table: _Table) -> str:
     """Return llama.cpp's name for the pre-tokeniser. Raises ExportError without one."""
-    found = table.get("pre_tokenizer") or {}
-    parts = found.get("pretokenizers")  # of a sequence
+    splitter = table.get("pre_tokenizer") or {}
+    parts = splitter.get("pretokenizers")  # of a sequence
     if parts is None:
-        parts = [found] if found else []
+        parts = [splitter] if splitter else []
     kinds = [part.get("type") for part in parts]
     if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
         return "gpt-2"
@@ -128,6 +136,7 @@ def _pre_tokenizer(table: _Table) -> str:
 
 def _adds_space(table: _Table) -> bool:
     """Return whether the tokenizer prepends a space."""
+    # as text, because the rule may be at any depth of nested sequences
     rules = json.dumps([table.get("normalizer"), table.get("pre_tokenizer")])
     return '"Prepend"' in rules or '"prepend_scheme": "first"' in rules or '"prepend_scheme": "always"' in rules
 
@@ -138,8 +147,9 @@ def _chat_templates(tokenizer: "Tokenizer") -> list[dict[str, str]]:
     ``{% generation %}``, a tag that marks answers in training, is an extension of transformers. Plain Jinja rejects it,
     and older llama-cpp-python does not load such a file (its issue 2225). ``{% if true %}`` renders the same.
     """
-    found = tokenizer.chat_template or {}
-    named = {"default": found} if isinstance(found, str) else found
+    named = tokenizer.chat_template or {}
+    if isinstance(named, str):
+        named = {"default": named}
     templates: list[dict[str, str]] = []
     for name, text in named.items():
         plain = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", text)
