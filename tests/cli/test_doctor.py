@@ -95,6 +95,20 @@ def test_a_disk_that_cannot_be_written_fails(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_inside_one_that_may_not_be_entered_is_judged_by_the_outer_one(tmp_path, monkeypatch):
+    stat = os.stat
+
+    def refused(path, **options):
+        if str(path).startswith(f"{tmp_path}{os.sep}closed{os.sep}"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(os, "stat", refused)
+    (finding,) = doctor_checks.folder(tmp_path / "closed" / "runs" / "mine")
+    assert finding.text.startswith(f"{tmp_path / 'closed'}: ")
+
+
 @pytest.mark.parametrize(
     ("value", "status", "words"),
     [(None, "ok", "not set"), ("1", "ok", "1 of"), ("4096", "warn", "compete for"), ("many", "warn", "export")],
@@ -202,7 +216,7 @@ def test_a_process_that_crashes_is_a_failure(monkeypatch):
 
 def test_code_that_computes_something_else_is_a_failure(monkeypatch):
     report = json.dumps({"checked": [], "missing": [], "wrong": ["packing"], "level": "avx2", "warning": ""})
-    monkeypatch.setattr(doctor_processes, "_run", lambda *arguments: (report, "", "0.1 s"))
+    monkeypatch.setattr(doctor_processes, "_run", lambda *arguments: doctor_processes._Outcome(report, "", "0.1 s"))
     (finding,) = doctor_processes.native_code(10)
     assert (finding.status, finding.text) == ("fail", "packing differ from torch")
 

@@ -3,6 +3,8 @@
 ``python -m pst_ds.cli.doctor.processes native | gather BACKEND`` is such a process; its last line is JSON.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import signal
@@ -14,8 +16,15 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pst_ds.cli.doctor.checks import Finding
+
+if TYPE_CHECKING:
+    # functions import it, so that doctor can report a torch that cannot be imported
+    import torch
+    from torch import Tensor
 
 _GATHER_FIX = (
     "check that 127.0.0.1 and the host's name can be reached (ping $(hostname)); GLOO_SOCKET_IFNAME or "
@@ -23,13 +32,25 @@ _GATHER_FIX = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """How a process ended."""
+
+    last_line: str
+    """Last line that it printed; "" if it printed nothing."""
+    problem: str
+    """Why it failed, with its time; "" if it did not."""
+    seconds: str
+    """Its time, such as "4.2 s"."""
+
+
 def native_code(limit_seconds: float) -> Iterator[Finding]:
     """Check that the C++ code of mask updates, packing, layers and decoding compiles and agrees with torch."""
-    last_line, problem, seconds = _run(["native"], {}, limit_seconds)
-    if problem:
-        yield Finding("native code", "fail", problem, "set PST_DS_NATIVE=0 until it is fixed")
+    outcome = _run(["native"], {}, limit_seconds)
+    if outcome.problem:
+        yield Finding("native code", "fail", outcome.problem, "set PST_DS_NATIVE=0 until it is fixed")
         return
-    report = json.loads(last_line)
+    report = json.loads(outcome.last_line)
     if report["wrong"]:
         text = f"{', '.join(report['wrong'])} differ from torch"
         yield Finding("native code", "fail", text, "set PST_DS_NATIVE=0, and report this compiler")
@@ -40,7 +61,7 @@ def native_code(limit_seconds: float) -> Iterator[Finding]:
         text = f"missing for {', '.join(report['missing'])}: {report['warning']}"
         yield Finding("native code", "warn", text, "install a C++ compiler (apt install g++), or name one in CXX")
     else:
-        text = f"compiled and equal to torch, {seconds}; kernels for {report['level']}"
+        text = f"compiled and equal to torch, {outcome.seconds}; kernels for {report['level']}"
         yield Finding("native code", "ok", f"{', '.join(report['checked'])} {text}")
 
 
@@ -48,6 +69,7 @@ def two_ranks(limit_seconds: float) -> Iterator[Finding]:
     """Check an all-gather of two ranks over gloo on the CPU, and over NCCL if there are two GPUs."""
     import torch
 
+    # DeepSpeed would choose a GPU, which gloo does not use
     yield _gather("gloo", {"DS_ACCELERATOR": "cpu"}, limit_seconds)
     if torch.cuda.device_count() > 1:
         yield _gather("nccl", {}, limit_seconds)
@@ -56,42 +78,65 @@ def two_ranks(limit_seconds: float) -> Iterator[Finding]:
 
 
 def _gather(backend: str, environ: Mapping[str, str], limit_seconds: float) -> Finding:
-    _, problem, seconds = _run(["gather", backend], environ, limit_seconds)
-    if problem:
-        return Finding(f"two ranks over {backend}", "fail", problem, _GATHER_FIX)
-    text = f"each received what both sent, through DeepSpeed, {seconds}"
-    return Finding(f"two ranks over {backend}", "ok", text)
+    """Check an all-gather of two ranks over ``backend``, with ``environ`` added to the environment."""
+    name = f"two ranks over {backend}"
+    outcome = _run(["gather", backend], environ, limit_seconds)
+    if outcome.problem:
+        return Finding(name, "fail", outcome.problem, _GATHER_FIX)
+    return Finding(name, "ok", f"each received what both sent, through DeepSpeed, {outcome.seconds}")
 
 
-def _run(arguments: list[str], environ: Mapping[str, str], limit_seconds: float) -> tuple[str, str, str]:
-    """Run this module in a process; return its last line, its problem or "", and its time. No child survives."""
+def _run(arguments: list[str], environ: Mapping[str, str], limit_seconds: float) -> _Outcome:
+    """Run this module in a process, for at most ``limit_seconds``. No child survives."""
     start = time.monotonic()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, *arguments],
             stdin=subprocess.DEVNULL,
+            # a file, because a full pipe would stop the process, and a child could keep it open after its end
             stdout=output,
             stderr=output,
             env={**os.environ, **environ},
+            # so that its children, such as the ranks and the compiler, can be killed with it
             start_new_session=True,
         )
-        how = "did not finish"
+        ending = "did not finish"
         try:
-            code = process.wait(limit_seconds)
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+            ending = _ending(process.wait(limit_seconds))
         except subprocess.TimeoutExpired:
-            pass
-        finally:  # also after Ctrl-C, which a process in another session does not get
+            is_finished = False
+        else:
+            is_finished = True
+        finally:
+            # also after Ctrl-C, which a process in another session does not get
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         output.seek(0)
-        lines = [line.strip() for line in output.read().decode(errors="replace").splitlines() if line.strip()]
-    last_line, seconds = lines[-1] if lines else "", f"{time.monotonic() - start:.1f} s"
+        last_line = _last_line(output.read())
+    seconds = f"{time.monotonic() - start:.1f} s"
     if process.returncode == 0:
-        return last_line, "", seconds
-    shown = f" ({last_line[:200]})" if lines and how != "did not finish" else ""
-    return last_line, f"{how}{shown} after {seconds}", seconds
+        return _Outcome(last_line, problem="", seconds=seconds)
+    shown = ""
+    if is_finished and last_line:
+        # the error; the last line of a process that was killed here says nothing about it
+        shown = f" ({last_line[:200]})"
+    return _Outcome(last_line, problem=f"{ending}{shown} after {seconds}", seconds=seconds)
+
+
+def _ending(exit_code: int) -> str:
+    """Describe the exit code of a process, which is negative for one that a signal has killed."""
+    if exit_code < 0:
+        return f"was killed by {signal.Signals(-exit_code).name}"
+    return f"failed with exit code {exit_code}"
+
+
+def _last_line(output: bytes) -> str:
+    """Return the last line that is not empty; "" if there is none."""
+    for line in reversed(output.decode(errors="replace").splitlines()):
+        if line.strip():
+            return line.strip()
+    return ""
 
 
 def _native() -> dict[str, object]:
@@ -99,12 +144,12 @@ def _native() -> dict[str, object]:
     import torch
 
     from pst_ds.core import kernels as masks
-    from pst_ds.core.bits import count_bits
-    from pst_ds.formats import BitmaskFormat, rows
+    from pst_ds.formats import rows
     from pst_ds.runtime import native as kernels
     from pst_ds.runtime import native_loop as decoder
 
     with warnings.catch_warnings(record=True) as caught:
+        # a library that cannot be compiled warns why, which the parent reports
         warnings.simplefilter("always")
         libraries = {
             "mask updates": masks.library(),
@@ -112,33 +157,96 @@ def _native() -> dict[str, object]:
             "sparse layers": kernels.library(),
             "decoding": decoder.library(),
         }
-    draw = torch.Generator().manual_seed(0)
-    weight = torch.randn(96, 256, generator=draw) * (torch.rand(96, 256, generator=draw) > 0.7)
-    x, bits = torch.randn(5, 256, generator=draw), torch.randint(256, (999,), generator=draw, dtype=torch.uint8)
-    layout = BitmaskFormat()
-    parts = layout.pack(weight, None, "weight")
-    y = x @ weight.t()
-    if libraries["sparse layers"] is not None:
-        values, mask, offsets = (parts[name] for name in ("compressed", "bitmask", "row_offsets"))
-        y = kernels.bitmask_linear(x, values, mask, offsets, None, kernels.best_level())
-    codes = weight.sign().to(torch.int8)
-    decoded = x @ codes.t().float()
-    if libraries["decoding"] is not None:
-        matrix = decoder.Matrix.of_codes(codes, torch.ones(96, 1, dtype=torch.bfloat16), bits=8, group=0)
-        decoded = matrix.multiply(x)
-    as_torch = {
-        "mask updates": int(count_bits(bits, bits)[1]) == sum(int(byte).bit_count() for byte in bits.tolist()),
-        "packing": torch.equal(layout.unpack(parts), weight),
-        "sparse layers": torch.allclose(y, x @ weight.t(), rtol=1e-4, atol=1e-4),
-        "decoding": torch.allclose(decoded, x @ codes.t().float(), rtol=1e-3, atol=1e-2),
-    }
+    is_right = {"mask updates": _counts_bits, "packing": _packs, "sparse layers": _multiplies, "decoding": _decodes}
+    checked: list[str] = []
+    missing: list[str] = []
+    wrong: list[str] = []
+    for name, library in libraries.items():
+        if library is None:
+            missing.append(name)
+            continue
+        checked.append(name)
+        if not is_right[name](torch.Generator().manual_seed(0)):
+            wrong.append(name)
+    warning = ""
+    if caught:
+        # the rest is what the compiler said, which would fill a screen
+        warning = str(caught[0].message).partition("\n")[0][:200]
     return {
-        "checked": [name for name, library in libraries.items() if library is not None],
-        "missing": [name for name, library in libraries.items() if library is None],
-        "wrong": [name for name, holds in as_torch.items() if not holds],
+        "checked": checked,
+        "missing": missing,
+        "wrong": wrong,
         "level": kernels.LEVELS[kernels.best_level()],
-        "warning": str(caught[0].message).partition("\n")[0][:200] if caught else "",
+        "warning": warning,
     }
+
+
+def _counts_bits(draw: torch.Generator) -> bool:
+    """Return whether the library of mask updates counts bits as Python does."""
+    import torch
+
+    from pst_ds.core.bits import count_bits
+
+    # odd, so that the loop over words has a remainder
+    packed = torch.randint(256, (999,), generator=draw, dtype=torch.uint8)
+    _, kept = count_bits(packed, packed)
+    return int(kept) == sum(byte.bit_count() for byte in packed.tolist())
+
+
+def _packs(draw: torch.Generator) -> bool:
+    """Return whether a packed weight is unpacked unchanged."""
+    import torch
+
+    from pst_ds.formats import BitmaskFormat
+
+    weight = _sparse_weight(draw)
+    layout = BitmaskFormat()
+    return torch.equal(layout.unpack(layout.pack(weight, None, "weight")), weight)
+
+
+def _multiplies(draw: torch.Generator) -> bool:
+    """Return whether the product with a packed weight is that with the dense one."""
+    import torch
+
+    from pst_ds.formats import BitmaskFormat
+    from pst_ds.runtime import native as kernels
+
+    weight = _sparse_weight(draw)
+    x = torch.randn(5, weight.shape[1], generator=draw)
+    parts = BitmaskFormat().pack(weight, None, "weight")
+    y = kernels.bitmask_linear(
+        x,
+        values=parts["compressed"],
+        bitmask=parts["bitmask"],
+        row_offsets=parts["row_offsets"],
+        bias=None,
+        level=kernels.best_level(),
+    )
+    # the sums are in another order, and 256 products of fp32 differ by less than this
+    return torch.allclose(y, x @ weight.t(), rtol=1e-4, atol=1e-4)
+
+
+def _decodes(draw: torch.Generator) -> bool:
+    """Return whether the decoder's product with int8 values is that with the same values as floats."""
+    import torch
+
+    from pst_ds.runtime import native_loop as decoder
+
+    weight = _sparse_weight(draw)
+    x = torch.randn(5, weight.shape[1], generator=draw)
+    codes = weight.sign().to(torch.int8)
+    scales = torch.ones(codes.shape[0], 1, dtype=torch.bfloat16)
+    matrix = decoder.Matrix.of_codes(codes, scales, bits=8, group=0)
+    # more than for fp32, because the decoder quantises inputs to 13 to 16 bits
+    return torch.allclose(matrix.multiply(x), x @ codes.t().float(), rtol=1e-3, atol=1e-2)
+
+
+def _sparse_weight(draw: torch.Generator) -> Tensor:
+    """Draw a weight (96, 256) of 70 % sparsity."""
+    import torch
+
+    weight = torch.randn(96, 256, generator=draw)
+    return weight * (torch.rand(96, 256, generator=draw) > 0.7)
 
 
 def _two_ranks(backend: str) -> None:
@@ -146,13 +254,15 @@ def _two_ranks(backend: str) -> None:
     import torch.multiprocessing
 
     with socket.socket() as probe:
+        # port 0 is any free one; another program could take it before the ranks do, which is unlikely
         probe.bind(("127.0.0.1", 0))
-        os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        port = probe.getsockname()[1]
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.multiprocessing.spawn(_rank, (backend,), nprocs=2)
 
 
 def _rank(rank: int, backend: str) -> None:
-    """Join the other rank as training does, and check the values received."""
+    """Join the other rank as training does, and check the values received. Collective."""
     import torch
     import torch.distributed as dist
 
@@ -162,12 +272,16 @@ def _rank(rank: int, backend: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     launch = launch_environment()
     init_distributed(launch)
-    own = torch.tensor(rank, device=device_of(launch))
-    gathered = all_gather_numbers(own).tolist(), all_gather_objects(f"rank {rank}"), dist.get_backend()
+    # one gather of a tensor on the device, and one of objects, which training uses, too
+    ranks = all_gather_numbers(torch.tensor(rank, device=device_of(launch))).tolist()
+    names = all_gather_objects(f"rank {rank}")
+    gathered = (ranks, names, dist.get_backend())
     if gathered != ([0, 1], ["rank 0", "rank 1"], backend):
         raise RuntimeError(f"rank {rank} gathered {gathered}")
+    # a rank that ends early would break the connections that the other still uses
     dist.barrier()
-    os._exit(0)  # gloo's threads may abort a process that cleans up
+    # gloo's threads may abort a process that cleans up
+    os._exit(0)
 
 
 if __name__ == "__main__":
