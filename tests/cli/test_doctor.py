@@ -136,6 +136,15 @@ def test_cores_are_those_that_this_process_may_use(monkeypatch):
     assert "(1 cores, " in of_accelerator.text
 
 
+def test_a_torch_that_cannot_be_imported_is_one_failure_and_no_traceback(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (finding,) = doctor_checks.accelerator()
+    assert finding.status == "fail"
+    assert finding.text.startswith("torch cannot be imported: ")
+    assert list(doctor_processes.native_code(LIMIT)) == []
+    assert list(doctor_processes.two_ranks(LIMIT)) == []
+
+
 @pytest.mark.parametrize(("multiplies", "status"), [(True, "ok"), (False, "warn")])
 def test_a_processor_without_bf16_is_a_warning(monkeypatch, multiplies, status):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)

@@ -68,14 +68,24 @@ def _version(requirement: Requirement) -> Iterator[Finding]:
         yield Finding(name, "ok", f"{installed} ({wanted or 'any version'})")
 
 
-def accelerator() -> Iterator[Finding]:
-    """Describe the device on which models would train."""
+def torch_problem() -> str:
+    """Return why torch cannot be imported; "" if it can."""
     try:
-        import torch
+        import torch  # noqa: F401
     except (ImportError, OSError) as error:
         # OSError is how a missing CUDA library is reported
-        yield Finding("accelerator", "fail", f"torch cannot be imported: {error}", "reinstall torch")
+        return str(error)
+    return ""
+
+
+def accelerator() -> Iterator[Finding]:
+    """Describe the device on which models would train."""
+    problem = torch_problem()
+    if problem:
+        yield Finding("accelerator", "fail", f"torch cannot be imported: {problem}", "reinstall torch")
         return
+    import torch
+
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is None:
         cores = _cores()

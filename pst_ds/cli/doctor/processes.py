@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pst_ds.cli.doctor.checks import Finding
+from pst_ds.cli.doctor.checks import Finding, torch_problem
 
 if TYPE_CHECKING:
     # functions import it, so that doctor can report a torch that cannot be imported
@@ -45,7 +45,13 @@ class _Outcome:
 
 
 def native_code(limit_seconds: float) -> Iterator[Finding]:
-    """Check that the C++ code of mask updates, packing, layers and decoding compiles and agrees with torch."""
+    """Check that the C++ code of mask updates, packing, layers and decoding compiles and agrees with torch.
+
+    Yields nothing if torch cannot be imported.
+    """
+    if torch_problem():
+        # a failure of the accelerator's check, which has the right advice
+        return
     outcome = _run(["native"], {}, limit_seconds)
     if outcome.problem:
         yield Finding("native code", "fail", outcome.problem, "set PST_DS_NATIVE=0 until it is fixed")
@@ -66,7 +72,12 @@ def native_code(limit_seconds: float) -> Iterator[Finding]:
 
 
 def two_ranks(limit_seconds: float) -> Iterator[Finding]:
-    """Check an all-gather of two ranks over gloo on the CPU, and over NCCL if there are two GPUs."""
+    """Check an all-gather of two ranks over gloo on the CPU, and over NCCL if there are two GPUs.
+
+    Yields nothing if torch cannot be imported.
+    """
+    if torch_problem():
+        return
     import torch
 
     # DeepSpeed would choose a GPU, which gloo does not use
