@@ -34,6 +34,7 @@ _SENTENCE_FILE = "sentence_bert_config.json"
 """File of sentence-transformers."""
 
 
+# total=False: each kind of model has some of the keys
 class Prediction(TypedDict, total=False):
     """The prediction for a text: of a classifier, a regressor, or an embedding model."""
 
@@ -59,14 +60,17 @@ class Encoder:
         self.labels: list[str] = []
         if self.kind == CLASSIFIER:
             # by number: "10" precedes "2" in files
-            self.labels = [str(name) for _, name in sorted((config.id2label or {}).items())]
+            in_order = sorted((config.id2label or {}).items())
+            self.labels = [str(name) for _, name in in_order]
         self.max_length = _length_limit(folder, self.tokenizer.model_max_length, max_length)
         self.batch = batch or MOST_TEXTS
+        # otherwise a text may have several labels, each with its probability
         self._is_exclusive = config.problem_type != "multi_label_classification"
         self._pool = pooling_of(folder.path) if self.kind == EMBEDDER else None
         output = "last_hidden_state" if self.kind == EMBEDDER else "logits"
         storage = format_opening(folder.path)
         self._model: Callable[[Arrays], np.ndarray]
+        # None: transformers computes with the folder, packed or not
         if storage is None:
             self._model = _torch_model(folder, output, threads)
         else:
@@ -82,9 +86,9 @@ class Encoder:
         Longer texts are truncated to ``max_length`` tokens. A batch has texts of similar length. Raises InputError.
         """
         features = self.tokenized(texts, self.max_length)
+        # placeholders, since batches come in another order than the texts
         rows: list[np.ndarray] = [np.empty(0)] * len(features)
-        lengths = [len(one["input_ids"]) for one in features]
-        for batch in batches(lengths, self.batch):
+        for batch in batches(_lengths(features), self.batch):
             outputs = self.compute([features[index] for index in batch])
             for index, row in zip(batch, outputs, strict=True):
                 rows[index] = row
@@ -104,22 +108,18 @@ class Encoder:
             raise InputError("texts: expected a list of strings, or of pairs of strings. Put a single text into a list")
         columns: list[Sequence[str]] = [list(map(str, texts))]
         if not is_single:
+            # the first texts of all pairs, and the second ones
             columns = list(zip(*texts, strict=True))
         features = tokenized_columns(columns, max_length, tokenizer or self.tokenizer)
-        for index, one in enumerate(features):
-            if not one["input_ids"]:
+        for index, length in enumerate(_lengths(features)):
+            # a tokenizer without special tokens returns none for an empty text, of which no model makes anything
+            if not length:
                 raise InputError(f"texts[{index}]: the tokenizer returns no tokens for it. Give a text")
         return features
 
     def compute(self, features: Sequence[Features]) -> np.ndarray:
         """Return what :meth:`outputs` does, for one batch of tokenised texts."""
-        shape = len(features), max(len(one["input_ids"]) for one in features)
-        feed = {name: np.zeros(shape, np.int64) for name in INPUTS}
-        feed["input_ids"] += self.tokenizer.pad_token_id or 0
-        for row, one in enumerate(features):
-            for name, values in one.items():
-                feed[name][row, : len(values)] = values
-            feed["attention_mask"][row, : len(one["input_ids"])] = 1
+        feed = self._padded(features)
         outputs = self._model(feed)
         if self._pool is not None:
             outputs = self._pool(outputs, feed["attention_mask"])
@@ -131,6 +131,19 @@ class Encoder:
         if not np.isfinite(outputs).all():
             raise FloatingPointError(f"{self.path}: the model's outputs are not finite. Export it in fp32")
         return outputs
+
+    def _padded(self, features: Sequence[Features]) -> Arrays:
+        """Return the inputs of a batch, (texts, tokens of the longest text) each, with padding at the end."""
+        lengths = _lengths(features)
+        shape = (len(features), max(lengths))
+        feed = {name: np.zeros(shape, np.int64) for name in INPUTS}
+        # padding is masked, so that any token does for a tokenizer without a padding token
+        feed["input_ids"] += self.tokenizer.pad_token_id or 0
+        for row, tokens in enumerate(features):
+            for name, values in tokens.items():
+                feed[name][row, : len(values)] = values
+            feed["attention_mask"][row, : lengths[row]] = 1
+        return feed
 
     def plain(self, outputs: np.ndarray) -> list[list[float]]:
         """Return :meth:`outputs` as JSON values. Except numbers, they are rounded: fp32 has more digits in decimal."""
@@ -156,7 +169,15 @@ class Encoder:
 
 
 def _is_pair(text: object) -> bool:
-    return isinstance(text, tuple | list) and [type(part) for part in text] == [str, str]
+    # a tuple or a list, as Python and JSON have pairs
+    if not isinstance(text, tuple | list) or len(text) != 2:
+        return False
+    return all(isinstance(part, str) for part in text)
+
+
+def _lengths(features: Sequence[Features]) -> list[int]:
+    """Return the number of tokens of each text."""
+    return [len(tokens["input_ids"]) for tokens in features]
 
 
 def batches(lengths: Sequence[int], most_texts: int) -> Iterator[list[int]]:
@@ -164,6 +185,7 @@ def batches(lengths: Sequence[int], most_texts: int) -> Iterator[list[int]]:
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if batch:
+            # every text of the batch is padded to this
             longest = lengths[batch[0]]
             is_full = len(batch) == most_texts or (len(batch) + 1) * longest > MOST_TOKENS
             if is_full or 2 * lengths[index] < longest:
@@ -181,6 +203,7 @@ def kind_of(folder: ModelFolder) -> str:
     if name in known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
         if config.num_labels == 1:
             return REGRESSOR
+        # several numbers per text are none of the three
         if config.problem_type != "regression":
             return CLASSIFIER
     elif name in known.MODEL_MAPPING_NAMES.values():
@@ -201,19 +224,23 @@ class _SentenceConfig(BaseModel):
 
 def _length_limit(folder: ModelFolder, of_tokenizer: int, asked: int | None) -> int:
     """Return the maximum tokens of a text. Raises InputError if ``asked`` is more than the positions."""
+    # a model without position embeddings has no limit
     positions = (positions_of(folder.config) or 1 << 20) - folder.extra_tokens
     if asked:
         if asked > positions:
             raise InputError(f"max_length = {asked}: {folder.path} has {positions} positions. Set at most as many")
         return asked
     sentences = read_typed(folder.path / _SENTENCE_FILE, _SentenceConfig, "Copy it from the original model")
+    # tokenizers without a limit state a huge number, and files may state none
     limits = [positions, of_tokenizer, data_of_run(folder.path).max_length, sentences.max_seq_length]
     return min(limit for limit in limits if isinstance(limit, int) and limit > 0)
 
 
 def _torch_model(folder: ModelFolder, output: str, threads: int | None) -> Callable[[Arrays], np.ndarray]:
+    """Load the model for transformers. Return a function of a batch's inputs to its ``output``, (texts, ...) fp32."""
     module = folder.load()
     names = input_names(module)
+    # of the whole process: torch has no threads per model
     if threads:
         torch.set_num_threads(threads)
 

@@ -42,6 +42,7 @@ def require_no_formula(labels: Iterable[str], out: Path) -> None:
             )
 
 
+# without slots, because cached_property needs a __dict__
 @dataclass(frozen=True)
 class TextFile:
     """The texts of a data file, and how to open the model that predicts for them. Pickled for each process."""
@@ -53,6 +54,7 @@ class TextFile:
 
     @cached_property
     def model(self) -> Encoder:
+        """The model of this process, opened on first use: only processes that predict have one."""
         return self.open_model()
 
     def piece(self, first: int) -> list[Prediction]:
@@ -62,9 +64,12 @@ class TextFile:
         def place(row: int) -> str:
             return row_place(self.rows, self.file, first + row)
 
-        texts = [text_column(rows[column], column, self.file, place) for column in self.columns]
+        texts = []
+        for column in self.columns:
+            texts.append(text_column(rows[column], column, self.file, place))
         if len(texts) == 1:
             return self.model.predict(texts[0])
+        # pairs of the texts of two columns
         return self.model.predict(list(zip(*texts, strict=True)))
 
     def pieces(self, processes: int) -> Iterator[list[Prediction]]:
@@ -79,6 +84,7 @@ class TextFile:
             try:
                 yield from pool.map(_piece_in_process, starts)
             finally:
+                # after an error, pieces that no process has started on would be computed for nothing
                 pool.shutdown(cancel_futures=True)
 
     def predict(self, out: Path, processes: int = 1) -> None:
@@ -91,26 +97,33 @@ class TextFile:
             write(partial, self._numbered(processes, shown))
 
     def _numbered(self, processes: int, shown: Progress) -> Iterator[list[dict[str, object]]]:
-        number = first_row(self.rows, self.file)
+        """Yield the pieces with the row of each prediction, and count them on ``shown``."""
+        row = first_row(self.rows, self.file)
         for piece in self.pieces(processes):
-            yield [{"row": row, **prediction} for row, prediction in enumerate(piece, number)]
-            number += len(piece)
+            numbered: list[dict[str, object]] = []
+            for prediction in piece:
+                numbered.append({"row": row, **prediction})
+                row += 1
+            yield numbered
             shown.add(len(piece))
 
 
 def _write_jsonl(path: Path, pieces: Iterable[list[dict[str, object]]]) -> None:
     with path.open("w", encoding="utf-8") as lines:
         for piece in pieces:
-            lines.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in piece)
+            for prediction in piece:
+                lines.write(json.dumps(prediction, ensure_ascii=False) + "\n")
 
 
 def _write_csv(path: Path, pieces: Iterable[list[dict[str, object]]]) -> None:
+    # newline="": the csv module writes line ends itself, and keeps those within a label
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         is_first = True
         for piece in pieces:
-            for one in piece:
-                flat = _flat(one)
+            for prediction in piece:
+                flat = _flat(prediction)
+                # all predictions of a model have the same columns
                 if is_first:
                     rows.writerow(flat)
                     is_first = False
@@ -130,6 +143,7 @@ def _flat(prediction: Mapping[str, object]) -> dict[str, object]:
 
 
 def _write_parquet(path: Path, pieces: Iterable[list[dict[str, object]]]) -> None:
+    # here, since importing it takes time and most files are text
     import pyarrow
     import pyarrow.parquet
 
@@ -161,7 +175,10 @@ def open_file(folder: str, file: str, columns: Sequence[str], open_model: Callab
     if not columns and recorded is not None:
         setting = f"data.text_columns of {folder}"
         columns = recorded
-    columns = columns or [name for name in _USUAL_COLUMNS if name in rows.column_names][:1]
+    if not columns:
+        # a folder that pst-ds did not write: the first usual name that the file has
+        usual = [name for name in _USUAL_COLUMNS if name in rows.column_names]
+        columns = usual[:1]
     if len(columns) not in (1, 2) or not len(rows):
         names = ", ".join(rows.column_names)
         raise InputError(
@@ -172,6 +189,7 @@ def open_file(folder: str, file: str, columns: Sequence[str], open_model: Callab
     return TextFile(file, rows, columns, open_model)
 
 
+# a global, since the functions of a process pool are called without an object of the process
 _file: TextFile
 """The file of this process, if it is one of several."""
 
@@ -179,14 +197,17 @@ _file: TextFile
 def _start_process(file: TextFile) -> None:
     global _file
     _file = file
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
+    # Ctrl-C reaches all processes; the first one ends this one, without a traceback of each
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
     """End this process, which would wait for work forever, when a signal kills the first one."""
-    if (parent := multiprocessing.parent_process()) is not None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
         parent.join()
+        # not sys.exit, which would end this thread only
         os._exit(1)
 
 

@@ -2,14 +2,18 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pst_ds.errors import InputError
 
 _MODES = {"cls", "mean", "max", "lasttoken"}
+_FLAG = "pooling_mode_"
+"""Start of the names of older files' flags."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +29,11 @@ class Pooling:
         pooled = []
         for mode in self.modes:
             if mode == "mean":
+                # a product with the mask: a sum over masked vectors would need a copy of them
                 sums = (mask[:, None].astype(np.float32) @ hidden)[:, 0]  # (texts, width)
                 pooled.append(sums / lengths[:, None])
             elif mode == "max":
+                # below any number, so that padding never is the largest
                 pooled.append(np.where(mask[:, :, None] > 0, hidden, -np.inf).max(1))
             elif mode == "lasttoken":
                 pooled.append(hidden[np.arange(len(hidden)), lengths - 1])
@@ -35,6 +41,7 @@ class Pooling:
                 pooled.append(hidden[:, 0])
         vectors = np.concatenate(pooled, -1, dtype=np.float32)
         if self.normalize:
+            # the limit of torch's normalize, for a vector of zeros
             vectors /= np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
         return vectors
 
@@ -45,18 +52,32 @@ def pooling_of(folder: Path) -> Pooling:
     if not file.is_file():
         return Pooling()
     try:
-        modules = {str(one["type"]).rpartition(".")[2]: str(one["path"]) for one in json.loads(file.read_bytes())}
+        # folders of the modules by their classes; "sentence_transformers.models.Pooling" is a type
+        modules: dict[str, str] = {}
+        for module in json.loads(file.read_bytes()):
+            modules[str(module["type"]).rpartition(".")[2]] = str(module["path"])
+        # so that a message about the second file names it
         file = folder / modules["Pooling"] / "config.json"
-        table = dict(json.loads(file.read_bytes()))
-        flags = [name.removeprefix("pooling_mode_") for name, value in table.items() if value is True]
-        # newer files name the mode, older ones have a flag per mode
-        named = table.get("pooling_mode") or [name for name in flags if f"pooling_mode_{name}" in table]
-        if isinstance(named, str):
-            named = [named]
-        modes = [re.sub("_tokens?$", "", mode) for mode in named]
+        modes = _modes_of(dict(json.loads(file.read_bytes())))
+    # JSON of another structure raises any of these
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} cannot be read: {error!r}. Copy it from the original model") from None
     unknown = [*(modules.keys() - {"Transformer", "Pooling", "Normalize"}), *(set(modes) - _MODES)]
     if unknown or not modes:
         raise InputError(f"{file}: {unknown or 'no pooling'} is not supported. Use sentence-transformers for it")
     return Pooling(tuple(modes), "Normalize" in modules)
+
+
+def _modes_of(config: Mapping[str, Any]) -> list[str]:
+    """Return the modes that the config of a pooling module states: "cls", "mean", "max" and others."""
+    # newer files name the mode, older ones have a flag per mode
+    named = config.get("pooling_mode")
+    if isinstance(named, str):
+        named = [named]
+    if not named:
+        named = []
+        for key, value in config.items():
+            if key.startswith(_FLAG) and value is True:
+                named.append(key.removeprefix(_FLAG))
+    # flags are called "cls_token" and "mean_tokens"
+    return [re.sub("_tokens?$", "", mode) for mode in named]
