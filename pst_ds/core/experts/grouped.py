@@ -35,12 +35,14 @@ def merges(layout: WeightLayout, dtype: torch.dtype, device_type: str) -> bool:
 
 
 def _multiplies(device_type: str, dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    """Return whether torch has a grouped product for matrices of ``shape``."""
     return device_type != "cpu" and dtype == torch.bfloat16 and all(size % _MULTIPLE == 0 for size in shape)
 
 
 def experts_at_once(layout: WeightLayout, itemsize: int, tile_bytes: int) -> int:
     """Return how many experts' dS and dW the backward pass holds, for a budget of ``tile_bytes`` (0 is the default)."""
     budget = tile_bytes or DEFAULT_TILE_BYTES["cuda"]
+    # Two buffers, one for dS and one for dW.
     return min(layout.num_experts, max(1, budget // (2 * itemsize * layout.expert.numel)))
 
 
@@ -49,8 +51,10 @@ def product(left: Tensor, right: Tensor, routing: Routing) -> Tensor:
 
     The latter is (E, O, I), and not defined for experts without rows (github.com/pytorch/pytorch/issues/172439).
     """
-    public = getattr(torch.nn.functional, "grouped_mm", None)  # since torch 2.10
-    return (public or torch._grouped_mm)(left, right, offs=routing.ends)
+    grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)
+    if grouped_mm is None:  # torch 2.9 has it under a private name
+        grouped_mm = torch._grouped_mm
+    return grouped_mm(left, right, offs=routing.ends)
 
 
 def backward(
@@ -58,44 +62,66 @@ def backward(
 ) -> Gradients:
     """Return the gradients of :func:`pst_ds.core.experts.products.backward` for sorted ``rows`` (n, I)."""
     layout = state.layout
-    one = state.layout.expert
-    transposed = state.layout.transposed
+    of_expert = layout.expert
     assert isinstance(state.weight, Tensor)
     grad_y = grad_y.contiguous()
-    left, right = (rows, grad_y) if transposed else (grad_y, rows)
-    stack = product(left.t(), right, routing).view(layout.shape)
-    factors = factors_with_ones(state) if state.scores_train else Factors(U=state.factors.U, V=state.factors.V)
+    # G of the whole stack, which the kernel turns into M . W in place, a few experts at a time.
+    if layout.transposed:
+        stack = product(rows.t(), grad_y, routing).view(layout.shape)
+    else:
+        stack = product(grad_y.t(), rows, routing).view(layout.shape)
+    factors = state.factors.of_update()
+    if state.scores_train:
+        factors = factors_with_ones(state)
     totals: dict[str, Any] = {name: torch.empty_like(f) for name, f in factors.held().items() if name != "norms"}
     sums = Factors(**totals)
-    has_gradient = sums.A is not None and sums.U is not None and not state.constants.frozen_magnitude
+    # Copied without waiting for the device, as everything here.
     inverses = torch.tensor([1.0 / scale for scale in state.magnitude_scales])
     scales = stack.new_empty(len(inverses), dtype=torch.float32).copy_(inverses, non_blocking=True)
+    # |W| has a gradient through the scores only, and only the update passes it on.
+    magnitude_has_gradient = sums.A is not None and sums.U is not None and not state.constants.frozen_magnitude
     step = experts_at_once(layout, rows.element_size(), tile_bytes)
-    buffers = rows.new_empty(2, step * one.numel)
-    for first in range(0, layout.num_experts, step):  # turn G into M . W
+    score_buffer = rows.new_empty(step * of_expert.numel) if sums.A is not None else None
+    update_buffer = rows.new_empty(step * of_expert.numel) if sums.U is not None else None
+    for first in range(0, layout.num_experts, step):
         experts = range(first, min(first + step, layout.num_experts))
         matrices = Matrices.of_experts(layout, experts)
-        matrix = layout.matrices()[first * matrices.parts]
-        stored = slice(first * one.shape[0], experts.stop * one.shape[0])
-        indices = slice(matrix.index, matrix.index + matrices.count)  # of these experts' matrices in the layer
-        scores, updates = (
-            None if total is None else buffer[: len(experts) * one.numel].view(-1, matrices.shape[1])
-            for total, buffer in zip((sums.A, sums.U), buffers, strict=True)
+        first_matrix = layout.matrices()[first * matrices.parts]
+        # These experts' rows of the stored stack, and their matrices in the layer.
+        stored = slice(first * of_expert.shape[0], experts.stop * of_expert.shape[0])
+        indices = slice(first_matrix.index, first_matrix.index + matrices.count)
+        numel = len(experts) * of_expert.numel
+        score_gradients = None
+        if score_buffer is not None:
+            score_gradients = score_buffer[:numel].view(-1, matrices.shape[1])
+        update_gradients = None
+        if update_buffer is not None:
+            update_gradients = update_buffer[:numel].view(-1, matrices.shape[1])
+        gradients_into(
+            merged=stack[stored],
+            scores=score_gradients,
+            updates=update_gradients,
+            weight=state.weight[stored],
+            grad=stack[stored],
+            mask=mask,
+            matrices=matrices,
+            tile=tile_factors(state.factors, layout, first_matrix, first_matrix.rect),
+            constants=state.constants,
+            factor=scales[indices] if magnitude_has_gradient else 0.0,
+            ends=routing.ends,
         )
-        tile = tile_factors(state.factors, layout, matrix, matrix.rect)
-        grad = stack[stored]
-        factor = scales[indices] if has_gradient else 0.0
-        places = mask, matrices, tile, state.constants, factor, routing.ends
-        gradients_into(grad, scores, updates, state.weight[stored], grad, *places)
-        for values, names in ((scores, "AB"), (updates, "UV")):
-            if values is not None:
-                _low_rank_gradients(values.view(matrices.count, *matrices.shape), layout, indices, names, factors, sums)
+        for gradients, names in ((score_gradients, "AB"), (update_gradients, "UV")):
+            if gradients is not None:
+                by_matrix = gradients.view(matrices.count, *matrices.shape)
+                _low_rank_gradients(by_matrix, layout, indices, names, factors=factors, sums=sums)
     if state.rounding is not None:
         state.rounding.round_(stack)
     grads = Gradients()
     if need_x:
-        by_output = stack.view(-1, *one.shape)
-        grads.x = product(grad_y, by_output.transpose(1, 2) if transposed else by_output, routing)
+        by_output = stack.view(-1, *of_expert.shape)
+        if layout.transposed:
+            by_output = by_output.transpose(1, 2)
+        grads.x = product(grad_y, by_output, routing)
     in_fp32: dict[str, Any] = {name: total.float() for name, total in totals.items()}
     finish_factors(Factors(**in_fp32), state, grads)
     return grads
@@ -105,11 +131,15 @@ def _low_rank_gradients(
     grad: Tensor, layout: WeightLayout, matrices: slice, names: str, factors: Factors, sums: Factors
 ) -> None:
     """Write grad right' and left' grad of each matrix to ``sums``. ``grad``: (matrices, rows, columns) as stored."""
-    by_output = grad.transpose(1, 2) if layout.transposed else grad
-    outer, inner, to_outer, to_inner = (
-        getattr(of, name).view(layout.num_matrices, -1, getattr(of, name).shape[1])[matrices]
-        for of in (factors, sums)
-        for name in names
-    )
-    torch.bmm(by_output, inner.transpose(1, 2), out=to_outer)
-    torch.bmm(outer.transpose(1, 2), by_output, out=to_inner)
+    by_output = grad
+    if layout.transposed:
+        by_output = grad.transpose(1, 2)
+
+    def of_matrices(factor: Tensor) -> Tensor:
+        return factor.view(layout.num_matrices, -1, factor.shape[1])[matrices]
+
+    left_name, right_name = names
+    left = of_matrices(getattr(factors, left_name))  # (matrices, outputs, rank)
+    right = of_matrices(getattr(factors, right_name))  # (matrices, rank, inputs)
+    torch.bmm(by_output, right.transpose(1, 2), out=of_matrices(getattr(sums, left_name)))
+    torch.bmm(left.transpose(1, 2), by_output, out=of_matrices(getattr(sums, right_name)))

@@ -19,12 +19,13 @@ def forward(x: Tensor, state: LayerState, routing: Routing, *, by_token: bool) -
 
     ``x``: (N, I) if ``by_token``, or (N*k, I) in the order of the experts. ``state``: of the whole stack.
     """
-    one = state.layout.expert
+    of_expert = state.layout.expert
     transposed = state.layout.transposed
     if grouped.merges(state.layout, state.weight.dtype, x.device.type):
-        stack = state.masked_weight().view(-1, *one.shape)
+        stack = state.masked_weight().view(-1, *of_expert.shape)
         return dense_forward(x, stack, routing, by_token=by_token, transposed=transposed)
-    y = x.new_empty(routing.order.numel(), one.out_features)
+    # The runs of all experts together cover every row.
+    y = x.new_empty(routing.order.numel(), of_expert.out_features)
     for expert, rows in routing.runs():
         masked_linear.forward_into(y[rows], routing.rows_of(x, rows, by_token), state.expert(expert))
     return y
@@ -32,9 +33,14 @@ def forward(x: Tensor, state: LayerState, routing: Routing, *, by_token: bool) -
 
 def dense_forward(x: Tensor, stack: Tensor, routing: Routing, *, by_token: bool, transposed: bool) -> Tensor:
     """Return the same with an unmasked ``stack``: (E, O, I), or (E, I, O) if ``transposed``."""
-    by_input = stack if transposed else stack.transpose(1, 2)
+    by_input = stack
+    if not transposed:
+        by_input = stack.transpose(1, 2)
     if grouped.serves(x, stack.dtype, by_input.shape[1:]):
-        return grouped.product(routing.sorted_rows(x) if by_token else x, by_input, routing)
+        sorted_x = x
+        if by_token:
+            sorted_x = routing.sorted_rows(x)
+        return grouped.product(sorted_x, by_input, routing)
     y = x.new_empty(routing.order.numel(), by_input.shape[2])
     for expert, rows in routing.runs():
         torch.mm(routing.rows_of(x, rows, by_token), by_input[expert], out=y[rows])
@@ -58,9 +64,13 @@ def backward(
     """
     layout = state.layout
     grads = Gradients()
-    mask = None if need_weight or not len(x) else masked_linear.mask_for_kernels(x, state)
+    mask = None
+    if len(x) and not need_weight:  # kernels do not write G . M, and grouped products need a row
+        mask = masked_linear.mask_for_kernels(x, state)
     if mask is not None and grouped.merges(layout, x.dtype, x.device.type):
-        sorted_x = routing.sorted_rows(x) if by_token else x
+        sorted_x = x
+        if by_token:
+            sorted_x = routing.sorted_rows(x)
         grads = grouped.backward(sorted_x, grad_y, state, routing, mask, need_x=need_x, tile_bytes=tile_bytes)
         if grads.x is not None and by_token:
             grads.x = routing.summed(grads.x)
@@ -69,11 +79,10 @@ def backward(
         grads.x = grad_y.new_empty(grad_y.shape[0], layout.in_features)
     whole = _zeros(state, need_weight=need_weight)
     for expert, rows in routing.runs():
-        one = state.expert(expert)
         of_expert = masked_linear.backward(
             routing.rows_of(x, rows, by_token),
             grad_y[rows],
-            one,
+            state.expert(expert),
             need_x=need_x,
             need_weight=need_weight,
             need_bias=False,
@@ -82,6 +91,7 @@ def backward(
         if grads.x is not None:
             assert of_expert.x is not None
             grads.x[rows] = of_expert.x
+        # Factors and stored weights of a stack are in expert order, so an expert's gradient has consecutive rows.
         for name, total in whole.items():
             share = total.shape[0] // layout.num_experts
             term = of_expert.of_parameter(name)
@@ -99,17 +109,21 @@ def backward(
 
 def dense_backward(grad_y: Tensor, stack: Tensor, routing: Routing, *, by_token: bool, transposed: bool) -> Tensor:
     """Return the gradient of x in :func:`dense_forward`."""
+    # dX = dY W is the same product with the stack transposed, and dY is already in the order of the experts.
     grad_x = dense_forward(grad_y, stack, routing, by_token=False, transposed=not transposed)
-    return routing.summed(grad_x) if by_token else grad_x
+    if by_token:
+        return routing.summed(grad_x)
+    return grad_x
 
 
 def _zeros(state: LayerState, *, need_weight: bool) -> dict[str, Tensor]:
     """Return zero gradients of a stack by name: of its factors, and of its weights if these train."""
     factors = {name: factor for name, factor in state.factors.held().items() if name != "norms"}
     factors |= state.factors.update
-    gradients = {}
+    gradients: dict[str, Tensor] = {}
     for name, factor in factors.items():
-        gradients[name] = torch.zeros_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32))
+        high = torch.promote_types(factor.dtype, torch.float32)
+        gradients[name] = torch.zeros_like(factor, dtype=high)
     if need_weight:
         gradients["weight"] = torch.zeros(state.layout.shape, dtype=state.weight.dtype, device=state.weight.device)
     return gradients

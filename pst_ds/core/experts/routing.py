@@ -10,6 +10,7 @@ from torch import Tensor
 ELEMENTS_AT_A_TIME = {"cpu": 1 << 19}
 """Numbers that :meth:`Routing.summed` reorders in one step; 2**24 on other devices."""
 _kept_numbers: dict[torch.device, Tensor] = {}
+"""0, 1, 2, ... on each device, as many as any layer has needed."""
 
 
 class Routing(NamedTuple):
@@ -35,6 +36,7 @@ class Routing(NamedTuple):
         The host does not wait for another device. With ``even``, ``counts`` are as equal as possible instead, without
         reading ``index``.
         """
+        # Stable, so that an expert's rows are in the order of the tokens, and sums over them the same every time.
         experts, order = torch.sort(index.reshape(-1), stable=True)
         ends = torch.searchsorted(experts, _numbers(num_experts, index.device), right=True, out_int32=True)
         rows = _numbers(order.numel(), index.device)
@@ -99,7 +101,7 @@ class Routing(NamedTuple):
         The k terms are added in the order of the router's choice: bit-identical every time. Without a gradient,
         ``values`` are reordered in parts.
         """
-        # the gradient of each part would be as large as all values
+        # In parts, autograd would keep a gradient of the size of all values for each of them.
         if torch.is_grad_enabled() and values.requires_grad:
             return values[self.places].sum(1)
         out = values.new_empty(len(self.places), values.shape[-1])
@@ -113,12 +115,15 @@ def _numbers(count: int, device: torch.device) -> Tensor:
     """Return 0, 1, ..., ``count`` - 1, kept on an accelerator for the next layers. Do not modify them."""
     kept = _kept_numbers.get(device)
     if kept is None or len(kept) < count:
+        # A tensor that is made in inference mode could not be saved for a backward pass later.
         with torch.inference_mode(False):
             kept = torch.arange(count, device=device)
-        if device.type not in ("cpu", "meta"):  # tensors of a trace have these
+        # A trace computes on these two, and its tensors must not outlive it.
+        if device.type not in ("cpu", "meta"):
             _kept_numbers[device] = kept
     return kept[:count]
 
 
 def _counts(ends: Tensor) -> Tensor:
+    """Return the rows of each expert from the row behind its last."""
     return ends.diff(prepend=ends.new_zeros(1))

@@ -20,7 +20,8 @@ def unused_experts(tokens: Mapping[str, Sequence[int]], since: str = "") -> str:
             unused[name] = experts
     if not unused:
         return ""
-    named = []
+    # A model has dozens of modules, and one line should say it.
+    named: list[str] = []
     for name, experts in list(unused.items())[:MOST_NAMED]:
         named.append(f"{name}: {', '.join(map(str, experts))}")
     if len(unused) > MOST_NAMED:
