@@ -12,7 +12,7 @@ U and V are the update of forms with kernels. The parameters of another form (:m
 :attr:`Factors.update` by name; the first dimension of each is divided equally among the P matrices.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -62,7 +62,7 @@ class Factors:
     def of(cls, values: Mapping[str, Tensor], form: UpdateForm, norms: Tensor | None = None) -> Self:
         """Return the factors from a layer's trained parameters by name: those of the scores and of its ``form``."""
         fields_of_class: dict[str, Any] = {}
-        update = {}
+        update: dict[str, Tensor] = {}
         for name, value in values.items():
             if form.has_kernels or name in SCORE_FACTORS:
                 fields_of_class[name] = value
@@ -82,21 +82,35 @@ class Factors:
         """Return views of the factors of one of ``num_experts`` experts."""
 
         def part(value: Tensor) -> Tensor:
+            # The first dimension of every factor is in expert order.
             share = value.shape[0] // num_experts
             return value[expert * share : (expert + 1) * share]
 
-        update = {name: part(value) for name, value in self.update.items()}
-        return Factors(**{name: part(value) for name, value in self.held().items()}, update=update)
+        return self._mapped(part)
 
     def held(self) -> dict[str, Any]:
         """Return the factors with a field, and not None, by name; without :attr:`update`."""
-        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "update"}
-        return {name: value for name, value in values.items() if value is not None}
+        return _tensors_of(self)
 
     def to(self, device: torch.device) -> "Factors":
         """Return the factors on ``device``."""
-        update = {name: value.to(device) for name, value in self.update.items()}
-        return Factors(**{name: value.to(device) for name, value in self.held().items()}, update=update)
+        return self._mapped(lambda value: value.to(device))
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "Factors":
+        """Return the factors with ``function`` applied to each, and to each of :attr:`update`."""
+        values: dict[str, Any] = {name: function(value) for name, value in self.held().items()}
+        update = {name: function(value) for name, value in self.update.items()}
+        return Factors(**values, update=update)
+
+
+def _tensors_of(factors: "Factors | TileFactors") -> dict[str, Any]:
+    """Return the fields that are not None, by name, except "update", which holds several tensors."""
+    tensors: dict[str, Any] = {}
+    for each in fields(factors):
+        value = getattr(factors, each.name)
+        if each.name != "update" and value is not None:
+            tensors[each.name] = value
+    return tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +125,15 @@ class TileUpdate:
 
     def applied(self, weight: Tensor, constants: Constants) -> Tensor:
         """Return the updated weight of ``weight``, (rows, cols) as stored: a new tensor, fp32 (fp64 for fp64)."""
+        # Forms see every matrix as (outputs, inputs), in fp32 at least, and the result is rounded once.
         high = torch.promote_types(weight.dtype, torch.float32)
         wide = weight.to(high)
-        by_output = wide.t() if self.transposed else wide
-        updated = constants.form.apply(by_output, self._wide(high), self.tile, constants.beta)
-        return updated.t() if self.transposed else updated
+        if self.transposed:
+            wide = wide.t()
+        updated = constants.form.apply(wide, self._wide(high), self.tile, constants.beta)
+        if self.transposed:
+            return updated.t()
+        return updated
 
     def gradients(self, weight: Tensor, weight_gradient: Tensor, constants: Constants) -> dict[str, Tensor]:
         """Return the rectangle's terms of the gradients of :attr:`parameters`, fp32 (fp64 for fp64), by name."""
@@ -125,9 +143,11 @@ class TileUpdate:
         if self.transposed:
             wide = wide.t()
             gradient = gradient.t()
+        # By place, because forms of other packages may name their arguments differently.
         return constants.form.gradients(wide, gradient, self._wide(high), self.tile, constants.beta)
 
     def _wide(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the parameters in ``dtype``."""
         return {name: value.to(dtype) for name, value in self.parameters.items()}
 
 
@@ -156,8 +176,7 @@ class TileFactors:
 
     def held(self) -> dict[str, Tensor]:
         """Return the tensors that are not None, by name; without :attr:`update`."""
-        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "update"}
-        return {name: value for name, value in values.items() if value is not None}
+        return _tensors_of(self)
 
 
 def tile_factors(factors: Factors, layout: WeightLayout, matrix: StoredMatrix, rect: Rect) -> TileFactors:
@@ -165,35 +184,68 @@ def tile_factors(factors: Factors, layout: WeightLayout, matrix: StoredMatrix, r
     outputs, inputs = matrix.ranges(rect, transposed=layout.transposed)
 
     def pair(by_output: Tensor | None, by_input: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return the views of A and B, or of U and V, as (outputs, rank) and (rank, inputs)."""
         if by_output is None or by_input is None:
             return None, None
         rank = by_output.shape[1]
-        outer = by_output[matrix.outputs][outputs]  # (outputs, rank)
-        inner = by_input[matrix.index * rank : (matrix.index + 1) * rank, inputs]  # (rank, inputs)
-        return (inner.t(), outer.t()) if layout.transposed else (outer, inner)
+        first_row = matrix.index * rank
+        return by_output[matrix.outputs][outputs], by_input[first_row : first_row + rank, inputs]
 
-    score_left, score_right = pair(factors.A, factors.B)
-    update_left, update_right = pair(factors.U, factors.V)
-    by_output = factors.R[matrix.outputs][outputs] if factors.R is not None else None
-    by_input = factors.C[matrix.index, inputs] if factors.C is not None else None
-    norms = factors.norms[matrix.inputs][inputs] if factors.norms is not None else None
+    score_by_output, score_by_input = pair(factors.A, factors.B)
+    update_by_output, update_by_input = pair(factors.U, factors.V)
+    R = None
+    if factors.R is not None:
+        R = factors.R[matrix.outputs][outputs]
+    C = None
+    if factors.C is not None:
+        C = factors.C[matrix.index, inputs]
+    norms = None
+    if factors.norms is not None:
+        norms = factors.norms[matrix.inputs][inputs]
     update = None
     if factors.update:
-        parameters = {name: rows_of_matrix(value, matrix, layout) for name, value in factors.update.items()}
-        num_outputs = layout.out_features // layout.num_matrices
-        update = TileUpdate(parameters, Tile(outputs, inputs, num_outputs, layout.in_features), layout.transposed)
-    # rows of the stored weight are outputs, or inputs if it is transposed
+        update = _tile_update(factors.update, layout, matrix, outputs, inputs)
+    # Rows of the stored weight are outputs, or inputs if it is transposed; (L R)' is R' L'.
+    if layout.transposed:
+        return TileFactors(
+            score_left=_transposed(score_by_input),
+            score_right=_transposed(score_by_output),
+            score_rows=C,
+            score_cols=R,
+            update_left=_transposed(update_by_input),
+            update_right=_transposed(update_by_output),
+            row_norms=norms,
+            update=update,
+        )
     return TileFactors(
-        score_left=score_left,
-        score_right=score_right,
-        score_rows=by_input if layout.transposed else by_output,
-        score_cols=by_output if layout.transposed else by_input,
-        update_left=update_left,
-        update_right=update_right,
-        row_norms=norms if layout.transposed else None,
-        col_norms=None if layout.transposed else norms,
+        score_left=score_by_output,
+        score_right=score_by_input,
+        score_rows=R,
+        score_cols=C,
+        update_left=update_by_output,
+        update_right=update_by_input,
+        col_norms=norms,
         update=update,
     )
+
+
+def _transposed(factor: Tensor | None) -> Tensor | None:
+    """Return the transposed view of a factor, if there is one."""
+    return None if factor is None else factor.t()
+
+
+def _tile_update(
+    update: Mapping[str, Tensor], layout: WeightLayout, matrix: StoredMatrix, outputs: slice, inputs: slice
+) -> TileUpdate:
+    """Return the parameters of an update form for ``outputs`` and ``inputs`` of ``matrix``."""
+    tile = Tile(
+        outputs=outputs,
+        inputs=inputs,
+        num_outputs=layout.out_features // layout.num_matrices,
+        num_inputs=layout.in_features,
+    )
+    parameters = {name: rows_of_matrix(value, matrix, layout) for name, value in update.items()}
+    return TileUpdate(parameters=parameters, tile=tile, transposed=layout.transposed)
 
 
 def rows_of_matrix(value: Tensor, matrix: StoredMatrix, layout: WeightLayout) -> Tensor:

@@ -49,13 +49,16 @@ class WeightSlice:
     @property
     def magnitude(self) -> Tensor:
         """|W| / magnitude_scale, fp32; of W0 with ``frozen_magnitude``. A new tensor in each call."""
-        weight = self.base.to(torch.float32) if self.constants.frozen_magnitude else self.weight
+        weight = self.weight
+        if self.constants.frozen_magnitude:
+            weight = self.base.to(torch.float32)
         # A product, not a quotient: torch divides by a number differently on CPUs and on CUDA.
         return weight.abs() * (1.0 / self.magnitude_scale)
 
     @property
     def input_norms(self) -> Tensor:
         """Norm of each weight's input relative to the mean norm, fp32. Needs "input_norms"."""
+        # Norms belong to inputs, which are the rows of a weight stored as (inputs, outputs).
         if self.factors.row_norms is not None:
             return self.factors.row_norms.unsqueeze(1)
         if self.factors.col_norms is not None:
@@ -76,6 +79,7 @@ class WeightSlice:
 
 
 def _not_needed(name: str) -> ValueError:
+    """Return the error of a criterion that reads ``name`` without asking for it."""
     return ValueError(f'the criterion reads {name}, which its needs do not name. Add "{name}" to them')
 
 
@@ -102,6 +106,7 @@ class Criterion:
 
     def visible(self, factors: TileFactors) -> TileFactors:
         """Return the factors without those that the criterion does not need."""
+        # The layer may have factors that another criterion has trained.
         if LEARNED_SCORES not in self.needs:
             factors = replace(factors, score_left=None, score_right=None, score_rows=None, score_cols=None)
         if INPUT_NORMS not in self.needs:

@@ -110,7 +110,7 @@ class UpdateForm(ABC):
             weight, parameters, tile, beta: as in :meth:`apply`.
         """
         leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-        # the backward pass of a layer runs without grad mode
+        # The backward pass of a layer runs without grad mode.
         with torch.enable_grad():
             updated = self.apply(weight, leaves, tile, beta)
         terms = torch.autograd.grad(updated, list(leaves.values()), weight_gradient, allow_unused=True)
@@ -129,22 +129,13 @@ class UpdateForm(ABC):
         specs = self.parameters(outputs, inputs, settings)
         for name, spec in specs.items():
             problem = ""
-            if spec is None:
-                continue
-            if name in RESERVED_NAMES or not name.isidentifier():
-                problem = "has a name that a layer cannot use. Choose another"
-            elif not spec.shape or min(spec.shape) < 1:
-                problem = f"has the shape {spec.shape}. Give it at least one dimension, each of at least 1"
-            elif spec.group not in GROUPS:
-                problem = f"is in the optimizer group {spec.group!r}. Choose one of {', '.join(GROUPS)}"
-            elif spec.rate <= 0.0:
-                problem = f"has the rate {spec.rate}. Set one above 0"
-            elif spec.decay < 0.0:
-                problem = f"has the decay {spec.decay}. Set one of at least 0"
+            if spec is not None:
+                problem = _problem_of(name, spec)
             if problem:
                 raise ValueError(f"the parameter {name!r} of the update form {type(self).__name__} {problem}")
         return specs
 
+    # Layers and saved adapters are compared with their constants, which contain the form.
     def __eq__(self, other: object) -> bool:
         return isinstance(other, UpdateForm) and type(self) is type(other)
 
@@ -153,3 +144,18 @@ class UpdateForm(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+def _problem_of(name: str, spec: ParamSpec) -> str:
+    """Return what keeps a layer from holding a parameter, and the fix; "" if nothing does."""
+    if name in RESERVED_NAMES or not name.isidentifier():
+        return "has a name that a layer cannot use. Choose another"
+    if not spec.shape or min(spec.shape) < 1:
+        return f"has the shape {spec.shape}. Give it at least one dimension, each of at least 1"
+    if spec.group not in GROUPS:
+        return f"is in the optimizer group {spec.group!r}. Choose one of {', '.join(GROUPS)}"
+    if spec.rate <= 0.0:
+        return f"has the rate {spec.rate}. Set one above 0"
+    if spec.decay < 0.0:
+        return f"has the decay {spec.decay}. Set one of at least 0"
+    return ""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.forms.form import ParamSpec, Tile, UpdateForm, UpdateSettings
-from pst_ds.core.forms.low_rank import update_init_std
+from pst_ds.core.forms.low_rank import low_rank_pair
 
 SHARPNESS = 8.0
 """Difference of a gate's logit between G = 1, where it starts, and G = 0, where it ends without gradients."""
@@ -31,19 +31,14 @@ class LearnedRanks(UpdateForm):
         rank = settings.update_rank
         if rank == 0:
             return {"U": None, "V": None, "G": None}
-        std = update_init_std(settings, inputs)
-        starts_at_v = settings.update_init == "lora"
-        return {
-            "U": ParamSpec((outputs, rank), std=0.0 if starts_at_v else std),
-            "V": ParamSpec((rank, inputs), std=std if starts_at_v else 0.0),
-            "G": ParamSpec((rank,), mean=1.0, rate=RATE, decay=DECAY * settings.update_penalty),
-        }
+        gate = ParamSpec((rank,), mean=1.0, rate=RATE, decay=DECAY * settings.update_penalty)
+        return {**low_rank_pair(outputs, inputs, settings), "G": gate}
 
     def apply(self, weight: Tensor, parameters: Mapping[str, Tensor], tile: Tile, beta: float) -> Tensor:
         left = parameters["U"][tile.outputs] * (beta * gates(parameters["G"]))
         right = parameters["V"][:, tile.inputs]
         updated = weight.clone()
-        # term by term, each rounded before it is added: a matrix product would round by the shape of the tile
+        # Term by term, each rounded before it is added: a matrix product would round by the shape of the tile.
         for term in range(right.shape[0]):
             updated.add_(left[:, term : term + 1] * right[term])
         return updated
@@ -57,6 +52,7 @@ class LearnedRanks(UpdateForm):
         open_by = beta * gates(parameters["G"])
         by_left = weight_gradient @ right.t()  # (outputs of the tile, r)
         by_right = left.t() @ weight_gradient  # (r, inputs of the tile)
+        # Other tiles add the terms of the outputs and inputs that this one does not have.
         of_left = torch.zeros_like(parameters["U"])
         of_right = torch.zeros_like(parameters["V"])
         of_left[tile.outputs] = by_left * open_by

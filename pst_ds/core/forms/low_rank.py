@@ -22,12 +22,7 @@ class LowRank(UpdateForm):
         rank = settings.update_rank
         if rank == 0:
             return {"U": None, "V": None}
-        std = update_init_std(settings, inputs)
-        starts_at_v = settings.update_init == "lora"
-        return {
-            "U": ParamSpec((outputs, rank), std=0.0 if starts_at_v else std),
-            "V": ParamSpec((rank, inputs), std=std if starts_at_v else 0.0),
-        }
+        return low_rank_pair(outputs, inputs, settings)
 
     def apply(self, weight: Tensor, parameters: Mapping[str, Tensor], tile: Tile, beta: float) -> Tensor:
         left = parameters["U"][tile.outputs]
@@ -35,11 +30,24 @@ class LowRank(UpdateForm):
         return weight + beta * (left @ right)
 
 
+def low_rank_pair(outputs: int, inputs: int, settings: UpdateSettings) -> dict[str, ParamSpec | None]:
+    """Return U and V of a product at a rank above 0."""
+    rank = settings.update_rank
+    u_std = 0.0
+    v_std = 0.0
+    # One of them starts at zero, so that training starts at W0. The other does not, or neither would have a gradient.
+    if settings.update_init == "lora":
+        v_std = update_init_std(settings, inputs)
+    else:
+        u_std = update_init_std(settings, inputs)
+    return {"U": ParamSpec((outputs, rank), std=u_std), "V": ParamSpec((rank, inputs), std=v_std)}
+
+
 def update_init_std(settings: UpdateSettings, inputs: int) -> float:
-    """Return the initial standard deviation of U or V, whichever does not start at zero."""
+    """Return the initial standard deviation of that of U and V which does not start at zero."""
     if settings.update_init != "lora":
         return settings.update_init_scale
-    # LoRA's A is Kaiming-uniform with a = sqrt(5)
+    # That of LoRA's A, which is Kaiming-uniform with a = sqrt(5).
     return settings.update_init_scale * (1.0 / math.sqrt(3.0 * inputs))
 
 

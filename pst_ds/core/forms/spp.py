@@ -20,13 +20,13 @@ class SPP(UpdateForm):
     ``pst.update_rank`` has no effect. u starts at zero, so that training starts at W0.
     """
 
-    # of the rates tried on film reviews, 3e-2 was the best where U V has 2e-3
+    # Of the rates tried on film reviews, 3e-2 was the best where U V has 2e-3.
     rate_factor = 15.0
 
     def parameters(self, outputs: int, inputs: int, settings: UpdateSettings) -> Mapping[str, ParamSpec | None]:
         return {
             "U": ParamSpec((outputs,)),
-            # that of Kaiming-uniform values with a = sqrt(5), as LoRA initialises
+            # The deviation of Kaiming-uniform values with a = sqrt(5), as LoRA initialises.
             "V": ParamSpec((GROUPS, inputs), std=1.0 / math.sqrt(3.0 * inputs)),
         }
 
@@ -34,7 +34,7 @@ class SPP(UpdateForm):
         by_output = parameters["U"][tile.outputs].unsqueeze(1)
         groups = group_of_outputs(tile.num_outputs, weight.device)[tile.outputs]
         repeated = parameters["V"][groups, tile.inputs]
-        # one product after another, so that a weight is rounded alike in every tile
+        # One product after another, so that a weight is rounded alike in every tile.
         return weight + weight * (repeated * by_output) * (beta * SCALE)
 
 

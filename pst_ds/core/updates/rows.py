@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from pst_ds.core.scores import add_low_rank_
 
 TILE_ELEMENTS = 1 << 22
+"""Weights that are updated in one step, which needs two fp32 copies of them."""
 
 
 def updated_rows(weight: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
@@ -40,13 +41,16 @@ def row_gradients(
     """
     high = torch.promote_types(grad_y.dtype, torch.float32)
     grad = grad_y.to(high) * beta
-    padding = -1 if padding_idx is None else padding_idx
+    padding = -1  # torch's number for no padding
+    if padding_idx is not None:
+        padding = padding_idx
     of_rows = grad @ right.to(high).t()
     grad_left = torch.ops.aten.embedding_dense_backward(of_rows, ids, left.shape[0], padding, False)
-    kept = left[ids].to(high)
+    looked_up = left[ids].to(high)
     if padding_idx is not None:
-        kept = kept * (ids != padding_idx).unsqueeze(1)
-    return grad_left, kept.t() @ grad
+        # torch ignores the padding in dU; here it is done for dV.
+        looked_up = looked_up * (ids != padding_idx).unsqueeze(1)
+    return grad_left, looked_up.t() @ grad
 
 
 def beside(x: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
