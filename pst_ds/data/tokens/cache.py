@@ -36,7 +36,7 @@ def cache_folder(cache: str = "") -> Path:
 
     try:
         return Path(cache or os.environ.get(CACHE) or Path(HF_HOME) / "pst-ds").expanduser() / "tokens"
-    except RuntimeError:  # neither HOME nor a passwd entry
+    except RuntimeError:  # expanduser finds neither HOME nor a passwd entry, as in some containers
         return private_folder() / "tokens"
 
 
@@ -50,6 +50,39 @@ class _File:
     """Empty if the source does not state it."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What lies at an address."""
+
+    files: list[_File]
+    version: str
+    """Changes with the contents."""
+    manifest: bytes = b""
+    """The manifest of a store; empty for token files of other programs."""
+
+
+def _content_of(remote: RemoteFolder, lead: str) -> _Content:
+    """Return what to fetch from an address. Raises ConfigError, starting with ``lead``, if it has no tokens."""
+    files: list[_File] = []
+    if remote.exists(MANIFEST):
+        manifest = remote.read(MANIFEST)
+        store = manifest_of(manifest, remote.path(MANIFEST))
+        for name, (size, sha256) in store.files.items():
+            files.append(_File(name, size, sha256))
+        return _Content(files, version=store.digest, manifest=manifest)
+    versions: list[str] = []
+    for name in remote.names():
+        if name.endswith(all_endings()):
+            files.append(_File(name, remote.size(name), sha256=""))
+            versions.append(remote.version(name))
+    if not files:
+        raise ConfigError(
+            f"{lead} has no {MANIFEST} and no files of tokens. Text at an address would be downloaded at every "
+            "start: write a store with pst-ds prepare, and name it"
+        )
+    return _Content(files, version=" ".join(versions))
+
+
 def local_copy(address: str, setting: str, cache: str) -> Path:
     """Return a folder of this host with the token store, or the token files, at ``address``, fetched if need be.
 
@@ -59,22 +92,9 @@ def local_copy(address: str, setting: str, cache: str) -> Path:
     remote = RemoteFolder(address, setting)
     remote.require_usable(writable=False)
     lead = f"{setting} = {address!r}"
-    manifest = b""
-    if remote.exists(MANIFEST):
-        manifest = remote.read(MANIFEST)
-        store = manifest_of(manifest, remote.path(MANIFEST))
-        files = [_File(name, size, sha256) for name, (size, sha256) in store.files.items()]
-        version = store.digest
-    else:
-        names = [name for name in remote.names() if name.endswith(all_endings())]
-        if not names:
-            raise ConfigError(
-                f"{lead} has no {MANIFEST} and no files of tokens. Text at an address would be downloaded at every "
-                "start: write a store with pst-ds prepare, and name it"
-            )
-        files = [_File(name, remote.size(name), "") for name in names]
-        version = " ".join(remote.version(name) for name in names)
-    about = f"{remote.address} {version}"
+    content = _content_of(remote, lead)
+    files = content.files
+    about = f"{remote.address} {content.version}"
     folder = cache_folder(cache) / f"copy-{hashlib.sha256(about.encode()).hexdigest()[:32]}"
     # written last, so that a folder with it is whole
     finished = folder.with_name(f"{folder.name}.fetched")
@@ -83,19 +103,22 @@ def local_copy(address: str, setting: str, cache: str) -> Path:
     require_writable(folder, f"the cache of {address} (data.cache or {CACHE})")
     with only_writer(folder.with_name(f".{folder.name}{LOCK}"), f"fetch {address}"):
         folder.mkdir(parents=True, exist_ok=True)
+        # again: another process may have fetched them while this one waited
         _fetch(remote, folder, _missing(folder, files), lead)
-        if manifest:
-            write_bytes_atomic(folder / MANIFEST, manifest)
+        if content.manifest:
+            write_bytes_atomic(folder / MANIFEST, content.manifest)
         write_bytes_atomic(finished, address.encode() + b"\n")
     return folder
 
 
 def _missing(folder: Path, files: list[_File]) -> list[_File]:
     """Return the files that are not in ``folder`` with their size."""
-    there = {}
+    sizes: dict[str, int] = {}
     if folder.is_dir():
-        there = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-    return [file for file in files if there.get(file.name) != file.size]
+        for path in folder.iterdir():
+            if path.is_file():
+                sizes[path.name] = path.stat().st_size
+    return [file for file in files if sizes.get(file.name) != file.size]
 
 
 def _fetch(remote: RemoteFolder, folder: Path, files: list[_File], lead: str) -> None:
@@ -103,7 +126,8 @@ def _fetch(remote: RemoteFolder, folder: Path, files: list[_File], lead: str) ->
     if not files:
         return
     remove_partial(*(folder / file.name for file in files))
-    for file in files:  # before the first byte, since the last file may be hours away
+    # before the first byte, since the last file may be hours away
+    for file in files:
         try:
             size = remote.size(file.name)
         except FileNotFoundError:
@@ -118,6 +142,7 @@ def _fetch(remote: RemoteFolder, folder: Path, files: list[_File], lead: str) ->
             partial = partial_name(folder / file.name)
             sha256 = remote.get(file.name, partial)
             if file.sha256 and sha256 != file.sha256:
+                # the next start would take it for a file that is whole
                 partial.unlink()
                 raise ConfigError(
                     f"{lead}: {file.name} is damaged there, its SHA-256 is not the one in {MANIFEST}. Upload the "
@@ -138,6 +163,7 @@ def cached_file(name: str, what: str, cache: str, build: Callable[[Path], None])
         return path
     require_writable(path, f"the cache of {what} (data.cache or {CACHE})")
     with only_writer(path.with_name(f".{name}{LOCK}"), f"index {what}"):
+        # again: another process may have built it while this one waited
         if not path.exists():
             partial = partial_name(path)
             try:

@@ -3,6 +3,7 @@ Each shard and its record are written atomically."""
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Self
@@ -55,11 +56,12 @@ class ShardRecord:
     def num_file_bytes(self, kind: str, dtype: np.dtype) -> int:
         """Return the bytes of the file of a kind, with tokens of ``dtype``."""
         if kind == LEARNED:
-            return -(-self.tokens // 8)
+            return -(-self.tokens // 8)  # rounded up
         if kind == TOKENS:
             return self.tokens * dtype.itemsize
-        count = self.documents if kind == STARTS else self.tokens
-        return count * _ITEM[kind].itemsize
+        if kind == STARTS:
+            return self.documents * _ITEM[STARTS].itemsize
+        return self.tokens * _ITEM[kind].itemsize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,11 +77,12 @@ class Manifest:
     @property
     def counts(self) -> dict[str, int]:
         """Tokens, documents, and UTF-8 bytes of text ("text_bytes") in all shards."""
-        return {
-            "tokens": sum(shard.tokens for shard in self.shards),
-            "documents": sum(shard.documents for shard in self.shards),
-            "text_bytes": sum(shard.text_bytes for shard in self.shards),
-        }
+        counts = {"tokens": 0, "documents": 0, "text_bytes": 0}
+        for shard in self.shards:
+            counts["tokens"] += shard.tokens
+            counts["documents"] += shard.documents
+            counts["text_bytes"] += shard.text_bytes
+        return counts
 
     @property
     def has(self) -> frozenset[str]:
@@ -143,7 +146,8 @@ def manifest_of(data: bytes, path: str) -> Manifest:
         stated = table["digest"]
         manifest = TypeAdapter(Manifest).validate_python(table)
         for shard in manifest.shards:
-            for kind in set(shard.sha256) - {TOKENS, BYTES, LEARNED}:  # kinds become names of files
+            # kinds become names of files, which could lie outside the folder
+            for kind in set(shard.sha256) - {TOKENS, BYTES, LEARNED}:
                 raise KeyError(kind)
     except ValidationError as error:
         raise ConfigError(f"{path} is damaged ({first_problem(error)}). {_AGAIN}") from None
@@ -180,7 +184,9 @@ def stream_of_documents(documents: Documents) -> TokenStream:
     num_bytes = documents.num_bytes
     starts = np.cumsum(documents.lengths) - documents.lengths
     digest = hashlib.sha256(tokens.tobytes() + starts.tobytes()).hexdigest()
-    return TokenStream(tokens, starts, digest, None if num_bytes is None else num_bytes[:count])
+    if num_bytes is not None:
+        num_bytes = num_bytes[:count]
+    return TokenStream(tokens=tokens, borders=starts, digest=digest, num_bytes=num_bytes)
 
 
 def is_store(folder: Path) -> bool:
@@ -195,17 +201,8 @@ def open_store(folder: Path, tokenizer: TokenizerIdentity | None = None) -> Toke
     documents. Raises ConfigError for an incomplete store, or one of another tokenizer than ``tokenizer``.
     """
     manifest = read_manifest(folder)
-    made_with = manifest.tokenizer
-    if tokenizer is not None and made_with.sha256 != tokenizer.sha256:
-        other = f"the run's has {tokenizer.vocabulary}"
-        if made_with.vocabulary == tokenizer.vocabulary:
-            other = "the run's differs"
-        raise ConfigError(
-            f"{str(folder)!r} holds tokens of another tokenizer: its manifest has a vocabulary of "
-            f"{made_with.vocabulary} and the hash {made_with.sha256[:12]}, and {other} ({tokenizer.sha256[:12]}). "
-            "Prepare the text with the run's tokenizer (pst-ds prepare --tokenizer), or name the store's with "
-            "model.tokenizer"
-        )
+    if tokenizer is not None:
+        _require_tokenizer(folder, manifest.tokenizer, tokenizer)
 
     def column(kind: str, dtype: np.dtype) -> list[np.ndarray]:
         return [mapped(folder / shard.file(kind), dtype) for shard in manifest.shards]
@@ -216,18 +213,13 @@ def open_store(folder: Path, tokenizer: TokenizerIdentity | None = None) -> Toke
             parts[-1] = parts[-1][:-1]
         return joined(parts)
 
-    num_bytes = learned = None
+    num_bytes: Array | None = None
     if BYTES in manifest.has:
         num_bytes = without_separator(column(BYTES, _ITEM[BYTES]))
+    learned: Array | None = None
     if LEARNED in manifest.has:
-        parts = []
-        for shard, values in zip(manifest.shards, column(LEARNED, np.dtype("u1")), strict=True):
-            length = shard.tokens  # the last byte may have more bits
-            if shard is manifest.shards[-1] and shard.closed_by_us:
-                length -= 1
-            parts.append(Bits(values, length))
-        learned = joined(parts)
-    dtype = made_with.dtype
+        learned = _joined_bits(manifest.shards, column(LEARNED, np.dtype("u1")))
+    dtype = manifest.tokenizer.dtype
     # an empty file cannot be mapped
     tokens: Array = np.empty(0, dtype)
     if manifest.shards:
@@ -236,6 +228,33 @@ def open_store(folder: Path, tokenizer: TokenizerIdentity | None = None) -> Toke
     if manifest.counts["documents"]:
         starts = mapped(folder / STARTS_FILE, starts.dtype)
     return TokenStream(tokens=tokens, borders=starts, digest=manifest.digest, num_bytes=num_bytes, learned=learned)
+
+
+def _require_tokenizer(folder: Path, made_with: TokenizerIdentity, tokenizer: TokenizerIdentity) -> None:
+    """Raise ConfigError if the store in ``folder`` was made with another tokenizer."""
+    if made_with.sha256 == tokenizer.sha256:
+        return
+    other = f"the run's has {tokenizer.vocabulary}"
+    if made_with.vocabulary == tokenizer.vocabulary:
+        other = "the run's differs"
+    raise ConfigError(
+        f"{str(folder)!r} holds tokens of another tokenizer: its manifest has a vocabulary of "
+        f"{made_with.vocabulary} and the hash {made_with.sha256[:12]}, and {other} ({tokenizer.sha256[:12]}). "
+        "Prepare the text with the run's tokenizer (pst-ds prepare --tokenizer), or name the store's with "
+        "model.tokenizer"
+    )
+
+
+def _joined_bits(shards: Sequence[ShardRecord], files: Sequence[np.ndarray]) -> Array:
+    """Return the masks of all shards as one array, without the bit of the last document's separator."""
+    parts: list[Bits] = []
+    for shard, values in zip(shards, files, strict=True):
+        # the last byte may have more bits
+        length = shard.tokens
+        if shard is shards[-1] and shard.closed_by_us:
+            length -= 1
+        parts.append(Bits(values, length))
+    return joined(parts)
 
 
 def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
@@ -253,19 +272,24 @@ class _HashedFile:
         self._digest = hashlib.sha256()
 
     def write(self, values: np.ndarray) -> None:
-        if not values.size:  # a memoryview of an empty array cannot be cast
+        """Append the bytes of an array."""
+        # a memoryview of an empty array cannot be cast
+        if not values.size:
             return
         data = np.ascontiguousarray(values).data.cast("B")
         self._stream.write(data)
         self._digest.update(data)
 
     def finish(self) -> str:
+        """Give the file its name, and return its SHA-256."""
         self._stream.close()
-        sync(self._partial)  # before the rename: a crash must not leave the final name on a file without its contents
+        # before the rename: a crash must not leave the final name on a file without its contents
+        sync(self._partial)
         self._partial.replace(self._path)
         return self._digest.hexdigest()
 
     def abandon(self) -> None:
+        """Remove the file."""
         self._stream.close()
         self._partial.unlink(missing_ok=True)
 
@@ -278,13 +302,17 @@ class ShardWriter:
         self._folder = folder
         self._tokenizer = tokenizer
         self._record = ShardRecord(number=number, tokens=0, documents=0, text_bytes=0, closed_by_us=False, sha256={})
-        self._files = {k: _HashedFile(folder / self._record.file(k)) for k in sorted({TOKENS, STARTS, *kinds})}
+        self._files: dict[str, _HashedFile] = {}
+        for kind in sorted({TOKENS, STARTS, *kinds}):
+            self._files[kind] = _HashedFile(folder / self._record.file(kind))
         self._bits: np.ndarray = np.empty(0, bool)
         """Mask of the last tokens, which do not fill a byte yet."""
 
     def add(self, documents: Documents, text_bytes: int = 0) -> None:
         """Append documents, which represent ``text_bytes`` bytes of text."""
-        record = self._record = replace(self._record, text_bytes=self._record.text_bytes + text_bytes)
+        record = replace(self._record, text_bytes=self._record.text_bytes + text_bytes)
+        self._record = record
+        # texts without tokens; whether the last document is closed is still what the documents before said
         if not len(documents.lengths):
             return
         assert int(documents.tokens.max()) < self._tokenizer.vocabulary, "the tokenizer gave an unknown token"
@@ -351,17 +379,19 @@ def finish_store(
     """Merge the document starts of all shards into one file, remove empty shards and write the manifest."""
     documents = _HashedFile(folder / STARTS_FILE)
     first = 0
-    kept = []
+    shards: list[ShardRecord] = []
     for record in records:
         with (folder / record.file(STARTS)).open("rb") as file:
+            # in parts: the starts of a large corpus need not fit in memory
             while data := file.read(_COPY_BYTES):
                 documents.write(np.frombuffer(data, "<i8") + first)
         first += record.tokens
         if record.tokens:
             # The starts of a shard count from the shard's first token. They are superseded by the merged file.
             sha256 = {kind: digest for kind, digest in record.sha256.items() if kind != STARTS}
-            kept.append(replace(record, sha256=sha256))
-    manifest = Manifest(tokenizer=tokenizer, shards=tuple(kept), starts_sha256=documents.finish(), source=source)
+            shards.append(replace(record, sha256=sha256))
+    manifest = Manifest(tokenizer=tokenizer, shards=tuple(shards), starts_sha256=documents.finish(), source=source)
+    # the manifest last: a store without one is unfinished, and what its shards were made with is still there
     write_text_atomic(folder / MANIFEST, manifest.text())
     clean_up(folder, manifest)
     return manifest
@@ -369,7 +399,7 @@ def finish_store(
 
 def clean_up(folder: Path, manifest: Manifest) -> None:
     """Remove from a finished store what its shards were made with."""
-    files = {MANIFEST, STARTS_FILE, *(shard.file(kind) for shard in manifest.shards for kind in shard.sha256)}
+    files = {MANIFEST, *manifest.files}
     for path in folder.iterdir():
         if path.name not in files:
             path.unlink()

@@ -89,24 +89,32 @@ def token_files(where: str) -> list[tuple[TokenFormat, Path]]:
 
     A folder needs at least one index, since other files may have the same ending.
     """
-    found: dict[Path, TokenFormat] = {}
+    format_of: dict[Path, TokenFormat] = {}
     for name in TOKEN_FORMATS.names:
         token_format = TOKEN_FORMATS.get(name)
         paths = list(_paths(where, token_format))
         if any(token_format.index_of(path).is_file() for path in paths):
-            found |= dict.fromkeys(paths, token_format)
-    return [(found[path], path) for path in sorted(found)]
+            format_of |= dict.fromkeys(paths, token_format)
+    # by name over all formats, so that the order of documents does not depend on the registry
+    return [(format_of[path], path) for path in sorted(format_of)]
 
 
 def _paths(where: str, token_format: TokenFormat) -> Iterator[Path]:
+    """Yield the files at ``where`` that have the ending of a format."""
     if Path(where).is_dir():
-        yield from (path for path in Path(where).iterdir() if path.name.endswith(token_format.ending))
+        for path in Path(where).iterdir():
+            if path.name.endswith(token_format.ending):
+                yield path
         return
+    # Megatron names a file by its prefix, without the ending
     for name in (where, where + token_format.ending):
         matches = [name]
+        # a file may have brackets in its name
         if _GLOB_CHARACTERS & set(name) and not Path(name).exists():
             matches = glob.glob(name)
-        yield from (Path(match) for match in matches if match.endswith(token_format.ending) and Path(match).is_file())
+        for match in matches:
+            if match.endswith(token_format.ending) and Path(match).is_file():
+                yield Path(match)
 
 
 def open_token_files(
@@ -119,19 +127,9 @@ def open_token_files(
 
     ``cached`` returns the path of a cached file by its name, what it is of, and the function that writes it.
     """
-    opened = []
-    for token_format, path in files:
-        if not token_format.index_of(path).is_file():
-            raise ConfigError(
-                f"{str(path)!r} has no {token_format.index_of(path).name} next to it, which has the document borders. "
-                "Copy both files"
-            )
-        if not path.stat().st_size:
-            raise ConfigError(f"{str(path)!r} is empty. Write it again, or name the other files")
-        file = token_format.open(path, tokenizer)
-        _require_of_tokenizer(path, file.tokens, tokenizer)
-        opened.append(file)
+    opened = [_open_file(token_format, path, tokenizer) for token_format, path in files]
     types = sorted({file.tokens.dtype.name for file in opened})
+    # one stream has one type: converting would copy the files into memory
     if len(types) > 1:
         raise ConfigError(
             f"{where!r} has files with tokens of the types {' and '.join(types)}. Name each type in its own "
@@ -158,9 +156,26 @@ def open_token_files(
     )
 
 
+def _open_file(token_format: TokenFormat, path: Path, tokenizer: TokenizerIdentity) -> TokenFile:
+    """Map a file of tokens. Raises ConfigError without its index, and for tokens of another tokenizer."""
+    if not token_format.index_of(path).is_file():
+        raise ConfigError(
+            f"{str(path)!r} has no {token_format.index_of(path).name} next to it, which has the document borders. "
+            "Copy both files"
+        )
+    # an empty file cannot be mapped
+    if not path.stat().st_size:
+        raise ConfigError(f"{str(path)!r} is empty. Write it again, or name the other files")
+    file = token_format.open(path, tokenizer)
+    _require_of_tokenizer(path, file.tokens, tokenizer)
+    return file
+
+
 def _learned_of(file: TokenFile) -> np.ndarray:
+    """Return the mask of trained tokens of a file, which is all ones if it has none."""
     if file.learned is not None:
         return file.learned
+    # a view of one byte, of any length
     return np.broadcast_to(np.uint8(1), len(file.tokens))
 
 
@@ -188,7 +203,7 @@ def _places(size: int, most: int) -> list[int]:
     last = max(0, size - _WINDOW_BYTES)
     if count <= 1:
         return [0]
-    return [last * i // (count - 1) for i in range(count)]
+    return [last * number // (count - 1) for number in range(count)]
 
 
 def _require_of_tokenizer(path: Path, tokens: np.ndarray, tokenizer: TokenizerIdentity) -> None:
@@ -196,6 +211,7 @@ def _require_of_tokenizer(path: Path, tokens: np.ndarray, tokenizer: TokenizerId
     item = tokens.dtype.itemsize
     for place in _places(len(tokens) * item, _WINDOWS_OF_TOKENS):
         window = tokens[place // item : (place + _WINDOW_BYTES) // item]
+        # signed types of Megatron have negative numbers where bytes are read in another type
         wrong = window[(window < 0) | (window >= tokenizer.vocabulary)]
         if len(wrong):
             raise ConfigError(
