@@ -8,7 +8,7 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
@@ -67,8 +67,9 @@ class Examples:
 
 def read_labelled(data: DataConfig, split: str) -> Dataset:
     """Read the rows of a split, and check its text and label columns. Raises ConfigError."""
-    columns = {**dict.fromkeys(data.text_columns, "text_columns"), data.label_column: "label_column"}
-    return read_rows(data, split, columns)
+    setting_of_column = dict.fromkeys(data.text_columns, "text_columns")
+    setting_of_column[data.label_column] = "label_column"
+    return read_rows(data, split, setting_of_column)
 
 
 def label_names(data: DataConfig) -> list[str]:
@@ -78,6 +79,7 @@ def label_names(data: DataConfig) -> list[str]:
     wanted = data.label_names
     if set(names) == set(wanted):
         return list(wanted)
+    # Names that have nothing in common are those of a preset for the hub's classes; files may number them instead.
     if not set(names).isdisjoint(wanted):
         raise ConfigError(
             f"data.label_names = {list(wanted)} do not match column {data.label_column!r} of {data.train}, which has "
@@ -87,20 +89,14 @@ def label_names(data: DataConfig) -> list[str]:
 
 
 def _names_in_training(data: DataConfig) -> list[str]:
+    """Return the class names of the training data by id. Raises ConfigError for labels that are not classes."""
     rows = read_labelled(data, "train")
     feature = rows.features[data.label_column]
     if hasattr(feature, "names"):
         return list(feature.names)
     labels = set(rows.unique(data.label_column))
-    if any(_is_empty(label) for label in labels):
-        empty = [row for row, value in enumerate(rows[data.label_column]) if _is_empty(value)]
-        others = ""
-        if len(empty) > 1:
-            others = f" and {len(empty) - 1} more"
-        raise ConfigError(
-            f"{data.train}: column {data.label_column!r} has empty values, in "
-            f"{place_in_split(data, 'train', rows, empty[0])}{others}. Give every example a label"
-        )
+    if any(map(_is_empty, labels)):
+        _refuse_empty(data, rows)
     _require_distinct(data, rows)
     if holds_fractions(labels):
         raise ConfigError(
@@ -116,14 +112,28 @@ def _names_in_training(data: DataConfig) -> list[str]:
             f"{data.train}: column {data.label_column!r} has a different value in each of its {len(rows)} rows, so "
             "it does not hold classes. Name the column that does with data.label_column"
         )
-    # by number, so that class 10 follows class 9
-    if all(_is_integer(label) for label in labels):
-        return [str(label) for label in sorted(labels, key=int)]
-    return [str(label) for label in sorted(labels)]
+    in_order = sorted(labels)
+    if all(map(_is_integer, labels)):
+        # by number, so that class 10 follows class 9
+        in_order = sorted(labels, key=int)
+    return [str(label) for label in in_order]
 
 
 def _is_empty(label: object) -> bool:
+    """Return whether a label is missing, or an empty field of a CSV file."""
     return label is None or (isinstance(label, str) and not label.strip())
+
+
+def _refuse_empty(data: DataConfig, rows: Dataset) -> NoReturn:
+    """Raise ConfigError, which names the first row of the training data with an empty label."""
+    empty = [row for row, label in enumerate(rows[data.label_column]) if _is_empty(label)]
+    others = ""
+    if len(empty) > 1:
+        others = f" and {len(empty) - 1} more"
+    raise ConfigError(
+        f"{data.train}: column {data.label_column!r} has empty values, in "
+        f"{place_in_split(data, 'train', rows, empty[0])}{others}. Give every example a label"
+    )
 
 
 def _require_distinct(data: DataConfig, rows: Dataset) -> None:
@@ -163,11 +173,11 @@ def load_examples(data: DataConfig, split: str, tokenizer: Tokenizer, names: Seq
     """Return the examples of one split. Raises ConfigError, also for a label not in ``names``."""
     rows = read_labelled(data, split)
     # splits may use different ids for the same names
-    own_names = dict(enumerate(getattr(rows.features[data.label_column], "names", ())))
-    ids = {name: i for i, name in enumerate(names)}
-    labels = []
+    names_in_split = dict(enumerate(getattr(rows.features[data.label_column], "names", ())))
+    ids = {name: number for number, name in enumerate(names)}
+    labels: list[int] = []
     for row, value in enumerate(rows[data.label_column]):
-        label = own_names.get(value, value)
+        label = names_in_split.get(value, value)
         if str(label) not in ids:
             place = place_in_split(data, split, rows, row)
             refuse_hidden(label, place, getattr(data, split))
@@ -202,13 +212,14 @@ def tokenized_columns(
     columns: Sequence[Sequence[str]], max_length: int | None, tokenizer: Tokenizer
 ) -> list[dict[str, list[int]]]:
     """Tokenise texts (one column) or pairs of texts (two), truncated to ``max_length`` tokens unless that is None."""
-    features = []
+    features: list[dict[str, list[int]]] = []
     for start in range(0, len(columns[0]), _ROWS_AT_A_TIME):
-        part = [list(column[start : start + _ROWS_AT_A_TIME]) for column in columns]
-        if len(part) > 1 and tokenizer.is_fast and max_length:
-            part = _as_far_as_needed(part, max_length, tokenizer)
-        encoded = tokenizer(*part, truncation=max_length is not None, max_length=max_length)
-        for index in range(len(part[0])):
+        texts_of_columns = [list(column[start : start + _ROWS_AT_A_TIME]) for column in columns]
+        if len(texts_of_columns) > 1 and tokenizer.is_fast and max_length:
+            texts_of_columns = _as_far_as_needed(texts_of_columns, max_length, tokenizer)
+        encoded = tokenizer(*texts_of_columns, truncation=max_length is not None, max_length=max_length)
+        for index in range(len(texts_of_columns[0])):
+            # which inputs there are depends on the tokenizer: some have token_type_ids
             features.append({key: values[index] for key, values in encoded.items()})
     return features
 
@@ -222,21 +233,24 @@ def _as_far_as_needed(pairs: list[list[str]], max_length: int, tokenizer: Tokeni
     """
     limit = max_length + _MORE_TOKENS
     spans = [_token_spans(column, limit, tokenizer) for column in pairs]
-    cut = [list(column) for column in pairs]
+    shortened_pairs = [list(column) for column in pairs]
     for row in range(len(pairs[0])):
         for side, other in ((0, 1), (1, 0)):
-            span = spans[side].get(row)
-            if span and len(span) > limit:
-                longer = len(span) > len(spans[other].get(row, ()))
-                kept = limit + _MORE_TOKENS * longer
-                text = pairs[side][row]
-                if tokenizer.truncation_side == "left":
-                    start, _ = span[-kept:][0]
-                    cut[side][row] = text[start:]
-                else:
-                    _, end = span[:kept][-1]
-                    cut[side][row] = text[:end]
-    return cut
+            # texts of few characters have no spans: they are short enough in any case
+            spans_of_text = spans[side].get(row, [])
+            if len(spans_of_text) <= limit:
+                continue
+            most = limit
+            if len(spans_of_text) > len(spans[other].get(row, ())):
+                most += _MORE_TOKENS
+            text = pairs[side][row]
+            if tokenizer.truncation_side == "left":
+                start, _ = spans_of_text[-most:][0]
+                shortened_pairs[side][row] = text[start:]
+            else:
+                _, end = spans_of_text[:most][-1]
+                shortened_pairs[side][row] = text[:end]
+    return shortened_pairs
 
 
 def _token_spans(texts: list[str], limit: int, tokenizer: Tokenizer) -> dict[int, list[tuple[int, int]]]:
@@ -244,6 +258,7 @@ def _token_spans(texts: list[str], limit: int, tokenizer: Tokenizer) -> dict[int
     long = [index for index, text in enumerate(texts) if len(text) > limit]
     if not long:
         return {}
+    # verbose warns of texts longer than the model's positions, which these are before they are cut
     encoded = tokenizer(
         [texts[index] for index in long], add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
@@ -252,8 +267,9 @@ def _token_spans(texts: list[str], limit: int, tokenizer: Tokenizer) -> dict[int
 
 def collate(examples: Examples, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
     """Return model inputs of some examples, padded to the longest; ``labels`` is (len(indices),), int64 or fp32."""
-    batch = tokenizer.pad([examples.features[i] for i in indices], return_tensors="pt")
-    return {**batch, "labels": torch.tensor([examples.labels[i] for i in indices])}
+    features = [examples.features[index] for index in indices]
+    labels = [examples.labels[index] for index in indices]
+    return {**tokenizer.pad(features, return_tensors="pt"), "labels": torch.tensor(labels)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +288,7 @@ class GlobalBatches:
 
     def epoch(self, number: int) -> list[list[int]]:
         """Return the batches of epoch ``number``, each a list of example indices."""
+        # seeded by the epoch, so that a resumed run continues with the same order without the epochs before
         shuffle = random.Random(f"{self.seed}/{number}")
         order = list(range(len(self.lengths)))
         shuffle.shuffle(order)
@@ -281,9 +298,11 @@ class GlobalBatches:
         batches = []
         for window in _cut(order, self.batch_size * _LENGTH_WINDOW_BATCHES):
             batches += _cut(sorted(window, key=lambda i: self.lengths[i]), self.batch_size)
+        # otherwise training would see short examples first, in every window
         shuffle.shuffle(batches)
         for batch in batches:
-            shuffle.shuffle(batch)  # mix short and long examples over ranks
+            # mix short and long examples over ranks
+            shuffle.shuffle(batch)
         return batches
 
     def after(self, first: int) -> Iterator[list[int]]:
@@ -291,7 +310,8 @@ class GlobalBatches:
         epoch, done = divmod(first, self.batches_per_epoch)
         while True:
             yield from self.epoch(epoch)[done:]
-            epoch = epoch + 1
+            epoch += 1
+            # only the first epoch is entered in the middle
             done = 0
 
     def micro_batches(self, batch: Sequence[int], rank: int, world_size: int, accumulation: int) -> list[Sequence[int]]:
@@ -311,4 +331,5 @@ class GlobalBatches:
 
 
 def _cut(items: list[int], size: int) -> list[list[int]]:
+    """Return ``items`` in lists of ``size``, of which the last may be shorter."""
     return [items[start : start + size] for start in range(0, len(items), size)]

@@ -74,9 +74,12 @@ class LocalFile(datasets.ArrowBasedBuilder):
     def _split_generators(self, dl_manager: object) -> list[datasets.SplitGenerator]:
         if self.config.kind == ".parquet":
             schema = pyarrow.parquet.read_schema(self.config.path)
-            repeated = next((name for name in schema.names if schema.names.count(name) > 1), None)
-            if repeated is not None:
-                raise ConfigError(f"{self.label} has several columns {repeated!r}. Give each another name")
+            names: set[str] = set()
+            for name in schema.names:
+                # a table of datasets would have the last of them
+                if name in names:
+                    raise ConfigError(f"{self.label} has several columns {name!r}. Give each another name")
+                names.add(name)
             self.info.features = datasets.Features.from_arrow_schema(schema)
         return [datasets.SplitGenerator(name="train")]
 
@@ -88,6 +91,7 @@ class LocalFile(datasets.ArrowBasedBuilder):
         for number, table in enumerate(self._tables()):
             count += len(table)
             yield datasets.builder.Key(0, number), table
+        # datasets itself would write a cache without columns
         if not count:
             is_blank = not Path(self.config.path).read_bytes().strip(b"\xef\xbb\xbf \t\r\n")
             problem = "has no examples"
@@ -109,8 +113,10 @@ class LocalFile(datasets.ArrowBasedBuilder):
         else:
             with path.open("rb") as file:
                 documents = plain_documents(self.label, byte_blocks(file), self.config.sample_by)
-                for batch in _batches((text,) for text in documents):
-                    yield pyarrow.table({"text": pyarrow.array([text for (text,) in batch], pyarrow.string())})
+                rows = ((document,) for document in documents)
+                for batch in _batches(rows):
+                    texts = [document for (document,) in batch]
+                    yield pyarrow.table({"text": pyarrow.array(texts, _STRING)})
 
     def _tables_of_objects(self, path: Path) -> Iterator[pyarrow.Table]:
         for batch in _batches_of_objects(self.label, path):
@@ -118,14 +124,19 @@ class LocalFile(datasets.ArrowBasedBuilder):
             if self.types is None:
                 self.types = types
             elif _merged(self.types, types) != self.types:
-                raise _OtherTypes  # all tables of a file need one schema: the file is read again with the types of all
-            columns = {name: _array([row.get(name) for row in batch], kind) for name, kind in self.types.items()}
+                # all tables of a file need one schema: the file is read again with the types of all
+                raise _OtherTypes
+            columns: dict[str, pyarrow.Array] = {}
+            for name, kind in self.types.items():
+                # a row may lack a column, which is null then
+                columns[name] = _array([row.get(name) for row in batch], kind)
             if not columns:
                 raise ConfigError(f"{self.label} has rows without columns. Write an object with a text for each row")
             yield pyarrow.table(columns)
 
 
 def _batches(rows: Iterable[Sequence[str]]) -> Iterator[list[Sequence[str]]]:
+    """Yield rows of texts in lists that end at _ROWS rows, or with the row that reaches _CHARACTERS."""
     batch: list[Sequence[str]] = []
     characters = 0
     for row in rows:
@@ -140,27 +151,34 @@ def _batches(rows: Iterable[Sequence[str]]) -> Iterator[list[Sequence[str]]]:
 
 
 def _tables_of_fields(rows: Iterator[tuple[int, list[str]]]) -> Iterator[pyarrow.Table]:
+    """Yield tables of the rows of :func:`table_rows`, which are numbered and start with the names of the columns."""
     _, names = next(rows, (0, []))
     for batch in _batches(fields for _, fields in rows):
-        columns = [pyarrow.array(values, pyarrow.string()) for values in zip(*batch, strict=True)]
+        columns = [pyarrow.array(values, _STRING) for values in zip(*batch, strict=True)]
         yield pyarrow.table(columns, names=names)
 
 
-def _batches_of_objects(label: str, path: Path) -> Iterator[list[JsonRow]]:
-    def rows_of_file() -> Iterator[JsonRow]:
-        if path.suffix.lower() == ".jsonl":
-            with path.open("rb") as file:
-                for _, row in json_lines(label, byte_blocks(file)):
-                    yield row
-        else:
-            for _, row in json_file(label, lambda: path.open("rb"))[1]:
+def _rows_of_objects(label: str, path: Path) -> Iterator[JsonRow]:
+    """Yield the objects of a .jsonl or .json file. Raises ConfigError."""
+    if path.suffix.lower() == ".jsonl":
+        with path.open("rb") as file:
+            for _, row in json_lines(label, byte_blocks(file)):
                 yield row
+    else:
+        _, rows = json_file(label, lambda: path.open("rb"))
+        for _, row in rows:
+            yield row
 
+
+def _batches_of_objects(label: str, path: Path) -> Iterator[list[JsonRow]]:
+    """Yield the objects of a .jsonl or .json file in lists, as :func:`_batches`. Raises ConfigError."""
     batch: list[JsonRow] = []
     characters = 0
-    for row in rows_of_file():
+    for row in _rows_of_objects(label, path):
         batch.append(row)
-        characters += sum(len(value) for value in row.values() if isinstance(value, str))
+        for value in row.values():
+            if isinstance(value, str):
+                characters += len(value)
         if len(batch) >= _ROWS or characters >= _CHARACTERS:
             yield batch
             batch = []
@@ -171,15 +189,15 @@ def _batches_of_objects(label: str, path: Path) -> Iterator[list[JsonRow]]:
 
 def _types_of(rows: Sequence[JsonRow]) -> Types:
     """Return the type of each column in the order of first appearance; rows may lack columns."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: _type_of([row.get(name) for row in rows]) for name in names}
-
-
-def _type_of(values: Sequence[object]) -> DataType:
-    """Return the type of a column: texts, unless a row has a list or an object."""
-    if any(isinstance(value, dict | list) for value in values):
-        return _JSON
-    return _STRING
+    types: Types = {}
+    for row in rows:
+        for name, value in row.items():
+            # texts, unless a row has a list or an object
+            if isinstance(value, dict | list):
+                types[name] = _JSON
+            else:
+                types.setdefault(name, _STRING)
+    return types
 
 
 def _merged(first: Types, second: Types) -> Types:
@@ -193,10 +211,16 @@ def _merged(first: Types, second: Types) -> Types:
 
 
 def _array(values: Sequence[Any], kind: DataType) -> pyarrow.Array:
+    """Return the values of a column as texts, or as JSON texts; None is null in both."""
     if kind != _JSON:
         return pyarrow.array(values, kind)
-    texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
-    return pyarrow.ExtensionArray.from_storage(_JSON, pyarrow.array(texts, pyarrow.string()))
+    texts: list[str | None] = []
+    for value in values:
+        if value is None:
+            texts.append(None)
+        else:
+            texts.append(json.dumps(value, ensure_ascii=False))
+    return pyarrow.ExtensionArray.from_storage(_JSON, pyarrow.array(texts, _STRING))
 
 
 def read_local_file(path: Path, label: str, piece: str, sample_by: str) -> datasets.Dataset:
@@ -206,14 +230,19 @@ def read_local_file(path: Path, label: str, piece: str, sample_by: str) -> datas
     """
     about = path.stat()
     kind = path.suffix.lower()
+    sample_by_of_cache = ""
+    if kind == ".txt":
+        # only text files are read in several ways
+        sample_by_of_cache = sample_by
 
     def rows(types: Types | None) -> datasets.Dataset:
+        # name, settings and version identify the cached tables, so that a changed file is read anew
         builder = LocalFile(
             dataset_name="local_file",
             hash=READING_VERSION,
             path=str(path.absolute()),
             kind=kind,
-            sample_by=sample_by if kind == ".txt" else "",
+            sample_by=sample_by_of_cache,
             size=about.st_size,
             modified_ns=about.st_mtime_ns,
             changed_ns=about.st_ctime_ns,
@@ -233,7 +262,7 @@ def read_local_file(path: Path, label: str, piece: str, sample_by: str) -> datas
             for batch in _batches_of_objects(label, path):
                 types = _merged(types, _types_of(batch))
             return rows(types)
-    except Exception as error:
+    except Exception as error:  # datasets wraps what its builder raises, and Arrow has errors of many types
         cause = error.__cause__ or error
         if isinstance(cause, ConfigError):
             raise ConfigError(*cause.args) from None
@@ -256,4 +285,7 @@ def values_of_column(rows: datasets.Dataset, column: str) -> Iterator[Any]:
         return
     for table in rows.select_columns([column]).with_format("arrow").iter(batch_size=1000):
         for text in table[column].to_pylist():
-            yield json.loads(text) if isinstance(text, str) else text
+            if isinstance(text, str):
+                yield json.loads(text)
+            else:
+                yield text

@@ -50,20 +50,24 @@ def load_sequences(data: DataConfig, split: str, tokenizer: Tokenizer) -> Sequen
     one sequence.
     """
     if split == "train" and data.sources:
-        sources = []
+        sources: list[Sequences] = []
         for source in data.sources:
-            sources.append(_cut(data, "train", _stream_of_source(data, source, tokenizer), source.path))
+            stream = _stream_of_source(data, source, tokenizer)
+            sources.append(_cut(data, "train", stream, where=source.path))
         weights: tuple[float, ...] = ()
-        if data.sources[0].weight:  # all sources have a weight, or none
+        # all sources have a weight, or none
+        if data.sources[0].weight:
             weights = tuple(source.weight for source in data.sources)
         return MixedSequences(sources, weights)
     return _cut(data, split, _stream_of_split(data, split, tokenizer), getattr(data, split))
 
 
 def _cut(data: DataConfig, split: str, stream: TokenStream, where: str) -> Sequences:
+    """Return the sequences of a stream. Raises ConfigError, naming ``where``, for less text than one."""
     trains = split == "train"
     length = data.max_length
-    if isinstance(data, DataInMemory):  # one user's examples may be shorter than a sequence
+    # one user's examples may be shorter than a sequence
+    if isinstance(data, DataInMemory):
         length = min(length, max(2, len(stream)))
     sequences = Sequences.of(stream, length, trains=trains, apart=data.keeps_documents_apart)
     if not len(sequences):
@@ -130,6 +134,7 @@ def _stream_of_tokens(data: DataConfig, setting: str, where: str, tokenizer: Tok
 
 
 def _stream_of_source(data: DataConfig, source: DataSource, tokenizer: Tokenizer) -> TokenStream:
+    """Return the tokens of one source of a mixture. Raises InputError."""
     stream = _stream_of_tokens(data, "data.sources.path", source.path, tokenizer)
     if stream is not None:
         return stream
@@ -137,8 +142,10 @@ def _stream_of_source(data: DataConfig, source: DataSource, tokenizer: Tokenizer
 
 
 def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:
+    """Return the tokens that a split names: a store, token files, several files of text, or one. Raises InputError."""
     column = data.text_columns[0]
     where = getattr(data, split)
+    # bytes are for metrics, which training does not have
     count = split != "train"
 
     def texts() -> Iterator[list[str]]:
@@ -175,9 +182,14 @@ def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> Toke
             return stream
         if is_several:
             return _stream_of_files(data, file, tokenizer, count=count)
-    is_file = not data.dataset and path.is_file()
     # what determines the tokens, apart from the tokenizer: the name of the cached store
-    contents = [_hash_of_file(path) if is_file else _hash_of_texts(texts()), column, data.sample_by]
+    contents: list[str] = []
+    if not data.dataset and path.is_file():
+        contents.append(_hash_of_file(path))
+    else:
+        # a dataset of the hub has no file to hash
+        contents.append(_hash_of_texts(texts()))
+    contents += [column, data.sample_by]
     if piece:
         contents.append(piece)
     if split == "test":
@@ -197,7 +209,9 @@ def _stream_of_files(
     data: DataConfig, where: str, tokenizer: Tokenizer, *, count: bool, kind: str = "text"
 ) -> TokenStream:
     """Map the tokens of the files at ``where``, found and read as in ``pst-ds prepare``."""
-    column = "messages" if kind == "chat" else data.text_columns[0]
+    column = data.text_columns[0]
+    if kind == "chat":
+        column = "messages"
     reading = Reading(column=column, kind=kind, sample_by=data.sample_by, setting="data.text_columns")
     plan = plan_store([where], tokenizer, reading, count_bytes=count)
     files: list[Path] = []
@@ -223,9 +237,12 @@ def _cached_tokens(
 ) -> TokenStream:
     """Return the tokens of ``texts``, which ``contents`` identify, from the cache or tokenised into it."""
     identity = identity_of(tokenizer)
+    kinds: set[str] = set()
+    if count:
+        kinds = {BYTES}
 
     def build(folder: Path) -> None:
-        with ShardWriter(folder, 0, identity, frozenset({BYTES} if count else ())) as shard:
+        with ShardWriter(folder, 0, identity, frozenset(kinds)) as shard:
             for batch in texts:
                 shard.add(tokenize(batch, tokenizer, count=count), bytes_of_texts(batch))
             record = shard.finish()
@@ -267,6 +284,7 @@ def _hash_of_file(path: Path) -> str:
 
 
 def _hash_of_texts(batches: Iterable[list[str]]) -> str:
+    """Return the SHA-256 of texts, and of how they are cut into batches."""
     digest = hashlib.sha256()
     for batch in batches:
         digest.update(json.dumps(batch).encode())

@@ -172,7 +172,7 @@ def _open_file(token_format: TokenFormat, path: Path, tokenizer: TokenizerIdenti
 
 
 def _learned_of(file: TokenFile) -> np.ndarray:
-    """Return the mask of trained tokens of a file, which is all ones if it has none."""
+    """Return the mask of trained tokens of a file; all ones for a file without a mask."""
     if file.learned is not None:
         return file.learned
     # a view of one byte, of any length
