@@ -48,6 +48,7 @@ class ExpertRemoval(MaskSource):
     def collected(self) -> dict[str, list[list[int]]]:
         if self._scores is None:
             return {}
+        # integers, which JSON keeps exactly
         return {name: sums.tolist() for name, sums in self._scores.sums.items()}
 
     def restore(self, collected: Mapping[str, Sequence[Sequence[int]]]) -> None:

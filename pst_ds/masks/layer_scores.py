@@ -184,15 +184,18 @@ class LayerScores:
 
     def unit_keys(self, matrix: StoredMatrix, prune: int) -> Iterator[Tensor]:
         """Yield the keys of units of several weights: blocks, or N:M groups that would lose ``prune`` weights."""
-        made = (self._keys_of_units(matrix, rect, prune) for rect in self.rects(matrix))
+        keys = (self._keys_of_units(matrix, rect, prune) for rect in self.rects(matrix))
+        # a key has 4 bytes
         if self.num_units(matrix) * 4 > UNIT_CACHE_BYTES // len(self.matrices):
-            yield from made
+            yield from keys
             return
-        if matrix.index not in self._unit_keys:  # whole, even if the caller stops early
-            self._unit_keys[matrix.index] = list(made)
+        # all of them, even if the caller stops early: the next call must not find a part
+        if matrix.index not in self._unit_keys:
+            self._unit_keys[matrix.index] = list(keys)
         yield from self._unit_keys[matrix.index]
 
     def _keys_of_units(self, matrix: StoredMatrix, rect: Rect, prune: int) -> Tensor:
+        """Return the keys of the units of a rectangle: blocks, or N:M groups that would lose ``prune`` weights."""
         keys = self.keys(matrix, rect)
         if self.pattern.kind == "block":
             return block_keys(keys, self.unit)
@@ -228,7 +231,8 @@ class LayerScores:
         ``on_device``: the same positions on the weights' device.
         """
         rect = matrix.rect
-        if rect.c1 - rect.c0 == self.row_length:  # in the order of the shard: look at none but this rank's
+        # full rows are in the order of the shard: look at none but this rank's
+        if rect.c1 - rect.c0 == self.row_length:
             offset = rect.r0 * self.row_length
             own = torch.tensor([self.start - offset, self.stop - offset])
             first, last = torch.searchsorted(positions, own).tolist()

@@ -69,16 +69,23 @@ def measure(model: nn.Module, *, with_scores: bool) -> LayerStats:
     layers = settled_layers(model)
     parts = list(map(_Part, layers.items(), whole_factors(list(layers.values()))))
     any_weight = parts[0].layer.pst_mask
-    here = torch.stack([part.sums(with_scores and part.learns_scores) for part in parts])  # (layers, sums)
-    norms = torch.stack([part.norms(with_scores) for part in parts])  # (layers, norms)
-    is_counted = torch.tensor([part.counts_norms for part in parts], device=norms.device).unsqueeze(1)
-    owned = norms.square() * is_counted
+    sums_here: list[Tensor] = []
+    norms_here: list[Tensor] = []
+    is_counted: list[bool] = []
+    is_on_ranks: list[bool] = []
+    for part in parts:
+        sums_here.append(part.sums(with_scores and part.learns_scores))
+        norms_here.append(part.norms(with_scores))
+        is_counted.append(part.counts_norms)
+        is_on_ranks.append(part.layer.group is not None)
+    here = torch.stack(sums_here)  # (layers, sums)
+    norms = torch.stack(norms_here)  # (layers, norms)
+    owned = norms.square() * torch.tensor(is_counted, device=norms.device).unsqueeze(1)
     # One exchange and one wait for the device: all numbers travel together.
     numbers = torch.cat([group_sum(torch.cat([here, owned], 1), any_weight), norms], 1).cpu()
     sums, owned, norms = numbers.split([_NUM_SUMS, _NUM_NORMS, _NUM_NORMS], 1)
-    on_ranks = torch.tensor([part.layer.group is not None for part in parts]).unsqueeze(1)
     # Norms of stacks are over the experts of all ranks; those of other layers are the same on every rank.
-    norms = torch.where(on_ranks, owned.sqrt(), norms)
+    norms = torch.where(torch.tensor(is_on_ranks).unsqueeze(1), owned.sqrt(), norms)
     measured = LayerStats(correlation=[], score_norm=[], update_norm=[], weight_norm=[], with_scores=with_scores)
     for part, of_layer, norms_of_layer in zip(parts, sums, norms, strict=True):
         correlation = None

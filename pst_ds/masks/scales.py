@@ -80,7 +80,10 @@ def update_scales(model: nn.Module) -> RoundingStats:
     Collective, with about 16 exchanges per batch of layers. Raises FloatingPointError on every rank, naming the layers,
     for weights that are not finite.
     """
-    named = {name: layer for name, layer in settled_layers(model).items() if layer.stored_grid is not None}
+    named: dict[str, PSTLayer] = {}
+    for name, layer in settled_layers(model).items():
+        if layer.stored_grid is not None:
+            named[name] = layer
     factors = whole_factors(list(named.values()), with_scores=False)
     weights = list(map(_ShardWeights, named, named.values(), factors))
     errors: list[float] = []
@@ -170,14 +173,17 @@ class _ShardWeights:
 
     def cut_groups(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (index of the first group among the layer's cut groups, this shard's part of groups as rows, fp32)."""
-        number = {period: i * self.stored.groups_per_period for i, period in enumerate(self.cut_periods)}
+        first_group_of: dict[int, int] = {}
+        for number, period in enumerate(self.cut_periods):
+            first_group_of[period] = number * self.stored.groups_per_period
         # what lies before and after the whole periods
         for start, stop in ((self.start, self.whole[0]), (self.whole[1], self.stop)):
             for matrix in self.layout.matrices():
                 for rect in self._cut_rects(matrix.rect, start, stop):
                     weight = self._masked(matrix, rect)
-                    first = number[(rect.r0 * self.row_length + rect.c0) // self.stored.period]
-                    if self.layout.transposed:  # a group is a part of a column
+                    first = first_group_of[(rect.r0 * self.row_length + rect.c0) // self.stored.period]
+                    # a group is a part of a column there
+                    if self.layout.transposed:
                         yield first + rect.c0, weight.t().contiguous()
                     else:
                         yield first, weight
@@ -250,7 +256,8 @@ def _searched(batch: list[_ShardWeights]) -> tuple[list[Tensor], list[list[float
     for i, first, grouped in cut:
         sums[i] += _loss(grouped, of_cut[first : first + len(grouped)].float(), grid)
     for own, table, scales in zip(batch, tables, of_cut.split(numbers), strict=True):
-        if sharding.shard_index(any_weight) == 0 and scales.numel():  # once, since tables are added up
+        # on one rank, since tables are added up
+        if sharding.shard_index(any_weight) == 0 and scales.numel():
             by_period = scales.view(-1, own.stored.groups_per_period)
             table.view(-1, own.stored.groups_per_period)[own.cut_periods] = by_period
     return _added_up(tables, any_weight), group_sum(sums, any_weight).tolist()
@@ -263,8 +270,12 @@ def _added_up(tables: list[Tensor], any_weight: nn.Parameter) -> list[Tensor]:
     # Each scale is 0 on all ranks but one, so the sum of its bits as integers is exact.
     bits = torch.cat([table.view(torch.int16).flatten() for table in tables]).int()
     bits = group_sum(bits, any_weight, owners=True)
-    parts = bits.to(torch.int16).view(SCALE_DTYPE).split([table.numel() for table in tables])
-    return [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
+    values = bits.to(torch.int16).view(SCALE_DTYPE)
+    added: list[Tensor] = []
+    for table in tables:
+        added.append(values[: table.numel()].view(table.shape))
+        values = values[table.numel() :]
+    return added
 
 
 def _loss(grouped: Tensor, scales: Tensor, grid: Grid) -> Tensor:
@@ -280,10 +291,12 @@ def _cut_group_scales(
     device = sharding.shard_of(any_weight).values.device
     if not total:
         return torch.empty(0, dtype=SCALE_DTYPE, device=device)
-    finite: list[tuple[slice, Tensor]] = []  # numbers of the groups, and this rank's part of them as rows
+    # numbers of the groups, and this rank's part of them as rows
+    finite: list[tuple[slice, Tensor]] = []
     for first, grouped in parts:
         finite.append((slice(first, first + len(grouped)), _finite(grouped)))
-    ends = torch.zeros(2, total, device=device)  # the largest weights, and the largest of -w
+    # the largest weights, and the largest of -w: one exchange of maxima gives both ends
+    ends = torch.zeros(2, total, device=device)
     for at, grouped in finite:
         ends[:, at] = torch.maximum(ends[:, at], torch.stack([grouped.amax(1), -grouped.amin(1)]))
     ends = group_max(ends, any_weight, owners=True)

@@ -222,10 +222,12 @@ class MaskUpdater:
 
 
 def _keeps_zeros(model: nn.Module) -> bool:
+    """Return whether the masks are those of the base model's zeros, which no schedule changes."""
     return injected_config(model).initial_mask == "zeros"
 
 
 def _require_schedule(schedule: object) -> None:
+    """Raise InputError for an object without the methods of a schedule, and for one that solves."""
     wanted = ("final_sparsity", "sparsity_at", "progress_at", "updates_masks_at", "is_final")
     missing = [name for name in wanted if not hasattr(schedule, name)]
     if getattr(schedule, "solves", 0):
@@ -240,6 +242,7 @@ def _require_schedule(schedule: object) -> None:
 
 
 def _require_rounding_fits(model: nn.Module, schedule: Schedule, rounding: RoundingSchedule | None) -> None:
+    """Raise InputError for rounding without a quantisation scheme, or before the masks are final."""
     if rounding is None:
         return
     if not any(layer.stored_grid for layer in pst_layers(model).values()):
@@ -258,9 +261,11 @@ def _stop_scores(optimizer: Optimizer, stop: bool) -> None:
     for group in optimizer.param_groups:
         if group.get("name") == "scores":
             if stop:
+                # a second stop finds a rate of 0, which must not replace the remembered one
                 group["lr_of_ramp"] = group["lr"] or group.get("lr_of_ramp", 0.0)
                 group["lr"] = 0.0
-            elif "lr_of_ramp" in group:  # another schedule, or a step further back
+            elif "lr_of_ramp" in group:
+                # another schedule, or a step further back
                 group["lr"] = group["lr"] or group["lr_of_ramp"]
                 del group["lr_of_ramp"]
 
@@ -270,12 +275,16 @@ def _require_called(model: nn.Module) -> None:
     layers = list(pst_layers(model))
     config = getattr(model, "pst_config", PSTConfig())
     idle = set(layers_never_called(model))
+    # a byte per layer: names of all layers from all ranks would be megabytes
     called_by_rank = all_gather_objects(bytes(name not in idle for name in layers))
-    called = {name for name, *flags in zip(layers, *called_by_rank, strict=True) if any(flags)}
+    called: set[str] = set()
+    for name, *flags in zip(layers, *called_by_rank, strict=True):
+        # ranks may call different experts
+        if any(flags):
+            called.add(name)
     called |= _left_to_chance(model, set(layers) - called, called)
-    idle = set(layers) - called
-    if idle and not config.prune_uncalled:
-        names = [name for name in layers if name in idle]
+    names = [name for name in layers if name not in called]
+    if names and not config.prune_uncalled:
         raise InputError(
             f"the first step has called {len(called)} of {len(layers)} pruned layers, and not {shortened(names)}: "
             "masks there prune what is not trained, or do nothing where other code reads the weight. Leave them dense "
@@ -287,35 +296,63 @@ def _require_called(model: nn.Module) -> None:
 def _left_to_chance(model: nn.Module, idle: set[str], called: set[str]) -> set[str]:
     """Return the ``idle`` layers that later steps may call: siblings of called experts, and blocks under layerdrop."""
     config = getattr(model, "config", None)
-    drops_blocks = config is not None and any(value for key, value in vars(config).items() if "layerdrop" in key)
-    found = set()
-    for name in idle:
-        parts = name.split(".")
-        for i in (i for i, part in enumerate(parts) if part.isdigit()):
-            stack = ".".join(parts[:i])
-            items = model.get_submodule(stack)
-            if isinstance(items, nn.ModuleList) and (drops_blocks or is_inside_block(stack, model)):
-                alike = (".".join([*parts[:i], str(j), *parts[i + 1 :]]) for j in range(len(items)))
-                found |= {name for other in alike if other in called}
-    return found
+    drops_blocks = False
+    if config is not None:
+        # "layerdrop", "encoder_layerdrop", ...
+        drops_blocks = any(value for key, value in vars(config).items() if "layerdrop" in key)
+    return {name for name in idle if _has_called_sibling(name, model, called, drops_blocks=drops_blocks)}
+
+
+def _has_called_sibling(name: str, model: nn.Module, called: set[str], *, drops_blocks: bool) -> bool:
+    """Return whether a layer was called that differs from ``name`` only in the number of an expert, or of a block."""
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if not part.isdigit():
+            continue
+        stack = ".".join(parts[:position])
+        items = model.get_submodule(stack)
+        # a list inside a block has experts; the blocks themselves are all called unless some are dropped
+        if not isinstance(items, nn.ModuleList) or not (drops_blocks or is_inside_block(stack, model)):
+            continue
+        for number in range(len(items)):
+            if ".".join([*parts[:position], str(number), *parts[position + 1 :]]) in called:
+                return True
+    return False
 
 
 def _excluding(names: list[str], called: set[str], excluded: str | tuple[str, ...]) -> str:
     """Return a value of ``exclude_modules`` that covers ``names``: the outermost modules without a called layer."""
-    alive = {".".join(name.split(".")[:i]) for name in called for i in range(name.count(".") + 2)}
-    ending_of_alive = {name.rpartition(".")[2] for name in alive}
-    found: dict[str, None] = {}
+    # the called layers, and the modules around them, down to the model itself: ""
+    alive = {""}
+    for name in called:
+        alive.update(_modules_around(name))
+    endings_of_alive = {name.rpartition(".")[2] for name in alive}
+    modules: dict[str, None] = {}  # each once, in the order of the layers
     for name in names:
-        parts = name.split(".")
-        outermost = next(".".join(parts[:i]) for i in range(1, len(parts) + 1) if ".".join(parts[:i]) not in alive)
+        outermost = next(module for module in _modules_around(name) if module not in alive)
         ending = outermost.rpartition(".")[2]
-        found[outermost if ending.isdigit() or ending in ending_of_alive else ending] = None
+        # the ending covers the same module of other blocks, unless it would cover called layers
+        if ending.isdigit() or ending in endings_of_alive:
+            modules[outermost] = None
+        else:
+            modules[ending] = None
     if isinstance(excluded, str):
-        return json.dumps(f"{excluded}|(.*\\.)?({'|'.join(map(re.escape, found))})(\\..*)?")
-    return listed([*excluded, *found])
+        return json.dumps(f"{excluded}|(.*\\.)?({'|'.join(map(re.escape, modules))})(\\..*)?")
+    return listed([*excluded, *modules])
+
+
+def _modules_around(name: str) -> list[str]:
+    """Return the names of the modules that contain a layer, the outermost first, and of the layer itself."""
+    modules: list[str] = []
+    for part in name.split("."):
+        if modules:
+            part = f"{modules[-1]}.{part}"
+        modules.append(part)
+    return modules
 
 
 def _require_pst(model: nn.Module) -> None:
+    """Raise InputError for a model whose masks are of whole experts, which need what a run measures."""
     if injected_config(model).pattern == "experts":
         raise InputError(
             'pattern = "experts": only runs of pst-ds train with method = "experts" measure what experts contribute. '

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from pst_ds.masks.layer_scores import LayerScores
 from pst_ds.parallel import sharding
 from pst_ds.parallel.ranks import group_sum, rank_sums
 
+T = TypeVar("T")
 Kept = Tensor | MatrixBits
 """Kept bits of a matrix on this rank: a tensor of its units' bits if it ``selects_units``, else of its weights'.
 Kernels return the bits of weights, as MatrixBits."""
@@ -150,10 +152,12 @@ def _select_whole(matrices: Sequence[Matrix], any_weight: nn.Parameter, device: 
             in_passes.append(i)
     # An error of this rank must not skip the exchange that the other ranks take part in.
     try:
-        selected = _select([matrices[i] for i in in_passes], RankSums(), device)
-        kept.update({id(matrices[i]): bits for i, bits in zip(in_passes, selected, strict=True)})
+        # sums over this rank only: the other ranks have no weights of these matrices
+        selected = _select(_at(matrices, in_passes), RankSums(), device)
+        for i, bits in zip(in_passes, selected, strict=True):
+            kept[id(matrices[i])] = bits
     except NonFiniteScoreError as error:
-        not_finite[[in_passes[i] for i in error.matrices]] = 1
+        not_finite[_at(in_passes, error.matrices)] = 1
     _raise_on_all_ranks(matrices, not_finite, any_weight, device)
     return kept
 
@@ -172,17 +176,22 @@ def _raise_on_all_ranks(
 
 def _select_owned(matrices: Sequence[Matrix], any_weight: nn.Parameter, device: torch.device) -> dict[int, Tensor]:
     """Return the kept bits, by id, of matrices that the owners of their experts select together. Collective."""
-    kept = {id(m): torch.empty(0, dtype=torch.uint8, device=device) for m in matrices}
-    positions = [i for i, m in enumerate(matrices) if not m.layer.is_elsewhere]
+    kept: dict[int, Tensor] = {}
+    positions: list[int] = []
+    for i, m in enumerate(matrices):
+        # no bits of the experts that other ranks own
+        kept[id(m)] = torch.empty(0, dtype=torch.uint8, device=device)
+        if not m.layer.is_elsewhere:
+            positions.append(i)
     not_finite = torch.zeros(len(matrices))
     try:
-        here = [matrices[i] for i in positions]
+        here = _at(matrices, positions)
         ranks = RankSums()
         if here:
             ranks = rank_sums(here[0].layer.layer.pst_mask, owners=True)
         kept.update(zip(map(id, here), _select(here, ranks, device), strict=True))
     except NonFiniteScoreError as error:
-        not_finite[[positions[i] for i in error.matrices]] = 1
+        not_finite[_at(positions, error.matrices)] = 1
     # All ranks take part, also those that own other experts, so that all stop.
     _raise_on_all_ranks(matrices, not_finite, any_weight, device)
     return kept
@@ -205,7 +214,7 @@ def _select(matrices: Sequence[Matrix], ranks: RankSums, device: torch.device) -
             in_torch.append(i)
     # The order of the three searches is the order of their exchanges.
     if single:
-        keys, pools = _single_weights([matrices[i] for i in single])
+        keys, pools = _single_weights(_at(matrices, single))
         with _numbered(single):
             kept.update(zip(single, select_bits(keys, ranks, device, pools), strict=True))
     if by_kernels:
@@ -216,7 +225,7 @@ def _select(matrices: Sequence[Matrix], ranks: RankSums, device: torch.device) -
             kept.update(zip(by_kernels, select_bits(tables, ranks, device), strict=True))
     if in_torch:
         with _numbered(in_torch):
-            cuts = select([_units(matrices[i]) for i in in_torch], ranks, device)
+            cuts = select(list(map(_units, _at(matrices, in_torch))), ranks, device)
         for i, cut in zip(in_torch, cuts, strict=True):
             kept[i] = _unit_bits(matrices[i], cut)
     return [kept[i] for i in range(len(matrices))]
@@ -225,10 +234,13 @@ def _select(matrices: Sequence[Matrix], ranks: RankSums, device: torch.device) -
 def weights_kept(matrix: Matrix, bits: Tensor) -> Iterator[tuple[Rect, Tensor]]:
     """Yield (rectangle, its mask (rows, cols) uint8) of a matrix on this rank, from the bits of :func:`select_kept`."""
     layer = matrix.layer
-    per_unit = math.prod(layer.unit) if matrix.selects_units else 1
-    flags = unpack_shard(bits, sum(rect.numel for rect in layer.rects(matrix.stored)) // per_unit)
+    per_unit = 1
+    if matrix.selects_units:
+        per_unit = math.prod(layer.unit)
+    rects = list(layer.rects(matrix.stored))
+    flags = unpack_shard(bits, sum(rect.numel for rect in rects) // per_unit)
     at = 0
-    for rect in layer.rects(matrix.stored):
+    for rect in rects:
         count = rect.numel // per_unit
         flags_of_rect = flags[at : at + count]
         at += count
@@ -236,7 +248,8 @@ def weights_kept(matrix: Matrix, bits: Tensor) -> Iterator[tuple[Rect, Tensor]]:
             yield rect, flags_of_rect.view(rect.shape)
             continue
         kept = units.expand_units(flags_of_rect, rect, layer.unit)
-        if matrix.kind == "n:m":  # a constrained group keeps its best
+        # a constrained group keeps its best
+        if matrix.kind == "n:m":
             kept = kept | units.keep_n_of_m(layer.keys(matrix.stored, rect), layer.unit, matrix.prune_per_group)
         yield rect, kept
 
@@ -248,7 +261,11 @@ def as_run(matrix: Matrix, bits: Kept) -> MatrixBits | None:
     layer = matrix.layer
     rect = matrix.stored.rect
     length = layer.row_length
-    unit = layer.unit if matrix.kind == "block" else (1, 1)
+    # rows and columns that one bit stands for
+    unit = (1, 1)
+    if matrix.kind == "block":
+        unit = layer.unit
+    # groups have bits of weights only after their best were chosen, and a taller unit spans rows of the storage
     if (matrix.kind == "n:m" and matrix.selects_units) or layer.unit[0] > unit[0]:
         return None
     first = positions_before(rect, length, layer.region[0]) // math.prod(unit)
@@ -288,24 +305,32 @@ def _pool(m: Matrix) -> object | None:
     """Return the key shared by the matrices that are ranked together; None for a matrix ranked separately."""
     if not m.layer.pattern.pools_matrices:
         return None
-    return m.kind if m.kind == "global" else m.layer.name
+    if m.kind == "global":
+        return m.kind
+    # "stack": the matrices of one layer
+    return m.layer.name
 
 
 def _prune_count(m: Matrix) -> int:
     """Return the number of weights, or units, of a matrix to prune."""
     if not m.selects_units:
         return prune_count(m.sparsity, m.stored.rect.numel)
-    share = m.sparsity if m.kind == "block" else m.sparsity / (m.layer.pattern.fixed_sparsity or 1.0)
+    share = m.sparsity
+    if m.kind == "n:m":
+        # a constrained group loses this fraction of its weights
+        share /= m.layer.pattern.fixed_sparsity or 1.0
     return prune_count(share, m.stored.rect.numel // math.prod(m.layer.unit))
 
 
 def _all_keys(m: Matrix) -> Tensor:
+    """Return the keys of all units of a matrix on this rank at once."""
     if not m.selects_units:
         return m.layer.keys(m.stored, m.stored.rect)
     return torch.cat(list(m.layer.unit_keys(m.stored, m.prune_per_group)))
 
 
 def _units(m: Matrix) -> MatrixKeys:
+    """Return the keys of the units of a matrix on this rank, computed tile by tile."""
     return MatrixKeys(
         prune_count=_prune_count(m),
         tiles=partial(m.layer.unit_keys, m.stored, m.prune_per_group),
@@ -328,6 +353,7 @@ def _by_kernels(m: Matrix, own: OwnKeys, keys: Tensor) -> MatrixKeys:
 
 
 def _unit_bits(m: Matrix, cut: Cut) -> Tensor:
+    """Return the packed bits of the units of a matrix, of which ``cut`` says which are kept."""
     keys = _units(m)
     keep = torch.empty(keys.num_keys, dtype=torch.uint8, device=m.layer.device)
     at = 0
@@ -350,6 +376,7 @@ def _each_unit_by_itself(matrices: Sequence[Matrix], any_weight: nn.Parameter) -
     for kind, keep in (("row", keep_in_rows), ("n:m", keep_n_of_m)):
         of_kind = [i for i in by_kernels if matrices[i].kind == kind]
         if of_kind:
+            # one launch for all matrices of a kind
             masks, marks = keep([by_kernels[i] for i in of_kind])
             kept.update(zip(of_kind, masks, strict=True))
             not_finite.update(zip(of_kind, marks, strict=True))
@@ -371,6 +398,7 @@ def _each_unit_in_torch(m: Matrix) -> tuple[Tensor, Tensor]:
     for rect in rects:
         keys = m.layer.keys(m.stored, rect)
         lowest, highest = keys.aminmax()
+        # keys order scores, so that NaN and infinity lie outside of these ends
         not_finite += (lowest < LOWEST_FINITE) | (highest > HIGHEST_FINITE)
         if m.kind == "row":
             kept = units.keep_in_rows(keys, m.layer.unit, prune_count(m.sparsity, m.layer.layout.in_features))
@@ -387,15 +415,22 @@ def _numbered(positions: Sequence[int]) -> Iterator[None]:
     try:
         yield
     except NonFiniteScoreError as error:
-        raise NonFiniteScoreError([positions[i] for i in error.matrices]) from None
+        raise NonFiniteScoreError(_at(positions, error.matrices)) from None
+
+
+def _at(items: Sequence[T], positions: Sequence[int]) -> list[T]:
+    """Return the ``items`` at some positions."""
+    return [items[position] for position in positions]
 
 
 @contextmanager
 def _naming(matrices: Sequence[Matrix]) -> Iterator[None]:
+    """Turn the numbers of an error into a FloatingPointError with the names of the layers."""
     try:
         yield
     except NonFiniteScoreError as error:
-        names = dict.fromkeys(matrices[i].layer.name for i in error.matrices)
+        # a layer may have several matrices
+        names = dict.fromkeys(m.layer.name for m in _at(matrices, error.matrices))
         raise FloatingPointError(
             f"importance scores of {', '.join(names)} are not finite. Lower the learning rate of the scores or "
             "updates, or resume from the last checkpoint"

@@ -51,7 +51,12 @@ class MaskStats:
 
     def totals(self) -> dict[str, int | str]:
         """Return the totals over all layers, as JSON values for a checkpoint."""
-        return {name: getattr(self, name) for name in ("num_weights", "num_pruned", "num_flipped", "checksum")}
+        return {
+            "num_weights": self.num_weights,
+            "num_pruned": self.num_pruned,
+            "num_flipped": self.num_flipped,
+            "checksum": self.checksum,
+        }
 
 
 @torch.no_grad()
@@ -88,8 +93,12 @@ def update_masks(
             for stored in part.matrices:
                 matrices.append(Matrix(part, stored, target))
     kept = select_kept(matrices, next(iter(layers.values())).pst_mask)
-    here = ((matrix, bits) for matrix, bits in zip(matrices, kept, strict=True) if not matrix.layer.is_elsewhere)
-    written = _shard_bits(keyed, here)
+    here: list[tuple[Matrix, Kept]] = []
+    for matrix, bits in zip(matrices, kept, strict=True):
+        # other ranks write the masks of their experts
+        if not matrix.layer.is_elsewhere:
+            here.append((matrix, bits))
+    written = _shard_bits(keyed, iter(here))
     return mask_stats(model, written)
 
 
@@ -102,7 +111,8 @@ def mask_stats(model: nn.Module, written: Mapping[PSTLayer, Tensor] | None = Non
         written = {}
         layers = settled_layers(model)
     else:
-        layers = pst_layers(model)  # the caller has settled them
+        # the caller has settled them
+        layers = pst_layers(model)
     any_mask = next(iter(layers.values())).pst_mask
     shards: list[ShardBits] = []
     for name, layer in layers.items():
@@ -118,13 +128,14 @@ def mask_stats(model: nn.Module, written: Mapping[PSTLayer, Tensor] | None = Non
     sharding.finish_writes(any_mask)
     flips, kept, checksums = group_sum(sums, any_mask).t().tolist()
     num_weights = sum(layer.whole_layout.numel for layer in layers.values())
+    # of 64 bits: Python's integers do not wrap around as those of the kernels do
     digits = f"{sum(checksums) % (1 << 64):016x}"
     return MaskStats(num_weights, num_weights - sum(kept), sum(flips), digits, tuple(kept), tuple(flips))
 
 
 def _shard_bits(keyed: Sequence[LayerScores], kept: Iterator[tuple[Matrix, Kept]]) -> dict[PSTLayer, Tensor]:
     """Return this rank's mask bits of each layer, from the ``kept`` bits of the matrices of one layer after another."""
-    found: dict[PSTLayer, Tensor] = {}
+    bits_of_layer: dict[PSTLayer, Tensor] = {}
     by_kernels: dict[PSTLayer, BitsOfShard] = {}
     for layer in keyed:
         of_layer = list(islice(kept, len(layer.matrices)))
@@ -132,9 +143,10 @@ def _shard_bits(keyed: Sequence[LayerScores], kept: Iterator[tuple[Matrix, Kept]
         runs: list[MatrixBits] = []
         in_torch: list[tuple[Matrix, Tensor]] = []
         for matrix, bits in of_layer:
-            run = as_run(matrix, bits) if serves(layer.device) else None
-            if run:
-                runs.append(run)
+            if serves(layer.device):
+                run = as_run(matrix, bits)
+                if run:
+                    runs.append(run)
             if isinstance(bits, Tensor):
                 in_torch.append((matrix, bits))
         if len(runs) == len(of_layer):
@@ -142,18 +154,18 @@ def _shard_bits(keyed: Sequence[LayerScores], kept: Iterator[tuple[Matrix, Kept]
         elif layer.unit == (1, 1) and layer.in_order:
             # bits of one matrix follow those of another, so that they are joined without unpacking them
             pieces = [(bits, layer.num_units(matrix.stored)) for matrix, bits in in_torch]
-            found[layer.layer] = join_bits(pieces, num_bytes)
+            bits_of_layer[layer.layer] = join_bits(pieces, num_bytes)
         else:
             keep = torch.empty(layer.stop - layer.start, dtype=torch.uint8, device=layer.device)
             for matrix, bits in in_torch:
                 for rect, mask in weights_kept(matrix, bits):
                     layer.write_own(keep, rect, mask)
-            found[layer.layer] = pack_shard(keep, num_bytes)
+            bits_of_layer[layer.layer] = pack_shard(keep, num_bytes)
     if by_kernels:
         # one launch for all layers
         placed = placed_bits(list(by_kernels.values()), next(iter(by_kernels)).pst_mask.device)
-        found.update(zip(by_kernels, placed, strict=True))
-    return found
+        bits_of_layer.update(zip(by_kernels, placed, strict=True))
+    return bits_of_layer
 
 
 def _layer_keys(
@@ -169,16 +181,17 @@ def _layer_keys(
             base = updated_base(layer, base, of_layer)
         own_weights[layer] = base
     halo_of: dict[PSTLayer, Halo] = {}
-    for on_ranks in (False, True):  # fewer ranks hold the same experts
-        some = [layer for layer in wide if (layer.group is not None) == on_ranks]
+    # in two calls, since fewer ranks hold the same experts
+    for on_ranks in (False, True):
+        exchanged = [layer for layer in wide if (layer.group is not None) == on_ranks]
         # called without layers too: whether there are any is the same on every rank
         halos = fetch_halos(
-            [w.pst_mask for w in some],
-            [w.split() for w in some],
-            [partial(w.rule.pattern.aligned, w.layout) for w in some],
-            [own_weights[w].values for w in some],
+            [layer.pst_mask for layer in exchanged],
+            [layer.split() for layer in exchanged],
+            [partial(layer.rule.pattern.aligned, layer.layout) for layer in exchanged],
+            [own_weights[layer].values for layer in exchanged],
         )
-        halo_of |= zip(some, halos, strict=True)
+        halo_of |= zip(exchanged, halos, strict=True)
     keyed: list[LayerScores] = []
     for (name, layer), of_layer in zip(layers.items(), factors, strict=True):
         scores = LayerScores(
