@@ -305,7 +305,8 @@ def _tokens_of_file(path: str, tokenizer: "PreTrainedTokenizerBase") -> set[int]
     """Return the tokens of the lines of a text file. Raises InputError."""
     tokens = set[int]()
     try:
-        with Path(path).open(encoding="utf-8") as file:
+        # with "-sig", which omits the byte order mark that some editors write before the first word
+        with Path(path).open(encoding="utf-8-sig") as file:
             # in batches, which a tokenizer processes in parallel, and so that a large file need not fit in memory
             while lines := [line.rstrip("\n") for line in islice(file, _BATCH)]:
                 tokens.update(*tokenizer(lines)["input_ids"])

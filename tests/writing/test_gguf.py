@@ -288,6 +288,15 @@ def test_byte_level_tokenizers(pre, name):
     assert all(len(merge.split(" ")) == 2 for merge in words["token_merges"])
 
 
+@pytest.mark.parametrize("others", [[], [pre_tokenizers.Digits(individual_digits=True)]])
+def test_a_byte_level_tokenizer_that_adds_a_space_is_refused(others):
+    """llama.cpp would read "a" as "a", and the model was trained with " a"."""
+    pre = pre_tokenizers.Sequence([*others, pre_tokenizers.ByteLevel(add_prefix_space=True)])
+    tokenizer = byte_level(pre)
+    with pytest.raises(ExportError, match="add_prefix_space = true"):
+        gguf_tokenizer(tokenizer, len(tokenizer))
+
+
 def test_tokenizers_with_byte_fallback():
     tokenizer = with_byte_fallback()
     words = gguf_tokenizer(tokenizer, len(tokenizer))

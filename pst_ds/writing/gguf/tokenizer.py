@@ -114,24 +114,38 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
 
 
 def _pre_tokenizer(table: _Table) -> str:
-    """Return llama.cpp's name for the pre-tokeniser. Raises ExportError without one."""
+    """Return llama.cpp's name for the pre-tokeniser. Raises ExportError for one that it does not have."""
     splitter = table.get("pre_tokenizer") or {}
     parts = splitter.get("pretokenizers")  # of a sequence
     if parts is None:
         parts = [splitter] if splitter else []
     kinds = [part.get("type") for part in parts]
+    name = _name_of_splits(kinds, parts)
+    if not name:
+        raise ExportError(
+            f"the tokenizer splits text with {', '.join(map(str, kinds)) or 'nothing'}, a pre-tokeniser that GGUF "
+            "export does not know. Supported are GPT-2, SmolLM, Llama 3 and Qwen2, and BPE with byte fallback"
+        )
+    # llama.cpp has no such setting for byte-level tokenizers, and would read other tokens than the model was trained on
+    if parts[-1].get("add_prefix_space"):
+        raise ExportError(
+            "the tokenizer has add_prefix_space = true, which llama.cpp does not do with byte-level BPE. Choose another "
+            "format"
+        )
+    return name
+
+
+def _name_of_splits(kinds: list[str | None], parts: list[_Table]) -> str:
+    """Return llama.cpp's name for the ``parts`` of a pre-tokeniser, which are of these ``kinds``; "" for others."""
     if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits") and parts[1].get("use_regex", True):
         return "smollm"
     if kinds == ["Split", "ByteLevel"]:
-        name = _KNOWN_SPLITS.get((parts[0].get("pattern") or {}).get("Regex", ""))
-        if name:
-            return name
-    raise ExportError(
-        f"the tokenizer splits text with {', '.join(map(str, kinds)) or 'nothing'}, a pre-tokeniser that GGUF export "
-        "does not know. Supported are GPT-2, SmolLM, Llama 3 and Qwen2, and BPE with byte fallback"
-    )
+        # the regular expression tells the families apart, since they differ in nothing else
+        pattern = (parts[0].get("pattern") or {}).get("Regex", "")
+        return _KNOWN_SPLITS.get(pattern, "")
+    return ""
 
 
 def _adds_space(table: _Table) -> bool:
