@@ -21,8 +21,8 @@ class MaskSource:
             with source.observing():
                 ...  # forward
             ...  # backward
-        source.after_batch()
         ...  # optimizer step
+        source.after_batch()
         source.update(target, progress)  # if the schedule has an update after this step
 
     A subclass has :meth:`update`, and replaces the other methods where it collects something.
@@ -55,7 +55,7 @@ class MaskSource:
         return nullcontext()
 
     def after_batch(self) -> None:
-        """Complete what was collected of a batch, after its last backward pass. Collective."""
+        """Complete what was collected of a batch, after its optimizer step. Collective."""
 
     def update(self, target: float, progress: float) -> MaskStats:
         """Choose masks and write them. Collective.

@@ -164,6 +164,22 @@ def note_masters(optimizer: object) -> None:
             param.fp32_master = master
 
 
+def skips_non_finite(engine: Engine) -> bool:
+    """Return whether ``engine`` certainly skips a step whose gradients are not finite, on all ranks.
+
+    DeepSpeed does at stage 3, and at stages 1 and 2 unless its JSON switches the checks off.
+    """
+    if isinstance(engine, LocalEngine):
+        return True
+    stage = getattr(engine, "zero_optimization_stage", int)()
+    if stage in (0, 3):  # at stage 0, not all of its optimizers do
+        return bool(stage)
+    optimizer = engine.optimizer
+    checks_values = getattr(optimizer, "check_grad_overflow", False)
+    checks_norm = getattr(optimizer, "compute_grad_norm", False) and optimizer.dtype != torch.bfloat16
+    return bool(checks_values or checks_norm)
+
+
 def inner_optimizer(engine: Engine) -> torch.optim.Optimizer:
     """Return torch's optimizer inside DeepSpeed's."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)

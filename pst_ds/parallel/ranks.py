@@ -147,6 +147,23 @@ def all_gather_numbers(value: Tensor) -> Tensor:
     return gathered
 
 
+def start_all_gather_numbers(value: Tensor) -> Callable[[], Tensor]:
+    """Start :func:`all_gather_numbers`, and return a function that waits for its result. Collective.
+
+    ``value`` must not change before that function is called. On a GPU it makes only the stream wait, and not the host.
+    """
+    if not dist.is_initialized():
+        return lambda: value.unsqueeze(0)
+    gathered = value.new_empty(world_size(), *value.shape)
+    work = dist.all_gather_into_tensor(gathered, value.unsqueeze(0), async_op=True)
+
+    def result() -> Tensor:
+        work.wait()
+        return gathered
+
+    return result
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Return the sum of ``values`` over all ranks, on their device; ``values`` may be overwritten. Collective."""
     if not dist.is_initialized():

@@ -35,6 +35,15 @@ class MicroBatch:
     """Indices of its examples in the training data."""
 
 
+def with_its_fault_in_gradients(loss: Tensor) -> Tensor:
+    """Return ``loss`` with the same gradients if it is finite, and otherwise with gradients that are not finite either.
+
+    An engine that skips such gradients then takes no step for the loss, although the host has not read it yet. Without
+    this, a cross-entropy of infinity could have finite gradients.
+    """
+    return loss * (1 + 0 * loss.detach())  # 0 * inf and 0 * nan are nan
+
+
 def require_finite(losses: Sequence[float], batch: int, step: int, find: Callable[[], str]) -> None:
     """Raise DivergedError unless the losses of all ranks in ``batch`` are finite, after ``step`` applied steps.
 

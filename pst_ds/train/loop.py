@@ -3,7 +3,7 @@
 import hashlib
 import random
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,13 +25,19 @@ from pst_ds.masks.update import MaskStats
 from pst_ds.nn.addition import inputs_of_layers
 from pst_ds.nn.inject import freeze_scores, persistent_buffers, pst_layers
 from pst_ds.parallel import stop_signals, traffic
-from pst_ds.parallel.engine import Engine
+from pst_ds.parallel.engine import Engine, skips_non_finite
 from pst_ds.parallel.links import NOTHING, Received
-from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
+from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, start_all_gather_numbers, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.batches import Prefetched, own_batches
 from pst_ds.train.calibration import observe_calibration
-from pst_ds.train.divergence import DivergedError, MicroBatch, fault_of_batch, require_finite
+from pst_ds.train.divergence import (
+    DivergedError,
+    MicroBatch,
+    fault_of_batch,
+    require_finite,
+    with_its_fault_in_gradients,
+)
 from pst_ds.train.expert_tokens import token_figures
 from pst_ds.train.monitor.json_lines import STRAGGLER
 from pst_ds.train.monitor.metrics import MetricsWriter, peak_memory_bytes
@@ -121,6 +127,7 @@ class Loop:
             by_token=not context.run.task_facts.predicts_tokens,
         )
         """What chooses the masks."""
+        self._skips_non_finite = skips_non_finite(engine)
         self._saved_tensors: AbstractContextManager[object] = nullcontext()
         """Decides where a forward pass keeps tensors for the backward pass."""
         if self.run.model.activation_offload:
@@ -188,15 +195,25 @@ class Loop:
             with self._timing("forward"), self._saved_tensors:
                 loss = batch.share * self._loss(batch)
             with self._timing("backward"):
-                self.engine.backward(loss)
+                self.engine.backward(with_its_fault_in_gradients(loss))
             losses.append(loss.detach())
-            if number == len(micro_batches):
-                # before the engine's last step() of the batch, which applies the optimizer
-                self.source.after_batch()
-                state.expert_sums = self.source.collected()
-                self._agree_on_batch(state, losses, micro_batches)
-            with self._timing("optimizer"):
-                self.engine.step()
+            if number < len(micro_batches):
+                self._step()
+        # The optimizer waits neither for the host nor for other ranks: the exchange is read after it.
+        gather = self._start_exchange(losses)
+        if self._skips_non_finite:
+            self._step()
+            self._agree_on_batch(state, gather, micro_batches)
+        else:
+            self._agree_on_batch(state, gather, micro_batches)
+            self._step()
+        self.source.after_batch()
+        state.expert_sums = self.source.collected()
+
+    def _step(self) -> None:
+        """End a micro-batch; apply the optimizer after the last one."""
+        with self._timing("optimizer"):
+            self.engine.step()
 
     @contextmanager
     def _timing(self, part: str) -> Iterator[None]:
@@ -210,19 +227,26 @@ class Loop:
         with self.source.observing():
             return self.objective(self.engine, inputs)
 
-    def _agree_on_batch(self, state: LoopState, losses: list[Tensor], micro_batches: Sequence[MicroBatch]) -> None:
-        """Exchange the mean loss of the batch, stop signals, and each rank's time and memory.
-
-        DeepSpeed skips a step whose gradient is not finite (except at stage 0 in fp32). A loss that is not finite ends
-        the run on all ranks, before the step is applied.
-        """
+    def _start_exchange(self, losses: list[Tensor]) -> Callable[[], Tensor]:
+        """Start to exchange the mean loss of the batch, stop signals, and each rank's time and memory. Collective."""
         loss = torch.stack(losses).double().mean()
         signal = float(stop_signals.asked_by())
         memory = float(peak_memory_bytes(self.device))
-        # one collective and one wait on the device per batch, so all numbers travel in one fp64 tensor
-        numbers = loss.new_tensor([signal, self.own_time.seconds, memory])
+        # one collective and one wait on the device per batch, so all numbers travel in one fp64 tensor; filled in by
+        # kernels, since a copy from the host would wait for the backward pass
+        numbers = [loss.new_full((1,), value) for value in (signal, self.own_time.seconds, memory)]
+        return start_all_gather_numbers(torch.cat([loss[None], *numbers]))
+
+    def _agree_on_batch(
+        self, state: LoopState, gather: Callable[[], Tensor], micro_batches: Sequence[MicroBatch]
+    ) -> None:
+        """Read what :meth:`_start_exchange` has exchanged; ``gather`` waits for it. Collective.
+
+        A loss that is not finite ends the run on all ranks. The step was not applied: the engine has skipped it, or, if
+        it does not skip such steps, has not come to it.
+        """
         with self.own_time.exchanging():
-            by_rank = all_gather_numbers(torch.cat([loss[None], numbers])).tolist()
+            by_rank = gather().tolist()
         loss_by_rank, signal_by_rank, seconds_by_rank, memory_by_rank = zip(*by_rank, strict=True)
 
         def find_fault() -> str:

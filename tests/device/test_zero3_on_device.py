@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections import Counter
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel import sharding, stop_signals
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.launch import launch_environment
+from pst_ds.train import run as run_module
 from pst_ds.train.run import StoppedError, prepare, train_prepared
 from tests.nn.expert_families import tiny_model
 
@@ -272,6 +274,38 @@ def test_a_run_file_trains_as_on_cpus(run_ranks, run_on_device, tmp_path, train,
     assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
     assert _losses(folder) == pytest.approx(_losses(cpu), rel=1e-4)
     assert _final(folder) == (_final(cpu)[0], NAME)
+
+
+def _waits_before_the_optimizer(folder, *settings):
+    """What the host waits for between the backward pass and the optimizer in each batch, and from there to the next."""
+    found, build, at = ([], []), run_module.build, [Counter()]
+
+    def watched(*args, **named):
+        engine = build(*args, **named)
+        for action, waits in (("backward", found[1]), ("step", found[0])):
+            setattr(engine, action, _noting(getattr(engine, action), waits))
+        return engine
+
+    def _noting(action, waits):
+        def noting(*args):
+            waits.append(counts.waits - at[0])
+            result = action(*args)
+            at[0] = Counter(counts.waits)
+            return result
+
+        return noting
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "build", watched)
+        _train(folder, "train.num_steps=3", "train.log_interval=3", *settings)
+    return found
+
+
+def test_the_host_waits_for_nothing_between_the_backward_pass_and_the_optimizer(run_on_device, tmp_path):
+    config = 'deepspeed_config="ds_configs/zero3.json"'
+    for before_step, after_step in run_on_device(_waits_before_the_optimizer, 2, str(tmp_path), config):
+        assert before_step == [Counter()] * 3
+        assert any("train/loop.py" in place and "tolist" in place for place in after_step[1])  # the loss is read there
 
 
 def _races(waits):
