@@ -15,8 +15,8 @@ WORK = Work(
     need=Need(int(70e9), int(60e9)), model_bytes=int(16e9), checkpoint_bytes=int(1e9), least_batch=16,
 )  # fmt: skip
 TIMES = TimePlan(
-    step_compute=1.0, step_network=0.2, step_launching=0.1, step_host=0.4, step_bound="products", step=1.2, full_step=1.1, update_compute=0.3,
-    update_network=0.1, update=0.4, step_received=0, update_received=0,
+    step_compute=1.0, step_network=0.2, step_launching=0.1, step_host=0.4, step_bound="products", step=1.2,
+    full_step=1.1, update_compute=0.3, update_network=0.1, update=0.4, step_received=0, update_received=0,
 )  # fmt: skip
 
 

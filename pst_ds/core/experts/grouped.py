@@ -110,7 +110,7 @@ def backward(
             factor=scales[indices] if magnitude_has_gradient else 0.0,
             ends=routing.ends,
         )
-        for gradients, names in ((score_gradients, "AB"), (update_gradients, "UV")):
+        for gradients, names in ((score_gradients, ("A", "B")), (update_gradients, ("U", "V"))):
             if gradients is not None:
                 by_matrix = gradients.view(matrices.count, *matrices.shape)
                 _low_rank_gradients(by_matrix, layout, indices, names, factors=factors, sums=sums)
@@ -128,7 +128,7 @@ def backward(
 
 
 def _low_rank_gradients(
-    grad: Tensor, layout: WeightLayout, matrices: slice, names: str, factors: Factors, sums: Factors
+    grad: Tensor, layout: WeightLayout, matrices: slice, names: tuple[str, str], factors: Factors, sums: Factors
 ) -> None:
     """Write grad right' and left' grad of each matrix to ``sums``. ``grad``: (matrices, rows, columns) as stored."""
     by_output = grad

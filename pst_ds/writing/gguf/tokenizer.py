@@ -129,8 +129,8 @@ def _pre_tokenizer(table: _Table) -> str:
     # llama.cpp has no such setting for byte-level tokenizers, and would read other tokens than the model was trained on
     if parts[-1].get("add_prefix_space"):
         raise ExportError(
-            "the tokenizer has add_prefix_space = true, which llama.cpp does not do with byte-level BPE. Choose another "
-            "format"
+            "the tokenizer has add_prefix_space = true, which llama.cpp does not do with byte-level BPE. Choose "
+            "another format"
         )
     return name
 
