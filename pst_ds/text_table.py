@@ -20,4 +20,5 @@ def bytes_text(count: float) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
-    return f"{count:,} bytes"
+    # sizes that were computed from rates are floats
+    return f"{count:,.0f} bytes"

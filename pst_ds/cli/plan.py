@@ -13,7 +13,7 @@ from pst_ds.planning.machines import MACHINES, machine_of
 from pst_ds.text_table import aligned, bytes_text
 
 if TYPE_CHECKING:
-    from pst_ds.planning.plan import Plan, PlannedLayer
+    from pst_ds.planning.plan import Plan, PlannedLayer, PlannedSchedule
     from pst_ds.planning.search import Choice
     from pst_ds.planning.verdict import Verdict
 
@@ -61,6 +61,7 @@ FLAGS = {"machine": "--machine", "no_data": "--no-data"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``pst-ds plan``."""
     add = parser.add_argument
     add_run_arguments(parser, "run file (TOML)")
     add("--world-size", "--ranks", dest="ranks", type=count, metavar="N", help="ranks (default: the launcher's, or 1)")
@@ -72,6 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
+    """Print a plan, and what ``--search`` or a fix has found; return them as JSON values. Raises InputError."""
+    # before the imports, which take seconds, so that a wrong setting is reported at once
     config = load_run_or_folder(args)
     from pst_ds.planning.plan import PlanOptions, plan, resolve_to_plan
     from pst_ds.planning.search import cure, search
@@ -85,15 +88,17 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     resolved = resolve_to_plan(config, options)
     planned = plan(resolved, options)
     print("\n".join(plan_lines(planned)))
-    result = planned.as_json() | {"exit_code": EXIT_DOES_NOT_FIT if planned.verdict.is_too_large else 0}
+    result = planned.as_json()
+    result["exit_code"] = EXIT_DOES_NOT_FIT if planned.verdict.is_too_large else 0
     if args.search:
         choices = search(resolved, options, planned)
         print("\n".join(search_lines(choices)))
         result["search"] = [choice.as_json() for choice in choices]
+    # not for None, where the memory of the machine is unknown; also where it is too close to tell
     if planned.verdict.fits is False:
         changed = cure(resolved, options, planned)
         print(f"to fix: {_cure(planned, changed)}")
-        result["fix"] = changed and changed.as_json()
+        result["fix"] = None if changed is None else changed.as_json()
     return result
 
 
@@ -106,19 +111,15 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 
 
 def _layers(plan: Plan) -> Iterator[str]:
+    """Yield what is pruned, and what is trained."""
     yield f"{len(plan.layers)} layers to prune, {plan.pruned_parameters:,} weights:"
     for name, group in layer_groups(plan.layers):
-        layer = group[0]
-        each = f"{layer.experts} experts of " if layer.experts > 1 else ""
-        matrices = layer.matrices // layer.experts
-        fused = f" x {matrices} matrices" if matrices > 1 else ""
-        times = f"{len(group)} times " if len(group) > 1 else ""
+        yield f"  {name}  {_shape(group)}"
+    for embedding in plan.updated_embeddings:
         yield (
-            f"  {name}  {times}{each}{layer.out_features // layer.experts} x {layer.in_features}{fused}, "
-            f"{layer.factor_parameters:,} factor parameters{' each' if times else ''}"
+            f"updated: {embedding.name}  {embedding.rows} x {embedding.width}, "
+            f"{embedding.factor_parameters:,} factor parameters"
         )
-    for e in plan.updated_embeddings:
-        yield f"updated: {e.name}  {e.rows} x {e.width}, {e.factor_parameters:,} factor parameters"
     if plan.base_grid:
         yield f"their frozen weights: {plan.base_grid}"
     if plan.embedding_grid:
@@ -128,26 +129,38 @@ def _layers(plan: Plan) -> Iterator[str]:
     yield f"trained parameters: {plan.trained_parameters:,} of {plan.parameters:,} ({share:.2%})"
 
 
-def _memory(plan: Plan) -> Iterator[str]:
-    stage = "no DeepSpeed" if plan.zero_stage is None else f"ZeRO stage {plan.zero_stage}"
-    run = plan.run
-    degree = run.train.sequence_parallel
-    shared = f", shared by {degree} ranks" if degree > 1 else ""
-    checkpointed = ", checkpointed" if run.model.gradient_checkpointing else ""
-    copies = ""
-    if plan.copy_ranks == 1:
-        copies = ", frozen weights whole on every rank"
-    elif plan.copy_ranks > 1:
-        copies = f", frozen weights also on {plan.copy_ranks} ranks each"
-    yield (
-        f"{plan.ranks} ranks, {stage}{copies}, {run.train.precision}, micro-batches of {plan.micro_batch_size} x "
-        f"{run.data.max_length} tokens{shared}{checkpointed}"
+def _shape(group: Sequence[PlannedLayer]) -> str:
+    """Describe layers of one shape: "2 times 8 experts of 60 x 32 x 2 matrices, 1,564 factor parameters each"."""
+    layer = group[0]
+    times = ""
+    each = ""
+    if len(group) > 1:
+        times = f"{len(group)} times "
+        each = " each"
+    experts = ""
+    if layer.experts > 1:
+        experts = f"{layer.experts} experts of "
+    # a layer counts the outputs and matrices of all its experts
+    out_features = layer.out_features // layer.experts
+    matrices = layer.matrices // layer.experts
+    fused = ""
+    if matrices > 1:
+        fused = f" x {matrices} matrices"
+    return (
+        f"{times}{experts}{out_features} x {layer.in_features}{fused}, "
+        f"{layer.factor_parameters:,} factor parameters{each}"
     )
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    """Yield how the run is laid out over ranks, and the memory of a rank by its parts."""
+    yield _layout(plan)
     memory = plan.memory
     yield f"memory of a rank: {bytes_text(memory.peak)} at the peak, {bytes_text(memory.resident)} all the time"
     parts = memory.as_dict()
     for key, text in MEMORY_LINES.items():
         if key == "activations" and plan.trace is None:
+            # a model whose control flow depends on values
             yield f"  {text}: unknown, the model cannot be traced without values; not in the peak"
         elif parts[key]:
             yield f"  {text}: {bytes_text(parts[key])}"
@@ -157,35 +170,82 @@ def _memory(plan: Plan) -> Iterator[str]:
     )
 
 
+def _layout(plan: Plan) -> str:
+    """Describe ranks, copies of frozen weights, precision and micro-batches."""
+    run = plan.run
+    stage = f"ZeRO stage {plan.zero_stage}"
+    if plan.zero_stage is None:
+        stage = "no DeepSpeed"
+    copies = ""
+    if plan.copy_ranks == 1:
+        copies = ", frozen weights whole on every rank"
+    elif plan.copy_ranks > 1:
+        copies = f", frozen weights also on {plan.copy_ranks} ranks each"
+    shared = ""
+    if run.train.sequence_parallel > 1:
+        shared = f", shared by {run.train.sequence_parallel} ranks"
+    checkpointed = ""
+    if run.model.gradient_checkpointing:
+        checkpointed = ", checkpointed"
+    return (
+        f"{plan.ranks} ranks, {stage}{copies}, {run.train.precision}, micro-batches of {plan.micro_batch_size} x "
+        f"{run.data.max_length} tokens{shared}{checkpointed}"
+    )
+
+
 def _steps(plan: Plan) -> Iterator[str]:
-    examples = "" if plan.num_examples is None else f" over {plan.num_examples:,} {plan.unit}"
+    """Yield the steps of the run, what comes before them, and when masks change and weights are rounded."""
+    examples = ""
+    if plan.num_examples is not None:
+        examples = f" over {plan.num_examples:,} {plan.unit}"
     yield f"{plan.num_steps} steps{examples}"
-    start = plan.start
-    schedule = plan.schedule
+    yield from _finetuning(plan)
+    yield from _start(plan)
+    if plan.schedule is not None:
+        yield _mask_updates(plan.schedule)
     rounding = plan.rounding
+    if rounding is not None:
+        yield f"weights rounded to {rounding.grid}, from step {rounding.start} on: {rounding.searches} searches"
+
+
+def _finetuning(plan: Plan) -> Iterator[str]:
+    """Yield the fine-tuning before the run, if there is one, with its memory and time."""
     tuned = plan.finetuning
-    if tuned is not None:
-        trained = f"{tuned.trained_parameters:,} of {tuned.parameters:,} parameters"
-        yield f"before them, {tuned.num_steps} steps by {tuned.run.method} train {trained}: {tuned.run.output_dir}"
-        expected = _seconds(3600 * tuned.verdict.hours)
-        yield f"  memory of a rank: {bytes_text(tuned.memory.peak)} at the peak; expected on {plan.machine}: {expected}"
-    if start:
-        samples = "" if start["method"] == "magnitude" else f" on {start['samples']} examples"
-        lead = "then" if tuned else "before them,"
-        what = "prune by" if start["method"] == CHANNELS else f"prune to {start['sparsity']} by"
-        yield f"{lead} all ranks {what} {start['method']}{samples}: {start['folder']}"
+    if tuned is None:
+        return
+    trained = f"{tuned.trained_parameters:,} of {tuned.parameters:,} parameters"
+    yield f"before them, {tuned.num_steps} steps by {tuned.run.method} train {trained}: {tuned.run.output_dir}"
+    expected = _seconds(3600 * tuned.verdict.hours)
+    yield f"  memory of a rank: {bytes_text(tuned.memory.peak)} at the peak; expected on {plan.machine}: {expected}"
+
+
+def _start(plan: Plan) -> Iterator[str]:
+    """Yield the one-shot pruning before the first step, if there is one, with its cost."""
+    start = plan.start
+    if start is not None:
+        lead = "before them," if plan.finetuning is None else "then"
+        action = f"prune to {start['sparsity']} by"
+        if start["method"] == CHANNELS:
+            # removed channels are counted by a setting of their method, not by the sparsity
+            action = "prune by"
+        samples = f" on {start['samples']} examples"
+        if start["method"] == "magnitude":
+            # it looks at the weights only
+            samples = ""
+        yield f"{lead} all ranks {action} {start['method']}{samples}: {start['folder']}"
     cost = plan.start_cost
     if cost is not None:
         yield f"  memory of a rank, parts at different times: {_listed(cost.memory, bytes_text)}"
         yield f"  expected on {plan.machine}: {_listed(cost.time, _seconds)}; {_listed(cost.traffic, bytes_text)}"
-    if schedule:
-        sparsities = ", ".join(f"{step}: {value:.3f}" for step, value in schedule.sparsity_at.items())
-        updates = f"{schedule.mask_updates} mask updates, steps {schedule.first_update} to {schedule.last_update}"
-        if schedule.mask_updates == 1:
-            updates = f"masks are chosen once, at step {schedule.first_update}"
-        yield f"{updates}: {sparsities}"
-    if rounding:
-        yield f"weights rounded to {rounding.grid}, from step {rounding.start} on: {rounding.searches} searches"
+
+
+def _mask_updates(schedule: PlannedSchedule) -> str:
+    """Describe when masks change, and the sparsity at each eighth of the run."""
+    updates = f"{schedule.mask_updates} mask updates, steps {schedule.first_update} to {schedule.last_update}"
+    if schedule.mask_updates == 1:
+        updates = f"masks are chosen once, at step {schedule.first_update}"
+    sparsities = ", ".join(f"{step}: {value:.3f}" for step, value in schedule.sparsity_at.items())
+    return f"{updates}: {sparsities}"
 
 
 def _listed(parts: Mapping[str, float], as_text: Callable[[float], str]) -> str:
@@ -198,12 +258,14 @@ def _listed(parts: Mapping[str, float], as_text: Callable[[float], str]) -> str:
 
 
 def _time(plan: Plan) -> Iterator[str]:
+    """Yield the expected times, the traffic between ranks, and a comparison with full fine-tuning."""
     time = plan.time
     yield (
         f"expected on {plan.machine}: a step {_seconds(time.step)}, a mask update {_seconds(time.update)}; masks take "
         f"{plan.share_of_masks:.2%} of the run"
     )
     yield _parts_of_step(plan)
+    # a single rank receives nothing
     if time.step_received:
         yield (
             f"received by a rank, and of it from other nodes: in a step {bytes_text(time.step_received)}, "
@@ -231,16 +293,22 @@ def _parts_of_step(plan: Plan) -> str:
 
 
 def _verdict(plan: Plan) -> Iterator[str]:
+    """Yield whether a rank has enough memory, and the speed and duration of the run."""
     judged = plan.verdict
+    # on a CPU, where the memory of the process and of copies for checkpoints is added to the peak
     has_overhead = judged.needed_bytes != plan.memory.peak
-    overhead = ", with the process and its saves" if has_overhead else ""
-    needed = f"memory: {bytes_text(judged.needed_bytes)}{overhead}"
+    needed = f"memory: {bytes_text(judged.needed_bytes)}"
+    if has_overhead:
+        needed += ", with the process and its saves"
     if judged.capacity_bytes is not None:
         fit = _fit(judged, judged.capacity_bytes)
         yield f"{needed}, of {bytes_text(judged.capacity_bytes)} that a rank has: {fit}"
-    elif has_overhead:  # else the memory of a rank was printed above
+    elif has_overhead:
+        # otherwise the memory of a rank was printed above
         yield f"{needed}, of a rank is enough; less than {bytes_text(judged.least_bytes)} is too little"
-    mfu = "" if judged.mfu is None else f", {judged.mfu:.0%} of the data sheet's products"
+    mfu = ""
+    if judged.mfu is not None:
+        mfu = f", {judged.mfu:.0%} of the data sheet's products"
     yield (
         f"speed: {judged.tokens_per_second:,.0f} tokens a second, {judged.tokens_per_second_per_rank:,.0f} a rank"
         f"{mfu}; loading {_seconds(judged.load_seconds)}, a checkpoint {_seconds(judged.checkpoint_seconds)}"
@@ -252,22 +320,31 @@ def _verdict(plan: Plan) -> Iterator[str]:
 
 
 def _fit(judged: Verdict, capacity: int) -> str:
+    """Say whether the run fits into ``capacity`` bytes of a rank."""
     margin = capacity - judged.needed_bytes
     if judged.fits:
         return f"fits, {margin / capacity:.0%} to spare"
+    # the prediction is not exact: between the two limits a run may fit or not
     if capacity >= judged.least_bytes:
         return f"too close to tell, and {bytes_text(judged.least_bytes)} is the least"
     return f"does NOT fit, by {bytes_text(-margin)}"
 
 
 def _cure(first: Plan, changed: Choice | None) -> str:
+    """Return the flags that turn the run of ``first`` into one that fits, or advice if none has been found."""
     if changed is None:
         return "take a smaller model, shorter sequences, or offload_param in the DeepSpeed JSON"
     plan = changed.plan
-    words = [f"--set {name}={value}" for name, value in changed.changes(first).items()]
+    flags: list[str] = []
     if plan.ranks != first.ranks:
-        words.insert(0, f"--ranks {plan.ranks}")
-    return f"{' '.join(words)}: {bytes_text(plan.verdict.needed_bytes)} of a rank, a step {_seconds(plan.time.step)}"
+        flags.append(f"--ranks {plan.ranks}")
+    flags += _set_flags(changed.changes(first))
+    return f"{' '.join(flags)}: {bytes_text(plan.verdict.needed_bytes)} of a rank, a step {_seconds(plan.time.step)}"
+
+
+def _set_flags(settings: Mapping[str, str]) -> list[str]:
+    """Return the flags that change settings of a run, to be copied to a command line."""
+    return [f"--set {name}={value}" for name, value in settings.items()]
 
 
 def _recomputes(plan: Plan) -> str:
@@ -300,11 +377,13 @@ def search_lines(choices: Sequence[Choice]) -> Iterator[str]:
     for row in aligned(rows):
         yield f"  {row}"
     best = choices[0]
-    yield "the first: " + " ".join(f"--set {name}={value}" for name, value in best.settings.items())
+    # also those that the run file has already, so that the line says all that was compared
+    yield f"the first: {' '.join(_set_flags(best.settings))}"
 
 
 def name_across_blocks(name: str) -> str:
     """Return the name that a layer shares with its counterparts in other blocks: "layers.*.mlp.up_proj"."""
+    # a number that is a whole component of the name; others, as in "conv1", are part of what the module is
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
@@ -312,14 +391,28 @@ def layer_groups(layers: Sequence[PlannedLayer]) -> list[tuple[str, list[Planned
     """Group layers of one shape whose names differ only in a number; return their common name and the layers."""
     groups: dict[tuple[object, ...], list[PlannedLayer]] = {}
     for layer in layers:
-        shape = layer.out_features, layer.in_features, layer.matrices, layer.factor_parameters
-        groups.setdefault((name_across_blocks(layer.name), *shape), []).append(layer)
-    return [(group[0].name if len(group) == 1 else str(key[0]), group) for key, group in groups.items()]
+        key = (
+            name_across_blocks(layer.name),
+            layer.out_features,
+            layer.in_features,
+            layer.matrices,
+            layer.factor_parameters,
+        )
+        groups.setdefault(key, []).append(layer)
+    named: list[tuple[str, list[PlannedLayer]]] = []
+    for (common_name, *_), group in groups.items():
+        # a single layer has no counterparts to stand for
+        name = group[0].name if len(group) == 1 else str(common_name)
+        named.append((name, group))
+    return named
 
 
 def _seconds(seconds: float) -> str:
+    """Format a duration as "1.5 hours", "2.0 minutes", "1.00 s" or "0.62 ms"."""
     if seconds >= 3600:
         return f"{seconds / 3600:,.1f} hours"
     if seconds >= 120:
         return f"{seconds / 60:.1f} minutes"
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.2f} ms"

@@ -155,6 +155,12 @@ def test_the_start_is_planned_and_counts_in_the_verdict(capsys, llama_of_4_layer
     assert f"peak {bytes_text(cost['memory']['peak'])}" in text
 
 
+def test_bytes_are_whole_where_they_are_computed_from_rates(capsys):
+    start = ("--set", "start.method=wanda", "--set", "schedule.initial_sparsity=0.3")
+    text, _ = _plan(capsys, ["plan", "tests/data/causal_lm.toml", "--json", "--no-data", *start])
+    assert "; read 80,256 bytes, written 80,256 bytes" in text
+
+
 def test_rates_may_be_a_file(capsys, llama_of_4_layers, tmp_path):
     rates = {"name": "mine", "flops": 1e9, "memory_bytes": 1e12, "node_size": 8, "node_bytes": 1e12,
              "network_bytes": 1e12, "latency": 0}  # fmt: skip
