@@ -169,6 +169,16 @@ def test_another_base_model_is_2(made, tmp_path, capsys):
     _assert_refused(capsys, run, "is not the base model that", "its fingerprint differs", "Set model.path to the")
 
 
+@pytest.mark.parametrize("rank", [["--local_rank=1"], ["--local_rank", "1"], ["--local-rank", "1"], []])
+def test_the_rank_of_a_launcher_is_not_taken_for_the_verb(rank, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*rank, "trian", "run.toml"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("pst-ds: unknown verb 'trian'; there are init, plan, ")
+    assert "Did you mean 'train'?" in said
+
+
 @pytest.mark.parametrize(
     "arguments",
     [[], ["prune"], ["train"], ["train", RUN_FILE, "--stes=3"], ["export", "x"], ["eval", "x", "--split=a"]],
