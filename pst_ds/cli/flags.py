@@ -29,33 +29,46 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
     """
     if not flags:
         return message
+    # an alternative of a regular expression hides a longer one that starts with it
     longest_first = sorted(flags, key=len, reverse=True)
     names = "|".join(map(re.escape, longest_first))
     pattern = re.compile(
         rf"(?<![\w.\-/])(?P<name>{names})(?:(?P<is> = )(?P<value>{_VALUE})(?P<others>{_OTHERS}))?(?![\w])"
     )
 
-    def flag_of(match: re.Match[str]) -> str:
-        name, value = match["name"], match["value"]
-        if value is None:
-            return flags[name] if "." in name else match[0]
-        if value in ("true", "True", "None"):
-            return flags[name]
-        return f"{flags[name]} {_word(value)}{re.sub(_VALUE, lambda other: _word(other[0]), match['others'])}"
+    return pattern.sub(lambda match: _replacement(match, flags), message)
 
-    return pattern.sub(flag_of, message)
+
+def _replacement(match: re.Match[str], flags: Mapping[str, str]) -> str:
+    """Return what replaces a match of :func:`in_flags`: the flag with its value, or the match itself."""
+    name = match["name"]
+    value = match["value"]
+    flag = flags[name]
+    if value is None:
+        return flag if "." in name else match[0]
+    # a flag without a value; None is how messages say that a setting is missing
+    if value in ("true", "True", "None"):
+        return flag
+    others = re.sub(_VALUE, lambda other: _word(other[0]), match["others"])
+    return f"{flag} {_word(value)}{others}"
 
 
 def _word(text: str) -> str:
     """Return the word of a command line for a value as Python or TOML write it; "or" stays itself."""
     if text[0] in "[(":
-        return shlex.quote(",".join(str(item) for item in _items(text)))
-    return shlex.quote(text[1:-1]) if text[0] in "\"'" else text
+        # options take lists with commas
+        return shlex.quote(",".join(map(str, _items(text))))
+    if text[0] in "\"'":
+        return shlex.quote(text[1:-1])
+    return text
 
 
 def _items(text: str) -> list[Any]:
+    """Return the items of a list or tuple as Python or TOML write it; its text as one item if it cannot be read."""
+    # JSON has neither a comma at the end, as in (1,), nor single quotes
     inner = text[1:-1].strip().rstrip(",").replace("'", '"')
     try:
         return list(json.loads(f"[{inner}]"))
     except json.JSONDecodeError:
+        # such as an item with a quote in it: a message that shows it unchanged is better than none
         return [inner]
