@@ -62,6 +62,7 @@ def _lines(report: VerifyReport, split: str, reference: str | None) -> Iterator[
     """Yield what was verified. ``split`` and ``reference`` as in the arguments."""
     from pst_ds.export.verify.against_run import Comparison
 
+    # some formats have facts of other kinds, such as a GGUF file, whose tensors are not listed in a manifest
     lines_of_format = storage_format(str(report.file["kind"])).verify_lines(report.export_dir, report.file)
     if lines_of_format is None:
         yield from _lines_of_file(report)

@@ -253,6 +253,14 @@ def test_a_group_has_the_least_the_mean_and_the_greatest():
     assert len(layer_table(layers, every_layer=True)) == 4
 
 
+def test_the_line_of_vectors_has_every_dtype():
+    vector = {"shape": [4], "pattern": "", "weights": 4, "zeros": 0, "bytes": 8}
+    norm = {**vector, "name": "blocks.0.norm", "dtype": "BF16"}
+    bias_of_router = {**vector, "name": "blocks.0.router.bias", "dtype": "F32"}
+    _, row = layer_table([bias_of_router, norm], every_layer=False)
+    assert "BF16, F32" in row
+
+
 @pytest.mark.thorough
 def test_no_model_is_built(folders):
     script = """

@@ -171,7 +171,8 @@ def _row(name: str, group: Sequence[Layer]) -> dict[str, str]:
         cells = {"layer": name, "count": str(len(group))}
     cells |= {
         "shape": _common_shape(group),
-        "dtype": first["dtype"],
+        # only vectors may have several, such as norms in BF16 and a router's bias in F32
+        "dtype": ", ".join(sorted({layer["dtype"] for layer in group})),
         "values": first.get("values", ""),
         "pattern": first["pattern"],
     }

@@ -105,6 +105,7 @@ def _additions(path: Path) -> Facts | None:
 
 def _exported(entry: ExportedTensor, files: dict[str, TensorFile], path: Path) -> Layer:
     """Describe a tensor of an export. Raises ExportError if a part of it is not in its file."""
+    # a packed weight has several parts, such as values, mask and offsets
     nbytes = 0
     for part in entry.parts:
         slots = files[part.file].slots
@@ -156,6 +157,7 @@ def pruned_folder(path: Path) -> Inspection:
             # the files may have no tensor with the name of a stack, so its zeros are not counted
             layer = _recorded_stack(row, path) if row.expert_zeros else _recorded(row, weights)
             layers.append(layer)
+            # fewer than pruning has left, so that another program has filled some again
             if (layer["zeros"] or 0) < row.zeros:
                 refilled.append(row.name)
             progress.add(layer["bytes"], row.name)
@@ -193,6 +195,7 @@ def _recorded(row: RecordedLayer, weights: BaseWeights) -> Layer:
 
 def _recorded_stack(row: RecordedLayer, folder: Path) -> Layer:
     """Describe a stack of experts, as it was recorded. Raises InputError if the record lacks its dtype."""
+    # only stacks need it, since the files tell the dtype of other layers
     if not row.dtype:
         raise InputError(f"{folder / RECORD_FILE} is damaged: {row.name} has no dtype. Prune the model again")
     dtype = getattr(torch, row.dtype)
@@ -212,6 +215,7 @@ def _recorded_stack(row: RecordedLayer, folder: Path) -> Layer:
 def model_folder(path: Path) -> Inspection:
     """Describe a model folder from its config and its weights, which are read one at a time. Raises InputError."""
     facts = _facts_of_config(path)
+    # as after copying a config.json to plan a run, which needs no weights
     if not any(any(path.glob(pattern)) for pattern in _WEIGHT_FILES):
         return Inspection(f"{path}: a model folder without weights", facts, [])
     weights = BaseWeights(path, "")
@@ -221,6 +225,7 @@ def model_folder(path: Path) -> Inspection:
             layer = _counted(name, weights.read(name))
             layers.append(layer)
             progress.add(layer["bytes"], name)
+    # embeddings and the output layer are rarely pruned, and would hide the sparsity of the rest
     in_blocks = [layer for layer in layers if _is_matrix_in_block(layer)]
     refilled = _refilled(in_blocks)
     facts |= {
