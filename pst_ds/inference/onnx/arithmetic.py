@@ -18,8 +18,11 @@ DRAWS = 2
 UNIT = torch.finfo(torch.float32).eps / 2
 """Largest relative error of one rounding to fp32."""
 _MOST_LEVELS = 32767
+"""Steps per sign of a 16-bit activation."""
 _LARGEST_SUM = 2**31 - 1
+"""Largest sum of integer products, in 32 bits."""
 _LARGEST_CODE = {"int8": 127, "int4": 8}
+"""Largest absolute quantised weight."""
 
 
 def activation_levels(values: str, inputs: int) -> int:
@@ -28,7 +31,10 @@ def activation_levels(values: str, inputs: int) -> int:
     Activations are 16-bit integers, or shorter ones so that a row's sum of integer products stays within 32 bits (see
     ``decoder/matrix.hpp``): 13 bits for 2,048 inputs of int8.
     """
-    return max(1, min(_MOST_LEVELS, _LARGEST_SUM // (_LARGEST_CODE[values] * max(inputs, 1))))
+    # of a row in which all weights have the largest value
+    largest_sum_of_weights = _LARGEST_CODE[values] * max(inputs, 1)
+    levels = min(_MOST_LEVELS, _LARGEST_SUM // largest_sum_of_weights)
+    return max(1, levels)
 
 
 class RoundedProducts:
@@ -42,6 +48,7 @@ class RoundedProducts:
     def __init__(self, model: nn.Module, quantised: Mapping[str, str], seed: int):
         """Wrap ``model``. ``quantised``: "int8" or "int4" of the weights, by the name of their layer."""
         self._model = model
+        # on the CPU, so that every device gets the same errors
         self._generator = torch.Generator().manual_seed(seed)
         self._layers: dict[str, nn.Module] = {}
         for name, module in model.named_modules():
@@ -50,17 +57,20 @@ class RoundedProducts:
         self._quantised = quantised
 
     def __call__(self, **inputs: Any) -> Any:
-        hooks = [
-            layer.register_forward_pre_hook(self._hook(self._quantised.get(name, "")))
-            for name, layer in self._layers.items()
-        ]
+        hooks = []
+        for name, layer in self._layers.items():
+            hook = self._hook(self._quantised.get(name, ""))
+            hooks.append(layer.register_forward_pre_hook(hook))
         try:
             return self._model(**inputs)
         finally:
-            for hook in hooks:
-                hook.remove()
+            # the caller's model is unchanged between calls
+            for handle in hooks:
+                handle.remove()
 
     def _hook(self, values: str) -> Any:
+        """Return a hook that changes the first argument of a layer. ``values``: as in :meth:`_changed`."""
+
         def change_input(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             x, *others = arguments
             return self._changed(x, values), *others
@@ -68,6 +78,7 @@ class RoundedProducts:
         return change_input
 
     def _changed(self, x: Tensor, values: str) -> Tensor:
+        """Return ``x`` (..., inputs) with random errors, and rounded if ``values`` names a quantised type."""
         inputs = x.shape[-1]
         signs = torch.randint(0, 2, x.shape, generator=self._generator).to(x.device, x.dtype) * 2 - 1
         changed = x * (1 + UNIT * math.sqrt(inputs) * signs)
@@ -85,4 +96,5 @@ def allowed_difference(effects: list[float], largest_logit: float) -> float:
         effects: largest change of a logit by :class:`RoundedProducts`, for each draw.
         largest_logit: largest absolute logit; a result itself is rounded, too.
     """
-    return MARGIN * (max(effects) + UNIT * largest_logit)
+    rounding_of_result = UNIT * largest_logit
+    return MARGIN * (max(effects) + rounding_of_result)

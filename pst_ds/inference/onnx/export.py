@@ -42,9 +42,11 @@ def sparse_graph(model: PreTrainedModel, tables: Mapping[str, Table], outputs: S
     nodes: dict[str, nn.Module] = {name: SparseLinearNode(layer) for name, layer in sparse_layers(model).items()}
     for name, table in tables.items():
         nodes[name] = EmbeddingNode(*table, columns=model.get_submodule(name).get_parameter("weight").shape[1])
-    for name in nodes:  # not cast with the rest
+    # out of the model while it is cast: quantised values must keep their dtype
+    for name in nodes:
         model.set_submodule(name, nn.Identity())
-    nn.Module.float(model).eval()  # transformers refuses to cast what it loaded as quantised
+    # transformers refuses to cast what it loaded as quantised
+    nn.Module.float(model).eval()
     for name, node in nodes.items():
         model.set_submodule(name, node)
     model.set_attn_implementation(ATTENTION)
@@ -59,21 +61,25 @@ def plain_graph(model: PreTrainedModel, outputs: Sequence[str]) -> ir.Model:
 
 
 def _trace(model: PreTrainedModel, outputs: Sequence[str]) -> ir.Model:
+    """Return the graph of ``model`` for any number of sequences and tokens. Raises ExportError."""
     inputs = input_names(model)
-    most = getattr(model.config, "max_position_embeddings", None)
-    # example inputs have 2 rows of 8 tokens; a size of 1 would be taken for a constant
-    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=most or 1 << 20)}
+    # torch refuses an axis that could be longer than the model's positions
+    most_tokens = getattr(model.config, "max_position_embeddings", None) or 1 << 20
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=most_tokens)}
+    # 2 rows of 8 tokens, since a size of 1 would be taken for a constant
+    examples = tuple(torch.ones(2, 8, dtype=torch.long) for _ in inputs)
     disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # torch's messages about axes that share a size
+    # torch's messages about axes that share a size
+    logging.disable(logging.WARNING)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
                 _ByPosition(model, inputs, outputs),
-                tuple(torch.ones(2, 8, dtype=torch.long) for _ in inputs),
+                examples,
                 input_names=inputs,
                 output_names=list(outputs),
-                dynamic_shapes={"values": tuple(axes for _ in inputs)},
+                dynamic_shapes={"values": (axes,) * len(inputs)},
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
@@ -83,15 +89,20 @@ def _trace(model: PreTrainedModel, outputs: Sequence[str]) -> ir.Model:
         finally:
             logging.disable(disabled)
     assert program is not None
-    if any(isinstance(size, int) for value in program.model.graph.inputs for size in value.shape or ()):
-        why = "cannot be written as a graph: torch's exporter fixes the number of tokens. Choose another format"
-        raise ExportError(f"{type(model).__name__} {why}")
+    # a free axis has a name as its size
+    for value in program.model.graph.inputs:
+        if any(isinstance(size, int) for size in value.shape or ()):
+            why = "cannot be written as a graph: torch's exporter fixes the number of tokens. Choose another format"
+            raise ExportError(f"{type(model).__name__} {why}")
     return program.model
 
 
 def _cause(error: BaseException) -> str:
     """Return the first line of the original error of a chain."""
-    return _cause(error.__cause__) if error.__cause__ is not None else first_line(error)
+    # the exporter's errors say only in which of its steps they were raised
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
 
 
 class _ByPosition(nn.Module):
@@ -126,10 +137,12 @@ class SparseLinearNode(nn.Module):
         parts = layer.parts()
         scales = None
         if isinstance(form, QuantizedFormat) and not form.is_dense:
+            # with a bit per weight already, next to the quantised values
             self.bits = form.grid.bits
             values = parts["codes"].reshape(-1)
             scales = parts["scales"]
         else:
+            # the operator reads one layout of floating-point weights
             if not form.has_row_bits:
                 form = BitmaskFormat()
                 parts = form.pack(layer.dense_weight())
@@ -186,6 +199,7 @@ def attention(
     ``query`` (batch, heads, queries, head_size), ``key`` and ``value`` (batch, key_value_heads, keys, head_size), and
     the mask (batch, heads or 1, queries, keys), which is added. The result is (batch, queries, heads, head_size).
     """
+    # the operator would compute something else without a message
     if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
         raise NotImplementedError("attention with soft-capped scores or sinks is not supported")
     batch, heads, queries, size = query.shape
@@ -193,6 +207,7 @@ def attention(
         "heads": heads,
         "key_value_heads": key.shape[1],
         "head_size": size,
+        # the usual factor, if a model does not state another
         "scale": size**-0.5 if scaling is None else float(scaling),
     }
     inputs = [query, key, value, attention_mask]

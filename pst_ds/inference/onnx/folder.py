@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,7 @@ def write_onnx(
     from pst_ds.inference.onnx.export import plain_graph, sparse_graph
 
     model = _load(packed, "dense" if plain else "sparse")
+    # loaded again, because tracing changes the first one
     reference = _load(packed, "dense")
     outputs = _outputs_of(reference)
     quantised = _quantised_layers(model)  # before it is consumed
@@ -70,31 +71,48 @@ def write_onnx(
         graph = sparse_graph(model, _tables(packed, model), outputs)
         operators = "pst_ds"
     _annotate(graph, facts, activation_bits, operators)
-    nbytes = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
-    external = f"{ONNX_FILE}.data" if nbytes > EXTERNAL_BYTES else None
+    external = None
+    if _weight_bytes(graph) > EXTERNAL_BYTES:
+        external = f"{ONNX_FILE}.data"
     with atomic_folder(out) as partial:
         file = partial / ONNX_FILE
         ir.save(graph, file, external_data=external)
         copy_small_files(packed, partial)
         difference = _check(file, reference, quantised, activation_bits)
-        nbytes = sum(path.stat().st_size for path in partial.glob(f"{ONNX_FILE}*"))
+        # model.onnx, and model.onnx.data if the weights are in a second file
+        file_bytes = sum(path.stat().st_size for path in partial.glob(f"{ONNX_FILE}*"))
         # the tensors are those of the packed folder, because verify quantises the run's model as they say
         tensors, packed_facts = read_manifest(packed)
+        # files that are not copied
         packed_facts.pop("files_in_folders", None)
         write_manifest(partial, tensors, {**packed_facts, **file_sums(partial)})
     return {
         **facts,
         "kind": "onnx",
         "export_dir": str(out),
-        "file_bytes": nbytes,
+        "file_bytes": file_bytes,
         "operators": operators,
-        "inputs": [value.name for value in graph.graph.inputs],
+        "inputs": _names(graph.graph.inputs),
         "outputs": outputs,
         "nodes": len(list(graph.graph)),
         "sparse_nodes": sum(node.op_type == "SparseLinear" for node in graph.graph),
         "activation_bits": activation_bits,
         "max_relative_difference": difference,
     }
+
+
+def _weight_bytes(graph: ir.Model) -> int:
+    """Return the bytes of the graph's constants."""
+    total = 0
+    for value in graph.graph.initializers.values():
+        if value.const_value is not None:
+            total += value.const_value.nbytes
+    return total
+
+
+def _names(values: Iterable[Any]) -> list[str]:
+    """Return the names of a graph's or a session's inputs or outputs, in their order."""
+    return [value.name for value in values]
 
 
 def _annotate(graph: ir.Model, facts: Mapping[str, object], activation_bits: int, operators: str) -> None:
@@ -104,22 +122,30 @@ def _annotate(graph: ir.Model, facts: Mapping[str, object], activation_bits: int
     """
     import onnx_ir as ir
 
-    kept = {key: facts[key] for key in ("values", "group", "embeddings", "sparsity_measured") if facts.get(key)}
+    stated: dict[str, object] = {"version": __version__, "operators": operators}
+    for key in ("values", "group", "embeddings", "sparsity_measured"):
+        if facts.get(key):
+            stated[key] = facts[key]
+    # without the attribute, the operators use 16 bits
     if activation_bits == 8:
-        kept["activation_bits"] = activation_bits
+        stated["activation_bits"] = activation_bits
         for node in graph.graph:
             if node.op_type == "SparseLinear":
                 node.attributes.add(ir.AttrInt64("activation_bits", activation_bits))
-    graph.metadata_props["pst_ds"] = json.dumps({"version": __version__, "operators": operators, **kept})
+    graph.metadata_props["pst_ds"] = json.dumps(stated)
 
 
 def _outputs_of(model: PreTrainedModel) -> list[str]:
     """Return the tensors that a model's forward pass returns, without states and caches. Raises ExportError."""
     require_graph(model)
-    inputs = input_names(model)
+    example = dict.fromkeys(input_names(model), torch.ones(1, 8, dtype=torch.long))
     with torch.no_grad():
-        results = model(**{name: torch.ones(1, 8, dtype=torch.long) for name in inputs}, return_dict=True)
-    return [name for name, value in results.items() if isinstance(value, Tensor) and name not in _NOT_LOGITS]
+        results = model(**example, return_dict=True)
+    names = []
+    for name, value in results.items():
+        if isinstance(value, Tensor) and name not in _NOT_LOGITS:
+            names.append(name)
+    return names
 
 
 def require_graph(model: Any) -> None:
@@ -143,9 +169,11 @@ def _quantised_layers(model: nn.Module) -> dict[str, str]:
 
 def require_free(out: Path) -> None:
     """Raise ExportError unless ``out`` is free, an empty folder, or an older ONNX export, and ONNX can be written."""
-    if find_spec("onnxscript") is None:  # onnx and onnx_ir are installed with it
+    # onnx and onnx_ir are installed with it
+    if find_spec("onnxscript") is None:
         raise ExportError("ONNX files need onnx and onnxscript: pip install 'pst-ds[onnx]'")
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / ONNX_FILE).is_file())):
+    is_replaceable = out.is_dir() and ((out / ONNX_FILE).is_file() or not any(out.iterdir()))
+    if out.exists() and not is_replaceable:
         raise ExportError(f"out = {str(out.absolute())!r} exists and is not an ONNX export. Name another folder")
     require_writable(out, f"out = {str(out)!r}")
 
@@ -156,6 +184,7 @@ def _load(folder: Path, load_as: LoadAs) -> PreTrainedModel:
     if opened.config.architectures and architecture(opened.config) is None:
         raise ExportError(f"config.json names {opened.config.architectures[0]}, which transformers does not have")
     model = opened.load(load_as, "fp32")
+    # keys and values for later calls, which a graph does not keep
     model.config.use_cache = False
     return model
 
@@ -165,6 +194,7 @@ def _tables(folder: Path, model: nn.Module) -> dict[str, Table]:
     stored = stored_tables(folder, model)
     tables: dict[str, Table] = {}
     for name, module in model.named_modules():
+        # a subclass may compute more than a look-up
         if type(module) is not nn.Embedding or module.num_embeddings < _TABLE_ROWS:
             continue
         if name in stored:
@@ -194,11 +224,11 @@ def _check(file: Path, reference: PreTrainedModel, quantised: Mapping[str, str],
     from pst_ds.inference.onnx.operators import open_session
 
     session = open_session(file, threads=1, exact=True)
-    names = [value.name for value in session.get_outputs()]
-    feeds = list(_feeds(reference, [value.name for value in session.get_inputs()]))
+    names = _names(session.get_outputs())
+    feeds = list(_feeds(reference, _names(session.get_inputs())))
     expected = _outputs(reference, feeds, names)
-    largest = {name: max(float(np.abs(one[name]).max()) for one in expected) for name in names}
-    apart = _differences(_outputs_of_session(session, feeds, names), expected)
+    largest = _largest(expected)
+    differences = _differences(_outputs_of_session(session, feeds, names), expected)
     # how far outputs move if each product is rounded as in the graph
     effects = []
     for seed in range(DRAWS):
@@ -206,17 +236,21 @@ def _check(file: Path, reference: PreTrainedModel, quantised: Mapping[str, str],
         effects.append(_differences(rounded, expected))
     for name in names:
         allowed = allowed_difference([effect[name] for effect in effects], largest[name])
-        if not apart[name] <= allowed:  # also a NaN
-            raise _not_the_model(f"{name} differs by {apart[name]:.2g}, and its arithmetic explains {allowed:.2g}")
-    scale = max(*largest.values(), 1e-30)  # outputs may all be 0
+        # "not <=" also rejects NaN
+        if not differences[name] <= allowed:
+            raise _not_the_model(
+                f"{name} differs by {differences[name]:.2g}, and its arithmetic explains {allowed:.2g}"
+            )
+    # outputs may all be 0
+    scale = max(*largest.values(), 1e-30)
     if activation_bits == 8:
         as_exported = open_session(file, threads=1)
-        apart = _differences(_outputs_of_session(as_exported, feeds, names), expected)
+        differences = _differences(_outputs_of_session(as_exported, feeds, names), expected)
         # "not all" instead of "any", because a NaN is not <= either
-        if not all(value <= ALLOWED_IN_8_BITS * scale for value in apart.values()):
-            worst = max(apart.values()) / scale
+        if not all(value <= ALLOWED_IN_8_BITS * scale for value in differences.values()):
+            worst = max(differences.values()) / scale
             raise _not_the_model(f"with int8 activations its outputs differ by {worst:.2g} of the largest")
-    return max(apart.values()) / scale
+    return max(differences.values()) / scale
 
 
 def _not_the_model(why: str) -> ExportError:
@@ -226,13 +260,15 @@ def _not_the_model(why: str) -> ExportError:
 def _feeds(reference: PreTrainedModel, inputs: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
     """Yield random ``inputs`` of several sizes for a model, one with padding at the end."""
     num_tokens = len(reference.get_input_embeddings().get_parameter("weight"))
-    most = min(getattr(reference.config, "max_position_embeddings", None) or 64, 64)
+    longest = min(getattr(reference.config, "max_position_embeddings", None) or 64, 64)
     draw = np.random.default_rng(0)
-    for batch, tokens in ((1, 1), (2, 7), (3, most)):
+    # other sizes than the traced one, of 2 rows with 8 tokens
+    for batch, tokens in ((1, 1), (2, 7), (3, longest)):
         feed = {name: np.ones((batch, tokens), np.int64) for name in inputs}
         feed["input_ids"] = draw.integers(1, num_tokens, (batch, tokens))
         if "token_type_ids" in feed:
             feed["token_type_ids"][:] = 0
+        # from the middle on, so that the one token of the first size stays
         if "attention_mask" in feed:
             feed["attention_mask"][-1, (tokens + 1) // 2 :] = 0
             # classification heads look for the padding token
@@ -246,23 +282,31 @@ def _outputs(model: Callable[..., Any], feeds: Sequence[Mapping[str, np.ndarray]
     """Return the outputs of a model, which has the signature of one of transformers."""
     outputs = []
     for feed in feeds:
-        results = model(**{name: torch.from_numpy(array) for name, array in feed.items()}, return_dict=True)
-        outputs.append({name: _at_tokens(results[name].float().numpy(), feed) for name in names})
+        inputs = {name: torch.from_numpy(array) for name, array in feed.items()}
+        results = model(**inputs, return_dict=True)
+        at_tokens = {}
+        for name in names:
+            at_tokens[name] = _at_tokens(results[name].float().numpy(), feed)
+        outputs.append(at_tokens)
     return outputs
 
 
 def _outputs_of_session(
     session: onnxruntime.InferenceSession, feeds: Sequence[Mapping[str, np.ndarray]], names: Sequence[str]
 ) -> Outputs:
+    """Return the outputs of a graph."""
     outputs = []
     for feed in feeds:
-        values = session.run(names, feed)
-        outputs.append({name: _at_tokens(value, feed) for name, value in zip(names, values, strict=True)})
+        at_tokens = {}
+        for name, values in zip(names, session.run(names, feed), strict=True):
+            at_tokens[name] = _at_tokens(values, feed)
+        outputs.append(at_tokens)
     return outputs
 
 
 def _at_tokens(values: np.ndarray, feed: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return the values of an output (batch, tokens, ...) that are not at padding; all of an output of other axes."""
+    # what a model computes at padding has no meaning, and differs
     is_token = feed.get("attention_mask", np.ones_like(feed["input_ids"])) == 1  # (batch, tokens)
     if values.shape[:2] != is_token.shape:
         return values
@@ -273,7 +317,18 @@ def _differences(outputs: Outputs, expected: Outputs) -> dict[str, float]:
     """Return the largest difference of each output; NaN if a value is NaN."""
     differences: dict[str, float] = {}
     for name in expected[0]:
-        of_inputs = [np.abs(one[name] - other[name]).max() for one, other in zip(outputs, expected, strict=True)]
+        of_inputs = []
+        for values, expected_values in zip(outputs, expected, strict=True):
+            of_inputs.append(np.abs(values[name] - expected_values[name]).max())
         # numpy's max keeps a NaN, Python's may not
         differences[name] = float(np.max(of_inputs))
     return differences
+
+
+def _largest(outputs: Outputs) -> dict[str, float]:
+    """Return the largest absolute value of each output."""
+    largest: dict[str, float] = {}
+    for values in outputs:
+        for name, array in values.items():
+            largest[name] = max(largest.get(name, 0.0), float(np.abs(array).max()))
+    return largest

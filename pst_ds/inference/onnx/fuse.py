@@ -1,5 +1,7 @@
 """Fuse the operators around sparse products and attention into fewer, larger nodes."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -8,6 +10,9 @@ ACTIVATIONS = {"Relu": 1, "Gelu": 2, "Tanh": 5}
 """Numbers of activations in SparseLinear for nodes with one input; 3 is the Gelu of a tanh, 4 SiLU."""
 _GELU_TANH = 3
 _SILU = 4
+_MASK = 1
+"""Index of the mask among the inputs of SparseLinear: x, mask, values, scales and bias."""
+_NUM_INPUTS = 5
 _HEADS_FIRST = (0, 2, 1, 3)
 """Axes that turn (batch, tokens, heads, size) into (batch, heads, tokens, size), and back."""
 
@@ -16,6 +21,7 @@ def fuse(graph: ir.Graph) -> None:
     """Rewrite ``graph`` in place. Its results stay the same up to the rounding of sums."""
     for node in _nodes(graph, "Attention"):
         _take_rows(graph, node)
+    # nodes that only transposed heads would count as readers of their products
     _remove_unused(graph)
     for node in _nodes(graph, "Attention"):
         _join_projections(graph, node)
@@ -28,6 +34,7 @@ def fuse(graph: ir.Graph) -> None:
 
 
 def _nodes(graph: ir.Graph, name: str) -> list[ir.Node]:
+    """Return the nodes of our operator ``name``; a list, since the caller changes the graph."""
     return [node for node in graph if node.domain == DOMAIN and node.op_type == name]
 
 
@@ -51,21 +58,28 @@ def _take_rows(graph: ir.Graph, node: ir.Node) -> None:
     """Let attention read heads from rows and write them side by side, without transposing them before."""
     for index, value in enumerate(node.inputs[:3]):
         assert value is not None
-        node.replace_input_with(index, _rows_behind(value) or _as_rows(graph, node, value))
+        rows = _rows_behind(value)
+        # rotary angles, for example, are applied to transposed heads
+        if rows is None:
+            rows = _as_rows(graph, node, value)
+        node.replace_input_with(index, rows)
     y = node.outputs[0]
+    # most models put the heads side by side next, which attention does itself
     joined = _only_user(y)
     if joined is not None and joined.op_type == "Reshape" and len(joined.outputs[0].shape or ()) == 3:
         y.shape = joined.outputs[0].shape
         ir.convenience.replace_all_uses_with(joined.outputs[0], y)
         return
-    sizes = [0, 0, node.attributes["heads"].as_int(), node.attributes["head_size"].as_int()]
-    split = ir.Node("", "Reshape", [y, _new_constant(graph, f"{y.name}_sizes", np.array(sizes, np.int64))])
+    # other readers get the heads; 0 keeps a size
+    sizes = np.array([0, 0, node.attributes["heads"].as_int(), node.attributes["head_size"].as_int()], np.int64)
+    split = ir.Node("", "Reshape", [y, _new_constant(graph, f"{y.name}_sizes", sizes)])
     heads = split.outputs[0]
     heads.shape = y.shape
     heads.type = y.type
     heads.name = f"{y.name}_heads"
     ir.convenience.replace_all_uses_with(y, heads)
-    split.replace_input_with(0, y)  # it was one of the uses
+    # the reshape was one of the uses
+    split.replace_input_with(0, y)
     graph.insert_after(node, split)
 
 
@@ -86,10 +100,14 @@ def _as_rows(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
 
     Layers that share keys and values share the rows.
     """
-    for user in (use.node for use in value.uses()):
-        if user.outputs[0].name == f"{value.name}_turned":
-            return next(iter(user.outputs[0].uses())).node.outputs[0]
+    for use in value.uses():
+        turned_value = use.node.outputs[0]
+        if turned_value.name == f"{value.name}_turned":
+            # the only reader of a transposed value is the reshape to rows
+            reshape = next(iter(turned_value.uses())).node
+            return reshape.outputs[0]
     turned = ir.Node("", "Transpose", [value], [ir.AttrInt64s("perm", _HEADS_FIRST)])
+    # 0 keeps a size, and -1 is all that remains
     sizes = _new_constant(graph, f"{value.name}_sizes", np.array([0, 0, -1], np.int64))
     joined = ir.Node("", "Reshape", [turned.outputs[0], sizes])
     for made, ending in ((turned, "turned"), (joined, "rows")):
@@ -101,80 +119,126 @@ def _as_rows(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
 
 def _join_projections(graph: ir.Graph, node: ir.Node) -> None:
     """Compute q, k and v of one input in one product. Attention reads their columns at offsets."""
-    linears = []
-    for value in node.inputs[:3]:
-        made = None if value is None or _only_user(value) is not node else value.producer()
-        if made is None or made.op_type != "SparseLinear":
-            return
-        linears.append(made)
+    linears = _projections(node)
+    if len(linears) < len("qkv") or not _are_stored_alike(linears):
+        return
     first = linears[0]
-    if len({id(one) for one in linears}) < 3:
-        return
-    # torch's exporter omits trailing inputs that are None; all have x, mask, values, scales and bias here
-    inputs_of = [(*one.inputs, None, None)[:5] for one in linears]
-    facts = set()
-    for one, (x, _, values, scales, bias) in zip(linears, inputs_of, strict=True):
-        groups = None if scales is None else _array(scales).shape[1]
-        facts.add((x, one.attributes["bits"].as_int(), _array(values).dtype, groups, bias is None))
-    if len(facts) > 1:  # rows of one product are stored alike
-        return
-    inputs: list[ir.Value | None] = [first.inputs[0]]
-    for index, parts in enumerate(list(zip(*inputs_of, strict=True))[1:], 1):
-        if parts[0] is None:
-            inputs.append(None)
-            continue
-        name = f"{first.outputs[0].name}_qkv_{index}"  # equal constants may share a name, so each gets a new one
-        inputs.append(_new_constant(graph, name, np.concatenate([_array(part) for part in parts])))
-    outputs = [_array(one.inputs[1]).shape[0] for one in linears]
+    widths = [_array(linear.inputs[_MASK]).shape[0] for linear in linears]
+    inputs = _stacked_inputs(graph, linears)
     joined = ir.Node(DOMAIN, "SparseLinear", inputs, list(first.attributes.values()), num_outputs=1)
     shape = first.outputs[0].shape
     assert shape is not None
-    joined.outputs[0].shape = ir.Shape([*shape.dims[:-1], sum(outputs)])
+    joined.outputs[0].shape = ir.Shape([*shape.dims[:-1], sum(widths)])
     joined.outputs[0].dtype = ir.DataType.FLOAT
     joined.outputs[0].name = f"{first.outputs[0].name}_qkv"
     graph.insert_before(node, joined)
     offset = 0
-    for index, (name, width) in enumerate(zip("qkv", outputs, strict=True)):
+    for index, (name, width) in enumerate(zip("qkv", widths, strict=True)):
         node.replace_input_with(index, joined.outputs[0])
         node.attributes[f"{name}_offset"] = ir.AttrInt64(f"{name}_offset", offset)
         offset += width
 
 
+def _projections(node: ir.Node) -> list[ir.Node]:
+    """Return the three products that compute q, k and v for an attention only; an empty list if they do not."""
+    linears: list[ir.Node] = []
+    for value in node.inputs[:3]:
+        # layers that share keys and values need the separate products
+        if value is None or _only_user(value) is not node:
+            return []
+        linear = value.producer()
+        if linear is None or linear.op_type != "SparseLinear":
+            return []
+        # one product may be several of the three, which then have their offsets in it already
+        if any(linear is other for other in linears):
+            return []
+        linears.append(linear)
+    return linears
+
+
+def _inputs_of(linear: ir.Node) -> tuple[ir.Value | None, ...]:
+    """Return all inputs of a product: x, mask, values, scales and bias."""
+    # torch's exporter omits trailing inputs that are None
+    missing = _NUM_INPUTS - len(linear.inputs)
+    return (*linear.inputs, *[None] * missing)
+
+
+def _are_stored_alike(linears: Sequence[ir.Node]) -> bool:
+    """Return whether products have one input, and parts that can be rows of one product."""
+    facts = set()
+    for linear in linears:
+        x, _, values, scales, bias = _inputs_of(linear)
+        groups = None if scales is None else _array(scales).shape[1]
+        facts.add((x, linear.attributes["bits"].as_int(), _array(values).dtype, groups, bias is None))
+    return len(facts) == 1
+
+
+def _stacked_inputs(graph: ir.Graph, linears: Sequence[ir.Node]) -> list[ir.Value | None]:
+    """Return the inputs of a product that has the rows of all ``linears``, one product's after the other's."""
+    first = linears[0]
+    inputs_of = [_inputs_of(linear) for linear in linears]
+    stacked: list[ir.Value | None] = [first.inputs[0]]
+    for index in range(_MASK, _NUM_INPUTS):
+        parts = [inputs[index] for inputs in inputs_of]
+        # none of them has scales, or a bias
+        if parts[0] is None:
+            stacked.append(None)
+            continue
+        # equal constants may share a name, so each gets a new one
+        name = f"{first.outputs[0].name}_qkv_{index}"
+        stacked.append(_new_constant(graph, name, np.concatenate([_array(part) for part in parts])))
+    return stacked
+
+
 def _array(value: ir.Value | None) -> np.ndarray:
+    """Return the numbers of a constant."""
     tensor = None if value is None else value.const_value
     assert tensor is not None
     return tensor.numpy()
 
 
 def _new_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """Add a constant to the graph. Names of a graph are unique."""
     tensor = ir.tensor(array, name=name)
-    made = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)  # type: ignore[arg-type]
-    graph.register_initializer(made)
-    return made
+    constant = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)  # type: ignore[arg-type]
+    graph.register_initializer(constant)
+    return constant
 
 
 def _take_activation(node: ir.Node) -> None:
     """Apply the activation that follows a product when its result is written."""
     y = node.outputs[0]
-    number = 0
-    after = _only_user(y)
-    if after is not None and after.domain == "" and after.op_type in ACTIVATIONS:
-        number = ACTIVATIONS[after.op_type]
-        approximate = after.attributes.get("approximate")
-        if approximate is not None and approximate.as_string() == "tanh":
-            number = _GELU_TANH
-    else:
-        # SiLU is y * sigmoid(y), for which torch's exporter writes two nodes
-        users = {use.node for use in y.uses()}
-        gates = [user for user in users if user.op_type == "Sigmoid" and user.domain == ""]
-        products = [user for user in users if user.op_type == "Mul" and user.domain == ""]
-        is_pair = len(users) == 2 and len(gates) == len(products) == 1 and not y.is_graph_output()
-        if is_pair and gates[0].outputs[0] in products[0].inputs:
-            after, number = products[0], _SILU
-    if not number or after is None:
+    following = _activation_of(y) or _silu_of(y)
+    if following is None:
         return
+    activation, number = following
     node.attributes["activation"] = ir.AttrInt64("activation", number)
-    ir.convenience.replace_all_uses_with(after.outputs[0], y, replace_graph_outputs=True)
+    ir.convenience.replace_all_uses_with(activation.outputs[0], y, replace_graph_outputs=True)
+
+
+def _activation_of(y: ir.Value) -> tuple[ir.Node, int] | None:
+    """Return the node of an activation that is the only reader of ``y``, and its number; None for another reader."""
+    user = _only_user(y)
+    if user is None or user.domain != "" or user.op_type not in ACTIVATIONS:
+        return None
+    approximate = user.attributes.get("approximate")
+    if approximate is not None and approximate.as_string() == "tanh":
+        return user, _GELU_TANH
+    return user, ACTIVATIONS[user.op_type]
+
+
+def _silu_of(y: ir.Value) -> tuple[ir.Node, int] | None:
+    """Return the node whose result is SiLU of ``y``, and its number; None if ``y`` has other readers."""
+    # SiLU is y * sigmoid(y), for which torch's exporter writes two nodes
+    users = {use.node for use in y.uses()}
+    gates = [user for user in users if user.op_type == "Sigmoid" and user.domain == ""]
+    products = [user for user in users if user.op_type == "Mul" and user.domain == ""]
+    if y.is_graph_output() or len(users) != 2 or len(gates) != 1 or len(products) != 1:
+        return None
+    # y may be multiplied by something else
+    if gates[0].outputs[0] not in products[0].inputs:
+        return None
+    return products[0], _SILU
 
 
 def _take_sum(graph: ir.Graph, node: ir.Node) -> None:
@@ -183,10 +247,12 @@ def _take_sum(graph: ir.Graph, node: ir.Node) -> None:
     if (axis is not None and axis.as_int() != -1) or node.inputs[1] is None:
         return
     added = _producer(node.inputs[0], "Add")
+    # without a sum, the operator still replaces the norm: its second input is optional
     sides: list[ir.Value | None] = [node.inputs[0], None]
     if added is not None and _same_shape(added.inputs[0], added.inputs[1]):
         sides = list(added.inputs)
     epsilon = node.attributes.get("epsilon")
+    # 1e-5 is ONNX's default
     attributes = [ir.AttrFloat32("epsilon", 1e-5 if epsilon is None else epsilon.as_float())]
     keeps_sum = added is not None and sides[1] is not None and _only_user(added.outputs[0]) is None
     inputs = [*sides, *node.inputs[1:]]
@@ -207,10 +273,14 @@ def _take_sum(graph: ir.Graph, node: ir.Node) -> None:
         ir.convenience.replace_all_uses_with(added.outputs[0], fused.outputs[1])
 
 
-def _same_shape(one: ir.Value | None, other: ir.Value | None) -> bool:
-    if one is None or other is None or one.shape is None or other.shape is None:
-        return False
-    return one.shape == other.shape and one.const_value is None and other.const_value is None
+def _same_shape(left: ir.Value | None, right: ir.Value | None) -> bool:
+    """Return whether both values have one known shape and are computed: a constant bias is not a residual."""
+    for side in (left, right):
+        if side is None or side.shape is None or side.const_value is not None:
+            return False
+    assert left is not None
+    assert right is not None
+    return left.shape == right.shape
 
 
 def _remove_unused(graph: ir.Graph) -> None:

@@ -19,6 +19,7 @@ SOURCE = NativeSource(
     "onnx/operators.cpp",
     {"pst_onnx_level": ([], ctypes.c_int), "pst_onnx_exact_inputs": ([ctypes.c_int], None)},
     "operators for ONNX Runtime",
+    # -fvisibility=hidden: only what ONNX Runtime looks up is visible to the programs that load the library
     flags=("-std=c++17", "-O3", "-Wno-psabi", "-fno-math-errno", "-fvisibility=hidden"),
     announce=True,
 )
@@ -35,6 +36,7 @@ def operator_library() -> Path:
 def register_operators(options: "SessionOptions") -> None:
     """Let sessions with ``options`` run graphs with sparse weights. Raises InputError for unsupported instructions."""
     library = str(operator_library())
+    # the environment may ask for instructions that this processor does not have
     as_asked(ctypes.CDLL(library).pst_onnx_level())
     options.register_custom_ops_library(library)
 
