@@ -77,18 +77,22 @@ class Decoder:
             raise DecoderError(f"cache={cache!r}: keys and values are kept in {', '.join(CACHES)}")
         if prompt_bits not in PROMPT_BITS:
             raise DecoderError(f"prompt_bits={prompt_bits!r}: activations of a prompt have 8 or 16 bits")
+        # here, since compiling it may take a while and fail
         require_library()
         self.threads = threads or torch.get_num_threads()
         self.context = table.shape["context"]
         self.sequences = sequences
         if cache_bytes is not None:
             fitting = cache_bytes // (sequences * table.position_bytes(CACHES[cache]))
+            # as many as the comparison with the model's logits needs
             if fitting < PROBE_TOKENS:
                 raise DecoderError(f"{cache_bytes} bytes hold {fitting} positions of each of {sequences} sequences")
             self.context = min(self.context, fitting)
         self._lengths = [0] * sequences
         self._prompts_in_bytes = prompt_bits == 8
+        # None: the base model
         self._adapters: list[Adapter | None] = [None] * sequences
+        # without users, no adapter has a factor
         self._beta = 1.0
         if users is not None:
             # here, so that the first request of a user does not fail
@@ -122,6 +126,7 @@ class Decoder:
         if additions:
             names = ", ".join(module.addition for module in additions.values())
             raise DecoderError(f"{type(model).__name__} has {names}, which the native decoder does not compute")
+        # some models have no limit, and a config may say so with None
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if isinstance(limit, int):
             context = min(context, limit)
@@ -213,6 +218,7 @@ class Decoder:
         logits: list[Tensor] = []
         for first in range(0, len(tokens), self.most):
             part = tokens[first : first + self.most]
+            # the output layer is a large part of a pass over few tokens, and only the last token needs it
             wanted: Sequence[int] = []
             if all_logits:
                 wanted = range(len(part))
@@ -236,10 +242,11 @@ class Decoder:
             ids += tokens
             sequences += [sequence] * len(tokens)
             last[sequence] = len(ids) - 1
-        return self._pass(ids, sequences, [last[sequence] for sequence in wanted])
+        return self._pass(ids, sequences=sequences, wanted=[last[sequence] for sequence in wanted])
 
     def copy(self, source: int, to: int, length: int) -> None:
         """Replace the tokens of sequence ``to`` with the first ``length`` ones of ``source``, of the same user."""
+        # keys and values of another user's model
         if self._state(source) is not self._state(to):
             raise ValueError(f"sequences {source} and {to} have different users")
         if not 0 <= length <= self._lengths[source]:
@@ -253,9 +260,10 @@ class Decoder:
         if sequences is None:
             sequences = range(len(tokens))
         numbers = list(sequences)
+        # two tokens of one sequence would need an order
         if len(numbers) != len(tokens) or len(set(numbers)) != len(numbers):
             raise ValueError(f"one token for each of different sequences, got {len(tokens)} for {numbers}")
-        return self._pass(tokens, numbers, range(len(tokens)))
+        return self._pass(tokens, sequences=numbers, wanted=range(len(tokens)))
 
     def _pass(self, ids: list[int], sequences: list[int], wanted: Sequence[int], in_bytes: bool = False) -> Tensor:
         """Append each of ``ids`` to its sequence; return the logits of those at the indices ``wanted``."""
@@ -306,6 +314,7 @@ class Decoder:
         for number in range(max_new_tokens):
             token = int(sampling.choose(logits[None], generator))
             yield token
+            # before the next pass, which would be for nothing
             if token in end or number + 1 == max_new_tokens or self.length == self.context:
                 return
             logits = self.forward([token])
@@ -325,9 +334,11 @@ class Decoder:
         sampling = sampling or Sampling()
         generator = _generator(seed)
         logits: list[Tensor] = []
+        # one after the other: the tokens of a prompt fill a pass
         for number, prompt in enumerate(prompts):
             self.reset(sequence=number)
             logits.append(self.forward(prompt, sequence=number))
+        # numbers of the prompts whose answers continue, in the order of their logits
         active = list(range(len(prompts)))
         written: list[list[int]] = [[] for _ in prompts]
         while active and max_new_tokens > 0:
@@ -335,10 +346,12 @@ class Decoder:
             chosen = dict(zip(active, tokens, strict=True))
             for number, token in chosen.items():
                 written[number].append(token)
-                if token in end or len(written[number]) == max_new_tokens or self._lengths[number] == self.context:
+                is_last = len(written[number]) == max_new_tokens or self._lengths[number] == self.context
+                if token in end or is_last:
                     active.remove(number)
             if active:
-                logits = list(self.step([chosen[number] for number in active], active))
+                next_tokens = [chosen[number] for number in active]
+                logits = list(self.step(next_tokens, active))
         return written
 
 
@@ -349,6 +362,7 @@ def _generator(seed: int | None) -> torch.Generator | None:
 
 
 def _numbers(ids: Sequence[int] | Tensor) -> list[int]:
+    """Return tokens as Python's integers, which the loop takes; numpy's are converted too."""
     if isinstance(ids, Tensor):
         return ids.flatten().tolist()
     return [int(token) for token in ids]
@@ -360,6 +374,7 @@ def _require_same(decoder: Decoder, model: Part) -> None:
     They are at the first and the last positions of the context, because a model may behave differently at the end.
     """
     count = min(PROBE_TOKENS, decoder.context)
+    # a set: a short context starts and ends with the same positions
     firsts = sorted({0, decoder.context - count})
     ids = torch.randint(0, decoder.vocabulary, (count,), generator=torch.Generator().manual_seed(0))
     positions = torch.tensor(firsts)[:, None] + torch.arange(count)

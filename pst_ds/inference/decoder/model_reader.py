@@ -64,19 +64,17 @@ def table_of(model: Part, context: int, tables: Mapping[str, StoredTable] | None
     problems = Problems()
     note_unknown_parameters(config, problems)
     modules = _layers_of(body)
-    if not modules:
-        problems.note(f"{type(body).__name__} has no list 'layers'")
-    if not hasattr(body, "norm"):
-        problems.note(f"{type(body).__name__} has no 'norm' after its layers")
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) or ""
-    if modules and activation not in _ACTIVATIONS:
-        problems.note(f"activation {activation!r} is none of {', '.join(_ACTIVATIONS)}")
-    if getattr(config, "clip_qkv", None) is not None:
-        problems.note(f"clip_qkv = {config.clip_qkv} limits queries, keys and values")
+    _note_problems_of_body(body, modules, config=config, activation=activation, problems=problems)
     names = {module: name for name, module in model.named_modules()}
     rotary = RotaryTables(getattr(body, "rotary_emb", None), context, problems)
     reader = _LayerReader(config=config, names=names, rotary=rotary, problems=problems)
-    tables_or_none = [reader.layer(module, index) for index, module in enumerate(modules)]
+    layers: list[LayerTable] = []
+    for index, module in enumerate(modules):
+        layer = reader.layer(module, index)
+        # otherwise it has noted a problem
+        if layer is not None:
+            layers.append(layer)
     last_norm = None
     if hasattr(body, "norm"):
         last_norm = measured_norm(body.norm, config.hidden_size, problems)
@@ -87,12 +85,14 @@ def table_of(model: Part, context: int, tables: Mapping[str, StoredTable] | None
         )
     require_original_positions(config, context)
     assert last_norm is not None
-    layers = [layer for layer in tables_or_none if layer is not None]
+    # the loop has one scale of attention for all layers
     attention = modules[0].self_attn
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
-    stored = {id(model.get_submodule(name)): table for name, table in (tables or {}).items()}
-    stored_embedding = stored.get(id(embedding))
+    stored_embedding = None
+    for name, table in (tables or {}).items():
+        if model.get_submodule(name) is embedding:
+            stored_embedding = table
     # a tied output layer reads the quantised rows too
     is_tied = isinstance(head, nn.Linear) and head.weight is embedding.weight
     return DecoderTable(
@@ -113,6 +113,21 @@ def table_of(model: Part, context: int, tables: Mapping[str, StoredTable] | None
     )
 
 
+def _note_problems_of_body(
+    body: Part, layers: Sequence[Part], *, config: Part, activation: str, problems: Problems
+) -> None:
+    """Note what no table can have of the model around its layers, or of all layers."""
+    if not layers:
+        problems.note(f"{type(body).__name__} has no list 'layers'")
+    if not hasattr(body, "norm"):
+        problems.note(f"{type(body).__name__} has no 'norm' after its layers")
+    # without layers, the activation says nothing more
+    if layers and activation not in _ACTIVATIONS:
+        problems.note(f"activation {activation!r} is none of {', '.join(_ACTIVATIONS)}")
+    if getattr(config, "clip_qkv", None) is not None:
+        problems.note(f"clip_qkv = {config.clip_qkv} limits queries, keys and values")
+
+
 def _layers_of(body: Part) -> Sequence[Part]:
     """Return the layers of ``body``; nothing if it has no list of layers."""
     layers = getattr(body, "layers", None)
@@ -122,6 +137,7 @@ def _layers_of(body: Part) -> Sequence[Part]:
 
 
 def _head_size(config: Part, attention: Part) -> int:
+    """Return the columns of an attention head, which need not be hidden size / heads."""
     size = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
     return int(size or config.hidden_size // config.num_attention_heads)
 
@@ -161,6 +177,7 @@ def _numbers(model: Part, config: Part, attention: Part) -> dict[str, float]:
 def _logits_scale(model: Part, config: Part) -> float:
     """Return the factor of the output layer's result, measured: some models multiply by logits_scaling, some divide."""
     setting = float(getattr(config, "logits_scaling", None) or 1.0)
+    # most models, of which none needs a forward pass here
     if setting == 1.0:
         return 1.0
     outputs: list[Tensor] = []
@@ -190,6 +207,7 @@ def _product(name: str, modules: Sequence[Part], stored: StoredTable | None = No
         return Product(matrices, bias=None)
     biases = []
     for module in modules:
+        # q, k and v may differ in this
         if module.bias is None:
             biases.append(torch.zeros(module.out_features))
         else:
@@ -201,6 +219,7 @@ def _matrix_of(name: str, module: Part, stored: StoredTable | None) -> Matrix:
     """Return the matrix of a linear layer. Weights that are not quantised are dense, in bf16 if that is lossless."""
     if stored is not None:
         codes = stored.codes
+        # two of them are in a byte of the table, and one in a byte of a matrix
         if stored.bits == 4:
             codes = unpack_nibbles(codes, module.in_features).contiguous()
         return Matrix.of_codes(codes, scales=stored.scales, bits=stored.bits, group=stored.group)
@@ -236,6 +255,7 @@ class _LayerReader:
         if attention is None or mlp is None:
             self._problems.note(f"{type(layer).__name__} has no self_attn and mlp")
             return None
+        # separate layers, or one that has their outputs side by side
         linears = {
             "qkv": self._first_of(attention, ["qkv_proj"], ["q_proj", "k_proj", "v_proj"]),
             "output": self._first_of(attention, ["o_proj"], ["dense"]),
@@ -243,6 +263,7 @@ class _LayerReader:
             "down": self._first_of(mlp, ["down_proj"], ["c_proj"]),
         }
         modules_of_norms = _norms_of(layer, attention)
+        # a module with parameters in some models
         activation = getattr(mlp, "act_fn", None)
         in_table = [*modules_of_norms.values(), activation]
         for modules in linears.values():
@@ -296,11 +317,14 @@ class _LayerReader:
 
     def _note_others(self, layer: Part, in_table: Sequence[nn.Module | None]) -> None:
         """Note the modules of a layer that have parameters and are neither in the table, nor in a module that is."""
-        known = {id(module) for top in in_table if top is not None for module in top.modules()}
+        known: set[nn.Module] = set()
+        for part in in_table:
+            if part is not None:
+                known.update(part.modules())
         others = []
         for name, module in layer.named_modules():
             has_parameters = next(module.parameters(recurse=False), None) is not None
-            if has_parameters and id(module) not in known:
+            if has_parameters and module not in known:
                 others.append(name or "the parameters of the layer itself")
         if others:
             self._problems.note(f"{type(layer).__name__} has {', '.join(others)}")
@@ -314,6 +338,7 @@ class _LayerReader:
         return []
 
     def _type(self, index: int) -> str | None:
+        """Return the kind of a layer, such as "sliding_attention"; None if the config has no kinds."""
         types = getattr(self._config, "layer_types", None)
         return str(types[index]) if types else None
 
@@ -322,6 +347,7 @@ class _LayerReader:
         if not getattr(attention, "is_sliding", True):
             return 0
         window = getattr(attention, "sliding_window", None)
+        # an attention that has the attribute, even None, has decided
         if not hasattr(attention, "sliding_window") and self._type(index) in (None, "sliding_attention"):
             window = getattr(self._config, "sliding_window", None)
         return int(window or 0)
@@ -332,13 +358,19 @@ def _norms_of(layer: Part, attention: Part) -> dict[str, nn.Module]:
     norms: dict[str, nn.Module | None] = {}
     is_sandwich = any(hasattr(layer, name) for name in _SANDWICH)
     for name, place in _NORMS.items():
+        # the one name that has two meanings
         if is_sandwich and name == "post_attention_layernorm":
             place = "after_attention"
         if hasattr(layer, name):
             norms[place] = getattr(layer, name)
     norms["queries"] = getattr(attention, "q_norm", None)
     norms["keys"] = getattr(attention, "k_norm", None)
-    return {place: norm for place, norm in norms.items() if norm is not None and not isinstance(norm, nn.Identity)}
+    present = {}
+    for place, norm in norms.items():
+        # an Identity is a norm that a setting has switched off
+        if norm is not None and not isinstance(norm, nn.Identity):
+            present[place] = norm
+    return present
 
 
 @torch.no_grad()
@@ -350,4 +382,5 @@ def _parameters_of(activation: Part) -> Tensor | None:
     beta = activation.beta.float()
     of_positive = torch.nn.functional.softplus(activation.alpha_p.float())
     of_negative = beta + torch.nn.functional.softplus(activation.alpha_n.float())
-    return torch.stack([values.reshape(()) for values in (of_positive, of_negative, beta, activation.eps.float())])
+    parameters = (of_positive, of_negative, beta, activation.eps.float())
+    return torch.stack([values.reshape(()) for values in parameters])

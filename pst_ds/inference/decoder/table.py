@@ -37,6 +37,11 @@ class Product(NamedTuple):
     bias: Tensor | None
     """fp32 biases of all matrices, concatenated."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(matrix.nbytes for matrix in self.matrices)
+
 
 class Embedding(NamedTuple):
     """Arguments of :meth:`Loop.set_embedding`, in its order."""
@@ -100,18 +105,21 @@ class DecoderTable:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights read per token."""
-        total = sum(matrix.nbytes for matrix in self.head.matrices)
+        # without the embedding, of which a token reads one row
+        total = self.head.nbytes
         for layer in self.layers:
             for product in layer.products.values():
-                total += sum(matrix.nbytes for matrix in product.matrices)
+                total += product.nbytes
         return total
 
     def position_bytes(self, cache_bits: int) -> int:
         """Return the bytes of the keys and values of one position in all layers."""
+        # rounded up
         padded_head = -(-self.shape["head"] // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
         head_bytes = padded_head * cache_bits // 8
         if cache_bits == 8:
             head_bytes += 4  # the fp32 scale of its quantised numbers
+        # a key and a value for each head of each layer
         return 2 * self.shape["layers"] * self.shape["key_value_heads"] * head_bytes
 
     def places_of_updates(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Place]:
@@ -120,7 +128,10 @@ class DecoderTable:
         ``shapes``: by names such as "model.layers.0.mlp.up_proj" with the part U or V appended.
         """
         places = {}
-        for name in sorted({parameter.rpartition(".")[0] for parameter in shapes}):
+        # U and V of a layer have its name; a parameter of another kind is refused below
+        layers = {parameter.rpartition(".")[0] for parameter in shapes}
+        # sorted, so that a message names the same layer each time
+        for name in sorted(layers):
             place = self.places.get(name)
             if place is None:
                 raise DecoderError(f"the native decoder has no place for the users' updates of {name}. {USE_OTHER}")
@@ -138,7 +149,9 @@ class DecoderTable:
     def adapter(self, state: Mapping[str, Tensor], beta: float) -> Adapter:
         """Return a user's state for loops of this table. Raises DecoderError if it does not fit."""
         places = self.places_of_updates({name: values.shape for name, values in state.items()})
-        updates = {place: (state[f"{name}.{LEFT}"], state[f"{name}.{RIGHT}"]) for name, place in places.items()}
+        updates = {}
+        for name, place in places.items():
+            updates[place] = (state[f"{name}.{LEFT}"], state[f"{name}.{RIGHT}"])
         return Adapter(layers=len(self.layers), beta=beta, updates=updates, state=state)
 
     def loop(self, context: int, sequences: int, most: int, cache_bits: int, first: int = 0) -> Loop:
@@ -160,6 +173,7 @@ class DecoderTable:
             if layer.activation is not None:
                 loop.set_activation(index, layer.activation)
             loop.set_attention(index, layer.window, layer.angles)
+        # neither belongs to a layer, and the number 0 is not used
         loop.set_linear(layer=0, name="head", matrices=self.head.matrices, bias=self.head.bias)
         loop.set_norm(0, "last", self.last_norm)
         return loop
