@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         # ranks that generate until their answers end would wait for each other at every token
         if writes_texts and context.launch.rank == 0:
             print("text is generated and scored by one process. Run pst-ds eval without a launcher for BLEU")
+    # all ranks have the same metrics
     if context.launch.rank == 0:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         print(f"{checkpoint.folder} on {args.split} ({len(examples)} {context.task.unit}): {shown}")

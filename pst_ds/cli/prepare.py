@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         subset=args.subset,
         revision=args.revision,
     )
+    # all sources are found before any is tokenised, so that a misspelt one is refused first
     plan = plan_store(args.sources, tokenizer, reading, count_bytes=args.count_bytes, piece_bytes=args.shard_bytes)
     if args.sample_by == "line":
         # one note is enough for a folder of books

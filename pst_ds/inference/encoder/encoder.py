@@ -136,7 +136,9 @@ class Encoder:
         """Return the inputs of a batch, (texts, tokens of the longest text) each, with padding at the end."""
         lengths = _lengths(features)
         shape = (len(features), max(lengths))
-        feed = {name: np.zeros(shape, np.int64) for name in INPUTS}
+        feed: Arrays = {}
+        for name in INPUTS:
+            feed[name] = np.zeros(shape, np.int64)
         # padding is masked, so that any token does for a tokenizer without a padding token
         feed["input_ids"] += self.tokenizer.pad_token_id or 0
         for row, tokens in enumerate(features):
@@ -155,17 +157,20 @@ class Encoder:
 
     def described(self, outputs: np.ndarray) -> list[Prediction]:
         """Return the predictions for :meth:`outputs`, as JSON values."""
-        rows = self.plain(outputs)
-        if self.kind == REGRESSOR:
-            return [{"number": number} for (number,) in rows]
-        if self.kind == EMBEDDER:
-            return [{"embedding": row} for row in rows]
         predictions: list[Prediction] = []
-        for index, row in enumerate(rows):
-            # of the unrounded probabilities: rounding may make two equal
-            label = self.labels[outputs[index].argmax()]
-            predictions.append({"label": label, "probabilities": dict(zip(self.labels, row, strict=True))})
+        for output, row in zip(outputs, self.plain(outputs), strict=True):
+            predictions.append(self._prediction(output, row))
         return predictions
+
+    def _prediction(self, output: np.ndarray, row: list[float]) -> Prediction:
+        """Return the prediction for one row of :meth:`outputs`. ``row``: the same as JSON values, rounded."""
+        if self.kind == REGRESSOR:
+            return {"number": row[0]}
+        if self.kind == EMBEDDER:
+            return {"embedding": row}
+        # of the unrounded probabilities: rounding may make two equal
+        label = self.labels[output.argmax()]
+        return {"label": label, "probabilities": dict(zip(self.labels, row, strict=True))}
 
 
 def _is_pair(text: object) -> bool:

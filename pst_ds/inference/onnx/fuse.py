@@ -150,7 +150,7 @@ def _projections(node: ir.Node) -> list[ir.Node]:
         if linear is None or linear.op_type != "SparseLinear":
             return []
         # one product may be several of the three, which then have their offsets in it already
-        if any(linear is other for other in linears):
+        if linear in linears:
             return []
         linears.append(linear)
     return linears
@@ -179,14 +179,14 @@ def _stacked_inputs(graph: ir.Graph, linears: Sequence[ir.Node]) -> list[ir.Valu
     inputs_of = [_inputs_of(linear) for linear in linears]
     stacked: list[ir.Value | None] = [first.inputs[0]]
     for index in range(_MASK, _NUM_INPUTS):
-        parts = [inputs[index] for inputs in inputs_of]
         # none of them has scales, or a bias
-        if parts[0] is None:
+        if inputs_of[0][index] is None:
             stacked.append(None)
             continue
+        parts = [_array(inputs[index]) for inputs in inputs_of]
         # equal constants may share a name, so each gets a new one
         name = f"{first.outputs[0].name}_qkv_{index}"
-        stacked.append(_new_constant(graph, name, np.concatenate([_array(part) for part in parts])))
+        stacked.append(_new_constant(graph, name, np.concatenate(parts)))
     return stacked
 
 
@@ -230,15 +230,16 @@ def _activation_of(y: ir.Value) -> tuple[ir.Node, int] | None:
 def _silu_of(y: ir.Value) -> tuple[ir.Node, int] | None:
     """Return the node whose result is SiLU of ``y``, and its number; None if ``y`` has other readers."""
     # SiLU is y * sigmoid(y), for which torch's exporter writes two nodes
-    users = {use.node for use in y.uses()}
-    gates = [user for user in users if user.op_type == "Sigmoid" and user.domain == ""]
-    products = [user for user in users if user.op_type == "Mul" and user.domain == ""]
-    if y.is_graph_output() or len(users) != 2 or len(gates) != 1 or len(products) != 1:
+    readers = {use.node for use in y.uses()}
+    if y.is_graph_output() or len(readers) != 2:
         return None
+    by_type = {reader.op_type: reader for reader in readers if reader.domain == ""}
+    gate = by_type.get("Sigmoid")
+    product = by_type.get("Mul")
     # y may be multiplied by something else
-    if gates[0].outputs[0] not in products[0].inputs:
+    if gate is None or product is None or gate.outputs[0] not in product.inputs:
         return None
-    return products[0], _SILU
+    return product, _SILU
 
 
 def _take_sum(graph: ir.Graph, node: ir.Node) -> None:
