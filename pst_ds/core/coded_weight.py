@@ -34,7 +34,8 @@ from pst_ds.core.quantization import (
 _ENCODED_AT_A_TIME = 1 << 20
 """Weights that are quantised in one step."""
 _EXPANDED_AT_A_TIME = {"cpu": 1 << 17}
-"""Weights that torch expands in one step, with about 8 extra bytes each; 2**22 on other devices."""
+"""Weights that torch expands in one step, with about 8 extra bytes each, by device type."""
+_EXPANDED_ELSEWHERE = 1 << 22
 _ALL = 1 << 62
 """A limit for the weights of a tile that no tile reaches: runs are cut at their ends only."""
 
@@ -88,8 +89,11 @@ class CodeLayout:
     @property
     def is_contiguous(self) -> bool:
         """True if the concatenated shards equal a single shard of the whole weight."""
+        if self.num_shards == 1:
+            return True
+        # No group crosses a boundary, and no byte has padding.
         share = self.shard_numel
-        return self.num_shards == 1 or (share % self.stored.period == 0 and share * self.bits % 8 == 0)
+        return share % self.stored.period == 0 and share * self.bits % 8 == 0
 
     def encode(self, weight: Tensor, shard: int) -> tuple[Tensor, Tensor]:
         """Return the bytes of a shard's codes and scales, with scales of least squared error, on the weight's device.
@@ -103,7 +107,9 @@ class CodeLayout:
         codes = torch.empty((last - first) * stored.period, dtype=torch.int8, device=weight.device)
         scales = torch.full((self.shard_num_scales,), UNUSED_SCALE, dtype=SCALE_DTYPE, device=weight.device)
         step = max(1, _ENCODED_AT_A_TIME // stored.period)
-        row_length = stored.layout.shape[1] if stored.layout.transposed else stored.size
+        row_length = stored.size
+        if stored.layout.transposed:  # a period is then one group of every output
+            row_length = stored.layout.shape[1]
         # Whole periods, also where the shard has only a part of one: a group's scale depends on all its weights, and
         # so both shards of a group that a boundary crosses find the same.
         for begin in range(first, last, step):
@@ -116,7 +122,10 @@ class CodeLayout:
             rounded = nearest_codes(grouped, step_scales.unsqueeze(1), stored.grid)
             codes[(begin - first) * stored.period : (end - first) * stored.period] = self._in_storage_order(rounded)
         shard_codes = codes[start - first * stored.period : stop - first * stored.period]
-        packed = pack_nibbles(shard_codes) if self.bits == 4 else shard_codes.view(torch.uint8)
+        packed = shard_codes.view(torch.uint8)
+        if self.bits == 4:
+            packed = pack_nibbles(shard_codes)
+        # ZeRO splits a tensor into equal parts, so a last shard with fewer weights is padded.
         padded = torch.zeros(self.shard_code_bytes, dtype=torch.uint8, device=weight.device)
         padded[: packed.numel()] = packed
         return padded, bytes_of_scales(scales)
@@ -194,18 +203,22 @@ class CodedRun:
         if out.dtype in NATIVE_DTYPES and out.stride(1) == 1:
             native = native_for(out, self.codes, self.scales)
         if native is None:
-            for band in row_tiles(rect, _EXPANDED_AT_A_TIME.get(out.device.type, 1 << 22)):
+            for band in row_tiles(rect, _EXPANDED_AT_A_TIME.get(out.device.type, _EXPANDED_ELSEWHERE)):
                 self._expand_in_torch_(out[band.inside(rect)], band)
             return out
         width = self.stored.layout.shape[1]
+        # The loop takes its many integers in two tensors: what it reads of the codes, and of the scales.
         codes = torch.tensor([self.stored.grid.bits, self.start, width])
         groups = torch.tensor([self.stored.shape[1], *self.stored.unit, rect.r0, rect.c0])
-        to = NATIVE_DTYPES[out.dtype], out.stride(0), *out.shape, threads_for(rect.numel)
-        native.pst_expand_codes(self.codes, codes, self.scales, self._first_scale, groups, out, *to)
+        target = (out, NATIVE_DTYPES[out.dtype], out.stride(0), *out.shape)
+        native.pst_expand_codes(
+            self.codes, codes, self.scales, self._first_scale, groups, *target, threads_for(rect.numel)
+        )
         return out
 
     @property
     def _first_scale(self) -> int:
+        """Number of the first of :attr:`scales` among those of the whole weight."""
         period = self.stored.period
         return self.start // period * self.stored.groups_per_period
 
@@ -213,15 +226,15 @@ class CodedRun:
         """Expand with torch: fp32 products of int8 and fp32, rounded on writing, without a wider tensor."""
         codes = self._codes_of(rect)
         wide = self.stored.unit[1]
-        if wide > 1 and rect.c0 % wide == 0 and rect.c1 % wide == 0:  # whole groups
-            by_group = (-1, wide)
-            torch.mul(codes.unflatten(1, by_group), self._scales_of(rect).unsqueeze(2), out=out.unflatten(1, by_group))
-            return
         scales = self._scales_of(rect)
+        if wide > 1 and rect.c0 % wide == 0 and rect.c1 % wide == 0:
+            # Whole groups: the scales broadcast to their weights, without a copy per weight.
+            by_group = (-1, wide)
+            torch.mul(codes.unflatten(1, by_group), scales.unsqueeze(2), out=out.unflatten(1, by_group))
+            return
         if wide > 1:
-            scales = scales.index_select(
-                1, torch.arange(rect.c0, rect.c1, device=self.device) // wide - rect.c0 // wide
-            )
+            group_of_column = torch.arange(rect.c0, rect.c1, device=self.device) // wide - rect.c0 // wide
+            scales = scales.index_select(1, group_of_column)
         torch.mul(codes, scales, out=out)
 
     def _codes_of(self, rect: Rect) -> Tensor:
@@ -231,9 +244,11 @@ class CodedRun:
         first = rect.r0 * width + rect.c0
         last = (rect.r1 - 1) * width + rect.c1
         local = first - self.start
+        # All codes from the first of the rectangle to its last, in whose rows its columns are then a view.
         if bits == 4:
             packed = self.codes[local // 2 : -(-(last - self.start) // 2)]
-            flat = unpack_nibbles(packed, local % 2 + last - first)[local % 2 :]
+            is_second_of_byte = local % 2
+            flat = unpack_nibbles(packed, is_second_of_byte + last - first)[is_second_of_byte:]
         else:
             flat = self.codes[local : local + last - first].view(torch.int8)
         return flat.as_strided(rect.shape, (width, 1), flat.storage_offset())
@@ -245,8 +260,9 @@ class CodedRun:
         blocks = torch.arange(rect.r0 // tall, (rect.r1 - 1) // tall + 1, device=device)
         across = torch.arange(rect.c0 // wide, (rect.c1 - 1) // wide + 1, device=device)
         table = self.scales[blocks.unsqueeze(1) * self.stored.shape[1] + across - self._first_scale].float()
-        if tall > 1:
-            table = table.index_select(0, torch.arange(rect.r0, rect.r1, device=device) // tall - rect.r0 // tall)
+        if tall > 1:  # a Conv1D, whose groups are columns: each scale counts for several rows
+            group_of_row = torch.arange(rect.r0, rect.r1, device=device) // tall - rect.r0 // tall
+            table = table.index_select(0, group_of_row)
         return table
 
 
@@ -269,7 +285,9 @@ class CodedWeight:
     @property
     def shape(self) -> tuple[int, int]:
         height, width = self.layout.stored.layout.shape
-        return (height if self.rows is None else self.rows.stop - self.rows.start), width
+        if self.rows is not None:
+            height = self.rows.stop - self.rows.start
+        return height, width
 
     @property
     def device(self) -> torch.device:
@@ -278,8 +296,9 @@ class CodedWeight:
     def expand_(self, out: Tensor, rect: Rect) -> Tensor:
         """Write the weights of a rectangle to ``out``, (rows, cols), and return it."""
         width = self.shape[1]
-        first = 0 if self.rows is None else self.rows.start
-        rect = Rect(rect.r0 + first, rect.r1 + first, rect.c0, rect.c1)
+        # Runs count rows of the whole stored weight.
+        if self.rows is not None:
+            rect = Rect(rect.r0 + self.rows.start, rect.r1 + self.rows.start, rect.c0, rect.c1)
         for run in self._runs(rect):
             for part in shard_tiles(rect, width, run.start, run.stop, _ALL):
                 run.expand_(out[part.inside(rect)], part)
@@ -287,22 +306,25 @@ class CodedWeight:
 
     def dense(self) -> Tensor:
         """Return the weight as a new tensor, without -0."""
+        height, width = self.shape
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        return self.expand_(out, Rect(0, self.shape[0], 0, self.shape[1])).add_(0.0)
+        # Code 0 times a negative scale is -0; adding 0 makes it +0.
+        return self.expand_(out, Rect(0, height, 0, width)).add_(0.0)
 
     def _runs(self, rect: Rect) -> Iterator[CodedRun]:
         """Yield the runs that ``rect`` needs: one if the shards follow each other without a gap."""
         layout = self.layout
         width = self.shape[1]
         if layout.is_contiguous:
-            yield coded_run(layout, self.codes, self.scales, self.dtype, None)
+            yield coded_run(layout, self.codes, self.scales, self.dtype, shard=None)
             return
         share = layout.shard_numel
+        first = rect.r0 * width + rect.c0
         last = (rect.r1 - 1) * width + rect.c1
-        for shard in range((rect.r0 * width + rect.c0) // share, -(-last // share)):
-            codes = self.codes.view(layout.num_shards, -1)[shard]
-            scales = self.scales.view(layout.num_shards, -1)[shard]
-            yield coded_run(layout, codes, scales, self.dtype, shard)
+        codes_by_shard = self.codes.view(layout.num_shards, -1)
+        scales_by_shard = self.scales.view(layout.num_shards, -1)
+        for shard in range(first // share, -(-last // share)):
+            yield coded_run(layout, codes_by_shard[shard], scales_by_shard[shard], self.dtype, shard=shard)
 
 
 def coded_run(layout: CodeLayout, codes: Tensor, scales: Tensor, dtype: torch.dtype, shard: int | None) -> CodedRun:
@@ -312,7 +334,7 @@ def coded_run(layout: CodeLayout, codes: Tensor, scales: Tensor, dtype: torch.dt
     if shard is not None:
         start, stop = layout.weights_of(shard)
     table = scales_of_bytes(scales, (1, scales.numel() // SCALE_DTYPE.itemsize))
-    return CodedRun(layout.stored, start, stop, codes, table.view(-1), dtype)
+    return CodedRun(stored=layout.stored, start=start, stop=stop, codes=codes, scales=table.view(-1), dtype=dtype)
 
 
 def weights_at(weight: Tensor | CodedWeight, rect: Rect, out: Tensor) -> Tensor:
@@ -349,7 +371,9 @@ class OwnWeights:
         """Return individual weights by flat ``index`` in the stored weight, (n,) int64: (n,)."""
         if isinstance(self.values, CodedRun):
             return self.values.at(index)
-        return self.values[index - self.start if self.start else index]
+        if self.start:  # a subtraction is one more kernel launch
+            index = index - self.start
+        return self.values[index]
 
     def flat(self, first: int, last: int) -> Tensor:
         """Return the flat weights [first, last) of the stored weight, limited to this part: (n,)."""
@@ -369,7 +393,9 @@ def table_rows(table: CodedWeight, numbers: Tensor) -> Tensor:
     flat = numbers.reshape(-1)
     height, width = stored.layout.shape
     packed = embedding(flat, table.codes.view(height, -1))
-    codes = unpack_nibbles(packed, width) if stored.grid.bits == 4 else packed.view(torch.int8)
+    codes = packed.view(torch.int8)
+    if stored.grid.bits == 4:
+        codes = unpack_nibbles(packed, width)
     scales = embedding(flat, scales_of_bytes(table.scales, stored.shape)).float()
     out = torch.empty(len(flat), width, dtype=table.dtype, device=table.device)
     by_group = (-1, stored.size)
@@ -381,7 +407,9 @@ def times_table(x: Tensor, table: CodedWeight, bias: Tensor | None = None) -> Te
     """Return x T' + bias, (n, width) to (n, rows), like ``linear`` with the whole table T."""
     out = x.new_empty(len(x), table.shape[0])
     for rows in _slices(table):
-        slice_bias = None if bias is None else bias[rows]
+        slice_bias = None
+        if bias is not None:
+            slice_bias = bias[rows]
         out[:, rows] = linear(x, table[rows].dense(), slice_bias)
     return out
 
@@ -389,6 +417,7 @@ def times_table(x: Tensor, table: CodedWeight, bias: Tensor | None = None) -> Te
 def of_table_inputs(grad_y: Tensor, table: CodedWeight) -> Tensor:
     """Return the gradient of x, (n, width), from that of x T', (n, rows): products of slices, summed in fp32."""
     slices = list(_slices(table))
+    # One product needs no sum, nor a tensor in fp32.
     if len(slices) == 1:
         return grad_y @ table.dense()
     total = torch.zeros(len(grad_y), table.shape[1], dtype=torch.float32, device=grad_y.device)
@@ -403,6 +432,7 @@ def slice_numel(rows: int, width: int, device_type: str) -> int:
 
 
 def _slices(table: CodedWeight) -> Iterator[slice]:
+    """Yield the rows of a table that are expanded in one step."""
     height, width = table.shape
     step = slice_numel(height, width, table.device.type) // width
     return (slice(first, min(first + step, height)) for first in range(0, height, step))

@@ -45,9 +45,12 @@ class Rect:
 
     def meet(self, other: Rect) -> Rect | None:
         """Return the intersection with another rectangle, or None if it is empty."""
-        rows = (max(self.r0, other.r0), min(self.r1, other.r1))
-        cols = (max(self.c0, other.c0), min(self.c1, other.c1))
-        return Rect(*rows, *cols) if rows[0] < rows[1] and cols[0] < cols[1] else None
+        both = Rect(
+            r0=max(self.r0, other.r0), r1=min(self.r1, other.r1), c0=max(self.c0, other.c0), c1=min(self.c1, other.c1)
+        )
+        if both.r0 >= both.r1 or both.c0 >= both.c1:
+            return None
+        return both
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,9 @@ class StoredMatrix:
     def ranges(self, rect: Rect, *, transposed: bool) -> tuple[slice, slice]:
         """Return the outputs and inputs of a rectangle inside the matrix, counted from the matrix's first."""
         rows, cols = rect.inside(self.rect)
-        return (cols, rows) if transposed else (rows, cols)
+        if transposed:
+            return cols, rows
+        return rows, cols
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,13 @@ class WeightLayout:
         """Return the layout of one of ``parts`` equal parts of a stack, each of whole experts."""
         experts = self.num_experts // parts
         matrices = self.num_matrices // parts
-        return WeightLayout(self.out_features // parts, self.in_features, self.transposed, matrices, experts)
+        return WeightLayout(
+            out_features=self.out_features // parts,
+            in_features=self.in_features,
+            transposed=self.transposed,
+            num_matrices=matrices,
+            num_experts=experts,
+        )
 
     def expert_range(self, expert: int) -> tuple[int, int]:
         """Return the flat range [first, last) of an expert's weights."""
@@ -130,21 +141,24 @@ class WeightLayout:
         return _matrices(self)
 
 
+# Cached, because every forward pass of a layer asks for its matrices.
 @cache
 def _matrices(layout: WeightLayout) -> tuple[StoredMatrix, ...]:
     inputs = layout.in_features
     fused = layout.num_matrices // layout.num_experts
     width = layout.out_features // layout.num_matrices
-    matrices = []
+    matrices: list[StoredMatrix] = []
     for i in range(layout.num_matrices):
         expert, part = divmod(i, fused)
         outputs = slice(i * width, (i + 1) * width)
         inputs_of_expert = slice(expert * inputs, (expert + 1) * inputs)
         if layout.transposed:
+            # Experts are below each other along the inputs, fused matrices next to each other along the outputs.
             rect = Rect(inputs_of_expert.start, inputs_of_expert.stop, part * width, (part + 1) * width)
         else:
+            # Both are below each other along the outputs.
             rect = Rect(outputs.start, outputs.stop, 0, inputs)
-        matrices.append(StoredMatrix(i, rect, outputs, inputs_of_expert))
+        matrices.append(StoredMatrix(index=i, rect=rect, outputs=outputs, inputs=inputs_of_expert))
     return tuple(matrices)
 
 
@@ -165,7 +179,7 @@ def shard_tiles(whole: Rect, row_length: int, start: int, stop: int, max_element
         return
     first, head = divmod(start, row_length)
     last, tail = divmod(stop, row_length)
-    if first == last:
+    if first == last:  # inside one row
         pieces = [Rect(first, first + 1, head, tail)]
     else:
         whole_from = first + (head > 0)  # the first whole row

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # run files are read without torch
 
 Kind = Literal["matrix", "stack", "global", "row", "n:m", "block", "experts"]
 MAX_M = 16
+"""Largest M of N:M."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,9 @@ class Pattern:
     @property
     def fixed_sparsity(self) -> float | None:
         """The only final sparsity that the pattern supports, 1 - N/M; None if it supports any."""
-        return (self.m - self.n) / self.m if self.kind == "n:m" else None
+        if self.kind != "n:m":
+            return None
+        return (self.m - self.n) / self.m
 
     @property
     def pools_matrices(self) -> bool:
@@ -56,7 +59,9 @@ class Pattern:
         """Return (rows, cols) of a unit in the stored weight."""
         by_output = {"row": (1, layout.in_features), "n:m": (1, self.m), "block": (self.outputs, self.inputs)}
         outputs, inputs = by_output.get(self.kind, (1, 1))
-        return (inputs, outputs) if layout.transposed else (outputs, inputs)
+        if layout.transposed:
+            return inputs, outputs
+        return outputs, inputs
 
     def require_fit(self, layout: WeightLayout) -> None:
         """Raise ValueError if units do not tile each matrix of ``layout``, naming the number that does not divide."""
@@ -74,7 +79,10 @@ class Pattern:
         if stop <= start:
             return start, start
         rows, cols = self.unit(layout)
-        step = rows * layout.shape[1] if rows > 1 else cols  # taller units: whole rows of them
+        step = cols
+        if rows > 1:
+            # A unit of several rows is not consecutive in memory; a whole row of units is.
+            step = rows * layout.shape[1]
         return start // step * step, min(-(-stop // step) * step, layout.numel)
 
 

@@ -56,6 +56,7 @@ class Tiles:
 
     @property
     def max_band_numel(self) -> int:
+        """Weights of the largest band. A tile may be smaller than a band, or have rows that are longer."""
         return max(min(rect.numel, max(self.band_elements, rect.c1 - rect.c0)) for rect in self.rects)
 
 
@@ -89,9 +90,11 @@ def plan_tiles(
             f"{name}: a tile of {tile_bytes} bytes is too small for its {outputs} x {inputs} weights of {itemsize} "
             f"bytes; set pst.tile_bytes to at least {needed}, or to 0 for the default"
         )
+    # The band first, with at most a quarter of the budget; the tile gets the rest.
     quarter = tile_bytes // 4 // tile_bytes_of(0, 1, itemsize)
     band_elements = max(layout.shape[1], min(quarter, _BAND_ELEMENTS.get(device_type, quarter)))
-    fits = (tile_bytes - tile_bytes_of(0, band_elements, itemsize)) // tile_bytes_of(1, 0, itemsize)
+    bytes_for_tile = tile_bytes - tile_bytes_of(0, band_elements, itemsize)
+    fits = bytes_for_tile // tile_bytes_of(1, 0, itemsize)
     if fits < least:  # with a small budget the tile needs more than three quarters
         band_elements = layout.shape[1]
         fits = least
@@ -99,14 +102,20 @@ def plan_tiles(
     output_strip = fits // inputs
     too_thin = input_strip < min(inputs, MIN_STRIP)
     cut_outputs = too_thin or (input_strip < min(inputs, _WIDE_STRIP) and output_strip > 2 * input_strip)
-    whole = outputs if cut_outputs else inputs
-    strip = output_strip if cut_outputs else input_strip
+    whole = inputs
+    strip = input_strip
+    if cut_outputs:
+        whole = outputs
+        strip = output_strip
     along_rows = cut_outputs != layout.transposed  # stored rows are outputs, or inputs if transposed
     height, width = layout.shape
-    rects = []
+    rects: list[Rect] = []
     for start, stop in _strips(whole, min(strip, _WIDEST_STRIP.get(device_type, strip))):
-        rects.append(Rect(start, stop, 0, width) if along_rows else Rect(0, height, start, stop))
-    return Tiles(tuple(rects), cut_outputs, band_elements)
+        if along_rows:
+            rects.append(Rect(start, stop, 0, width))
+        else:
+            rects.append(Rect(0, height, start, stop))
+    return Tiles(rects=tuple(rects), cut_outputs=cut_outputs, band_elements=band_elements)
 
 
 def whole_tile(layout: WeightLayout) -> Tiles:
@@ -116,9 +125,11 @@ def whole_tile(layout: WeightLayout) -> Tiles:
 
 
 def _strips(whole: int, strip: int) -> list[tuple[int, int]]:
+    """Return the first and last + 1 of strips that cover ``whole`` rows or columns, each of at most ``strip``."""
     if strip >= whole:
         return [(0, whole)]
     step = -(-whole // -(-whole // strip))  # as few strips as possible, of nearly equal width
+    # 8 bits of a mask are a byte.
     for alignment in (_ALIGNMENT, 8):
         aligned = -(-step // alignment) * alignment
         if aligned > strip:

@@ -23,7 +23,7 @@ def unit_tiles(
     first = max(start // row_length, matrix.r0)
     last = min(stop // row_length, matrix.r1)
     width = matrix.c1 - matrix.c0
-    bands = max(1, size // (rows * width))
+    bands = max(1, size // (rows * width))  # rows of units in a rectangle, if one fits
     across = max(1, size // (rows * cols)) * cols
     for r0 in range(first, last, bands * rows):
         r1 = min(r0 + bands * rows, last)
@@ -57,7 +57,9 @@ def keep_n_of_m(keys: Tensor, unit: tuple[int, int], prune: int) -> Tensor:
     Of equal keys, the first are pruned.
     """
     size = max(unit)
-    stride = keys.shape[1] if unit[0] > 1 else 1
+    stride = 1  # distance in memory of two keys of a unit
+    if unit[0] > 1:
+        stride = keys.shape[1]
     native = native_for(keys)
     if native is not None:
         keys = keys.contiguous()
@@ -77,7 +79,11 @@ def keep_in_rows(keys: Tensor, unit: tuple[int, int], prune: int) -> Tensor:
 
     Of equal keys, the first are pruned.
     """
-    along = (keys if unit[0] == 1 else keys.t()).contiguous()
+    is_column = unit[0] > 1
+    along = keys
+    if is_column:
+        along = keys.t()
+    along = along.contiguous()
     native = native_for(keys)
     if native is not None:
         keep = torch.empty(along.shape, dtype=torch.uint8)
@@ -85,7 +91,9 @@ def keep_in_rows(keys: Tensor, unit: tuple[int, int], prune: int) -> Tensor:
     else:
         pruned = along.sort(dim=1, stable=True).indices[:, :prune]
         keep = torch.ones_like(along, dtype=torch.uint8).scatter_(1, pruned, 0)
-    return keep if unit[0] == 1 else keep.t()
+    if is_column:
+        return keep.t()
+    return keep
 
 
 def _sum_of_units(scores: Tensor, unit: tuple[int, int]) -> Tensor:
@@ -97,6 +105,7 @@ def _sum_of_units(scores: Tensor, unit: tuple[int, int]) -> Tensor:
 
 def _fold(values: Tensor, dim: int) -> Tensor:
     """Add the second half of ``dim`` to the first until one value is left. A last value without a partner waits."""
+    # Not sum(): the order in which that adds depends on the shape and the device.
     while (size := values.shape[dim]) > 1:
         half = size // 2
         folded = values.narrow(dim, 0, half) + values.narrow(dim, half, half)
