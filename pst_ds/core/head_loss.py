@@ -23,9 +23,11 @@ class ChunkSizes:
     """Logits whose softmax and gradient are held in fp32."""
 
     def rows(self, classes: int) -> int:
+        """Return the rows per product with the head."""
         return max(self.least_rows, self.numbers // classes)
 
     def rows_in_fp32(self, classes: int) -> int:
+        """Return the rows whose softmax is computed in one step."""
         return max(1, self.numbers_in_fp32 // classes)
 
 
@@ -36,7 +38,10 @@ _ON_ACCELERATOR = ChunkSizes(least_rows=512, numbers=1 << 26, numbers_in_fp32=1 
 
 
 def chunk_sizes(device_type: str) -> ChunkSizes:
-    return _ON_CPU if device_type == "cpu" else _ON_ACCELERATOR
+    """Return the default limits on a type of device."""
+    if device_type == "cpu":
+        return _ON_CPU
+    return _ON_ACCELERATOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +72,18 @@ class Readout:
         logits = logits.float()
         if self.cap:
             return (logits * (self.scale / self.cap)).tanh_().mul_(self.cap)
-        return logits if self.scale == 1.0 else logits * self.scale
+        if self.scale == 1.0:  # without a copy of the largest tensor
+            return logits
+        return logits * self.scale
 
     def gradient(self, of_final: Tensor, final: Tensor) -> Tensor:
         """Return dL/dz from dL/d(logits), which is overwritten. ``final``: the logits."""
         if self.cap:
+            # tanh' = 1 - tanh^2, and the logits are c tanh.
             of_final.mul_(1.0 - (final / self.cap).square_())
-        return of_final if self.scale == 1.0 else of_final.mul_(self.scale)
+        if self.scale != 1.0:
+            of_final.mul_(self.scale)
+        return of_final
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +115,9 @@ def head_loss(
     trains.
     """
     sizes = sizes or chunk_sizes(hidden.device.type)
-    weight = None if isinstance(readout.weight, CodedWeight) else readout.weight
+    weight: Tensor | None = None
+    if not isinstance(readout.weight, CodedWeight):  # codes are integers, which do not train
+        weight = readout.weight
 
     def compute(wants: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -116,13 +128,18 @@ def head_loss(
             taught = None
             if teacher is not None:
                 taught = teacher.readout.output(_chosen(teacher.hidden, rows, part))
-            # overwrites the logits by their gradient: the largest tensor exists once
-            total += _loss_of_chunk(logits, readout, targets[part], taught, teacher, sizes)
-            grads.add(part if rows is None else rows[part], chunk, logits)
+            # Overwrites the logits by their gradient: the largest tensor exists once.
+            total += _loss_of_chunk(
+                logits=logits, readout=readout, targets=targets[part], taught=taught, teacher=teacher, sizes=sizes
+            )
+            rows_of_chunk: Tensor | slice = part
+            if rows is not None:
+                rows_of_chunk = rows[part]
+            grads.add(rows_of_chunk, chunk, logits)
         return total, grads.tensors
 
     if count is None:
-        count = max(len(targets), 1)
+        count = max(len(targets), 1)  # the mean over no targets is 0, not NaN
     return mean_with_gradients(compute, count, hidden, weight, readout.bias)
 
 
@@ -132,7 +149,7 @@ def token_losses(
 ) -> Tensor:
     """Return the cross-entropy of each target in nats, (n,) fp32, without a gradient; see :func:`head_loss`."""
     sizes = sizes or chunk_sizes(hidden.device.type)
-    losses = [hidden.new_empty(0, dtype=torch.float32)]
+    losses = [hidden.new_empty(0, dtype=torch.float32)]  # cat() needs a tensor, also without targets
     classes = readout.weight.shape[0]
     for part in _slices(len(targets), sizes.rows(classes)):
         logits = readout.output(_chosen(hidden, rows, part))
@@ -164,6 +181,7 @@ class _Gradients:
         if self._hidden is not None:
             self._hidden[rows] = self._readout.of_hidden(of_logits)
         if self._of_weight is not None and self._dtype == torch.float32:
+            # In place, which needs operands of the dtype of the sum.
             self._of_weight.addmm_(of_logits.T, hidden)
         elif self._of_weight is not None:
             self._of_weight += of_logits.T @ hidden
@@ -172,14 +190,20 @@ class _Gradients:
 
     @property
     def tensors(self) -> list[Tensor | None]:
+        """The gradients of hidden states, weight and bias, in their dtypes; None for those not requested."""
         tensors = [self._hidden]
         for total in (self._of_weight, self._of_bias):
-            tensors.append(None if total is None else total.to(self._dtype))
+            if total is not None:
+                total = total.to(self._dtype)
+            tensors.append(total)
         return tensors
 
 
 def _chosen(hidden: Tensor, rows: Tensor | None, part: slice) -> Tensor:
-    return hidden[part] if rows is None else hidden[rows[part]]
+    """Return the hidden states that predict the targets in ``part``; see :func:`head_loss` for ``rows``."""
+    if rows is None:
+        return hidden[part]
+    return hidden[rows[part]]
 
 
 def _loss_of_chunk(
@@ -190,15 +214,19 @@ def _loss_of_chunk(
     for block in _slices(len(logits), sizes.rows_in_fp32(logits.shape[1])):
         final = readout.final(logits[block])
         aims = targets[block].unsqueeze(1)  # (rows, 1)
-        if teacher is None or taught is None:
-            loss, gradient = loss_and_gradient(final, None, aims, 0.0, 1.0)
-        else:
-            other = teacher.readout.final(taught[block])
-            loss, gradient = loss_and_gradient(final, other, aims, teacher.weight, teacher.temperature)
+        taught_final = None
+        weight = 0.0
+        temperature = 1.0
+        if teacher is not None and taught is not None:
+            taught_final = teacher.readout.final(taught[block])
+            weight = teacher.weight
+            temperature = teacher.temperature
+        loss, gradient = loss_and_gradient(final, taught_final, aims, weight, temperature)
         total += loss
         logits[block] = readout.gradient(gradient, final)
     return total
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:
+    """Yield consecutive slices of ``size`` that cover [0, ``count``)."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))

@@ -4,6 +4,7 @@ Every schedule is a pure function of the applied optimizer steps, so there is no
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Protocol
@@ -101,6 +102,7 @@ class CubicSchedule(ScheduleConfig):
 
     @property
     def ramp_start(self) -> int:
+        """Last step of the warm-up."""
         return math.floor(self.warmup_fraction * self.num_steps)
 
     @property
@@ -112,7 +114,7 @@ class CubicSchedule(ScheduleConfig):
     def solve_steps(self) -> tuple[int, ...]:
         """Steps after which masks are solved, in order; the last is the end of the ramp."""
         length = self.ramp_end - self.ramp_start
-        steps = set()  # a ramp shorter than the number of solves has fewer steps
+        steps: set[int] = set()  # a ramp shorter than the number of solves has fewer steps
         for solve in range(1, self.solves + 1):
             steps.add(self.ramp_start + -(-solve * length // self.solves))
         return tuple(sorted(steps))
@@ -123,10 +125,12 @@ class CubicSchedule(ScheduleConfig):
             return 0.0
         left = self._left_at(step)
         if left == 1.0:
-            return self.initial_sparsity  # the formula may be one rounding error below it and prune one weight fewer
+            # The formula may be one rounding error below it and prune one weight fewer.
+            return self.initial_sparsity
         return self.final_sparsity + (self.initial_sparsity - self.final_sparsity) * left**3
 
     def progress_at(self, step: int) -> float:
+        # Without a sparsity of all layers, those with their own follow the ramp itself.
         if self.final_sparsity == 0.0:
             return 1.0 - self._left_at(step) ** 3
         return self.sparsity_at(step) / self.final_sparsity
@@ -134,7 +138,7 @@ class CubicSchedule(ScheduleConfig):
     def updates_masks_at(self, step: int) -> bool:
         if self.solves:
             return step in self.solve_steps
-        if step == 0:
+        if step == 0:  # at sparsity 0 all weights are kept, which needs no selection
             return self.initial_sparsity > 0.0
         if step == self.ramp_end:
             return True
@@ -147,11 +151,17 @@ class CubicSchedule(ScheduleConfig):
         """Return the remaining fraction of the ramp at the latest mask update up to ``step``."""
         if step >= self.ramp_end:
             return 0.0
+        length = self.ramp_end - self.ramp_start
         if self.solves:
-            last = max((at for at in self.solve_steps if at <= step), default=self.ramp_start)
-            return (self.ramp_end - last) / (self.ramp_end - self.ramp_start)
+            last_solve = _latest(self.solve_steps, step, default=self.ramp_start)
+            return (self.ramp_end - last_solve) / length
         since_start = max(0, step - self.ramp_start) // self.update_interval * self.update_interval
-        return 1.0 - since_start / (self.ramp_end - self.ramp_start)
+        return 1.0 - since_start / length
+
+
+def _latest(steps: Sequence[int], step: int, *, default: int) -> int:
+    """Return the latest of ``steps`` up to ``step``, or ``default`` before the first."""
+    return max((at for at in steps if at <= step), default=default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +233,9 @@ class Schedules:
     rounding: RoundingSchedule | None = None
 
     def sparsity_at(self, step: int) -> float:
-        return 0.0 if self.masks is None else self.masks.sparsity_at(step)
+        if self.masks is None:
+            return 0.0
+        return self.masks.sparsity_at(step)
 
     def masks_final_at(self, step: int) -> bool:
         return self.masks is not None and self.masks.is_final(step)
@@ -235,7 +247,7 @@ class Schedules:
 
     def last_solve(self, step: int) -> int:
         """Return the step of the latest solve up to ``step``; 0 before the first."""
-        return max((at for at in self._solves if at <= step), default=0)
+        return _latest(self._solves, step, default=0)
 
     def listens_at(self, step: int) -> bool:
         """Return whether the batch after ``step`` is one of the last before a solve."""
@@ -243,7 +255,10 @@ class Schedules:
 
     @property
     def _solves(self) -> tuple[int, ...]:
-        return self.masks.solve_steps if isinstance(self.masks, CubicSchedule) else ()
+        """Steps of all solves, in order."""
+        if isinstance(self.masks, CubicSchedule):
+            return self.masks.solve_steps
+        return ()
 
     def quantises_at(self, step: int) -> bool:
         return self.rounding is not None and self.rounding.rounds_at(step)
@@ -254,7 +269,8 @@ class Schedules:
     def is_settled(self, step: int) -> bool:
         """Return whether masks and quantisation no longer change in kind from ``step`` on."""
         masks_final = self.masks is None or self.masks.is_final(step)
-        return masks_final and (self.rounding is None or self.rounding.rounds_at(step))
+        quantisation_started = self.rounding is None or self.rounding.rounds_at(step)
+        return masks_final and quantisation_started
 
 
 def _require_numbers(schedule: Any) -> None:
@@ -266,20 +282,25 @@ def _require_numbers(schedule: Any) -> None:
         if field.type is int:
             kind = Integral
             wanted = "a whole number"
-        # numbers of numpy are allowed; True, an int in Python, is not
+        # Numbers of numpy are allowed; True, an int in Python, is not.
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{field.name} = {value!r} must be {wanted}")
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
-    if not holds:
-        hint = percent_hint(value) if wanted.startswith("in [0") else ""
-        raise ValueError(f"{name} = {value} must be {wanted}{hint}")
+    """Raise ValueError unless a value ``holds`` its range, described by ``wanted``: "in [0, 1)", "at least 1"."""
+    if holds:
+        return
+    hint = ""
+    if wanted.startswith("in [0"):  # a fraction
+        hint = percent_hint(value)
+    raise ValueError(f"{name} = {value} must be {wanted}{hint}")
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
     """Return the share of the peak rate for the step after ``step``: a linear rise, then a linear fall to zero."""
     warmup_steps = math.floor(warmup_fraction * num_steps)
+    # Neither the first step nor the last has the rate 0, which would waste it.
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     return max(0.0, (num_steps - step) / (num_steps - warmup_steps))
@@ -344,11 +365,18 @@ def default_learning_rates(
     length = min(max((USUAL_STEPS / num_steps) ** STEPS_POWER, _LEAST), _MOST)
     narrower = min(1.0, _WIDTH / width)
     overfits_soon = predicts_tokens or 0 < num_labels <= FEW_LABELS
-    passes = max(1.0, epochs / (_PASSES_OF_FEW if overfits_soon else _PASSES_OF_MANY))
-    measured = _OF_TOKENS if predicts_tokens else _MEASURED
-    rates = {}
+    passes_unchanged = _PASSES_OF_MANY
+    if overfits_soon:
+        passes_unchanged = _PASSES_OF_FEW
+    passes = max(1.0, epochs / passes_unchanged)
+    measured = _MEASURED
+    if predicts_tokens:
+        measured = _OF_TOKENS
+    rates: dict[str, float] = {}
     for field in fields(LearningRates):
-        factor = length * (1.0 if field.name == "scores" else narrower)
+        factor = length
+        if field.name != "scores":
+            factor *= narrower
         if field.name == "embeddings":
             factor *= max(passes**-_EPOCHS_POWER, _LEAST_OF_EMBEDDINGS)
         rates[field.name] = getattr(measured, field.name) * factor
