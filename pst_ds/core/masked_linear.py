@@ -8,7 +8,7 @@ Names: N tokens, O outputs, I inputs. The gradient G, as large as the weight, ex
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -63,8 +63,15 @@ class LayerState:
         )
 
     def masked_weight(self) -> Tensor:
+        """Return M . W in storage shape, quantised if the layer is; see :func:`pst_ds.core.scores.masked_weight`."""
         return masked_weight(
-            self.weight, self.bits, self.num_shards, self.layout, self.factors, self.constants, self.rounding
+            weight=self.weight,
+            bits=self.bits,
+            num_shards=self.num_shards,
+            layout=self.layout,
+            factors=self.factors,
+            constants=self.constants,
+            rounding=self.rounding,
         )
 
 
@@ -85,11 +92,14 @@ class Gradients:
     """Gradients of the parameters of an update form without kernels, by name."""
 
     def factors(self) -> Factors:
+        """Return the gradients of the factors."""
         return Factors(A=self.A, B=self.B, R=self.R, C=self.C, U=self.U, V=self.V, update=self.update)
 
     def of_parameter(self, name: str) -> Tensor | None:
         """Return the gradient of a layer's trained parameter, of the scores or of the update."""
-        return self.update[name] if name in self.update else getattr(self, name)
+        if name in self.update:
+            return self.update[name]
+        return getattr(self, name)
 
 
 def forward(x: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
@@ -103,8 +113,9 @@ def forward(x: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
 def forward_into(out: Tensor, x: Tensor, state: LayerState) -> None:
     """Write x (M . W)' to ``out`` (N, O), for ``x`` (N, I)."""
     merged = state.masked_weight()
-    by_input = merged if state.layout.transposed else merged.t()  # (I, O)
-    torch.mm(x, by_input, out=out)
+    if not state.layout.transposed:
+        merged = merged.t()
+    torch.mm(x, merged, out=out)  # (N, I) by (I, O)
 
 
 def backward(
@@ -132,31 +143,41 @@ def backward(
         tiles = plan_tiles(state.layout, x.element_size(), tile_bytes, device_type=x.device.type)
     x = x.contiguous()
     grad_y = grad_y.contiguous()
-    # sums over tokens and tiles are at least fp32, also for 16-bit inputs
+    # Sums over tokens and tiles are at least fp32, also for 16-bit inputs.
     high = torch.promote_types(x.dtype, torch.float32)
-    factors = factors_with_ones(state) if state.scores_train else state.factors.of_update()
-    sums = Factors(
-        **{n: torch.zeros_like(f, dtype=high) for n in "ABUV" if (f := getattr(factors, n)) is not None},
-        update={name: torch.zeros_like(value, dtype=high) for name, value in factors.update.items()},
-    )
+    factors = state.factors.of_update()
+    if state.scores_train:
+        factors = factors_with_ones(state)
+    sums = _zero_sums(factors, high)
     grads = Gradients()
     if need_bias:
         grads.bias = grad_y.sum(0, dtype=high)
     if need_weight:
         grads.weight = torch.empty(state.layout.shape, dtype=state.weight.dtype, device=state.weight.device)
     if need_x and tiles.cut_outputs:
-        # dX is then a sum over tiles, which is accumulated in the wider dtype
+        # dX is then a sum over tiles, which is accumulated in the wider dtype.
         grads.x = torch.zeros_like(x, dtype=high)
     elif need_x:
         grads.x = torch.empty_like(x)
     mask = None
-    if not need_weight:  # the kernels do not write G . M
+    if not need_weight:  # the kernels do not write G . M, the gradient of the weight
         mask = mask_for_kernels(x, state)
     work = _Work(x=x, grad_y=grad_y, state=state, factors=factors, sums=sums, grads=grads, tiles=tiles, mask_bits=mask)
     for rect in tiles.rects:
         _tile_backward(work, rect)
     finish_factors(sums, state, grads)
     return grads
+
+
+def _zero_sums(factors: Factors, dtype: torch.dtype) -> Factors:
+    """Return zeros in the shapes of A, B, U, V and the parameters of the update form."""
+    zeros: dict[str, Any] = {}
+    for name in "ABUV":  # the gradients of R and C are columns of A's and rows of B's
+        factor = getattr(factors, name)
+        if factor is not None:
+            zeros[name] = torch.zeros_like(factor, dtype=dtype)
+    update = {name: torch.zeros_like(value, dtype=dtype) for name, value in factors.update.items()}
+    return Factors(**zeros, update=update)
 
 
 def mask_for_kernels(x: Tensor, state: LayerState) -> MaskBits | None:
@@ -182,50 +203,65 @@ class _Work:
     """Set if GPU kernels compute the layer."""
 
     def __post_init__(self) -> None:
-        # allocated once for all tiles, of which the largest needs all of it
+        # Allocated once for all tiles, of which the largest needs all of it.
         tile = self.tiles.max_numel
         band = self.tiles.max_band_numel
         self.weight = self.x.new_empty(tile)
         self.grad = self.x.new_empty(tile)
         self.product = self.x.new_empty(band)
         self.magnitude = self.x.new_empty(band)
-        # integers of the size of a weight, so that a mask is applied by "and"
+        # Integers of the size of a weight, so that a mask is applied by "and".
         self.mask = self.x.new_empty(band, dtype=INT_OF_SIZE[self.x.element_size()])
 
 
 def _tile_backward(work: _Work, rect: Rect) -> None:
+    """Add the terms of a tile to all gradients of the layer."""
     layout = work.state.layout
     rows, cols = rect.slices
-    outputs, inputs = (cols, rows) if layout.transposed else (rows, cols)
+    outputs = rows
+    inputs = cols
+    if layout.transposed:
+        outputs = cols
+        inputs = rows
     x = work.x[:, inputs]
     grad_y = work.grad_y[:, outputs]
     weight = _shaped(work.weight, rect)
     grad = _shaped(work.grad, rect)
-    if work.sums.update or any(wanted is not None for wanted in (work.sums.A, work.sums.U, work.grads.weight)):
-        # G and everything derived from it have the dtype of x, as in autograd
-        left, right = (x, grad_y) if layout.transposed else (grad_y, x)
-        torch.mm(left.t(), right, out=grad)
+    sums = work.sums
+    needs_grad = sums.A is not None or sums.U is not None or bool(sums.update) or work.grads.weight is not None
+    if needs_grad:
+        # G and everything derived from it have the dtype of x, as in autograd.
+        if layout.transposed:
+            torch.mm(x.t(), grad_y, out=grad)
+        else:
+            torch.mm(grad_y.t(), x, out=grad)
     for matrix in layout.matrices():
         part = rect.meet(matrix.rect)
         if part is None:
             continue
-        by_kernel = work.mask_bits is not None
-        if not by_kernel:
+        band_gradients = _band_by_kernel
+        if work.mask_bits is None:
+            band_gradients = _band_backward
+            # The kernel computes W itself, from W0.
             state = work.state
             merged = weight[part.inside(rect)]
             factors = tile_factors(state.factors, layout, matrix, part)
             updated_weight(weights_at(state.weight, part, merged), factors, state.constants, out=merged)
-        band_gradients = _band_by_kernel if by_kernel else _band_backward
         for band in row_tiles(part, work.tiles.band_elements):
             here = band.inside(rect)
             band_gradients(work=work, matrix=matrix, rect=band, weight=weight[here], grad=grad[here])
             if work.state.rounding is not None:
                 work.state.rounding.round_(weight[here], band)
     if work.grads.x is not None:
-        _input_gradient(work, grad_y, weight.t() if layout.transposed else weight, inputs)
+        # By now the buffer has M . W.
+        merged = weight
+        if layout.transposed:
+            merged = weight.t()
+        _input_gradient(work, grad_y, merged, inputs)
 
 
 def _shaped(buffer: Tensor, rect: Rect) -> Tensor:
+    """Return the beginning of a flat buffer in the shape of ``rect``."""
     return buffer[: rect.numel].view(rect.shape)
 
 
@@ -236,7 +272,8 @@ def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor
     mask = _shaped(work.mask, rect)
     expand_mask_(mask, state.bits, state.layout.shape, state.num_shards, rows, cols)
     product = _shaped(work.product, rect)
-    factors, sums = (tile_factors(f, state.layout, matrix, rect) for f in (work.factors, work.sums))
+    factors = tile_factors(work.factors, state.layout, matrix, rect)
+    sums = tile_factors(work.sums, state.layout, matrix, rect)
     if work.sums.A is not None:
         torch.mul(grad, weight, out=product)  # dS
         _add_low_rank_gradients(product, factors.score_left, factors.score_right, sums.score_left, sums.score_right)
@@ -262,7 +299,7 @@ def _add_form_gradients(work: _Work, matrix: StoredMatrix, rect: Rect, weight_gr
     update = tile_factors(state.factors, state.layout, matrix, rect).update
     if update is None:
         return
-    # the buffer of the tile holds W by now, and forms differentiate at W0
+    # The buffer of the tile holds W by now, and forms differentiate at W0.
     base = weights_at(state.weight, rect, work.x.new_empty(rect.shape))
     for name, term in update.gradients(base, weight_gradient, state.constants).items():
         rows_of_matrix(work.sums.update[name], matrix, state.layout).add_(term)
@@ -274,18 +311,30 @@ def _band_by_kernel(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tenso
     constants = state.constants
     assert work.mask_bits is not None
     assert isinstance(state.weight, Tensor)
-    has_scores = work.sums.A is not None
-    has_updates = work.sums.U is not None
-    # the kernel writes what the products with the factors read: dS and dW, into the buffers that the other path uses
-    scores = _shaped(work.product, rect) if has_scores else None
-    updates = _shaped(work.magnitude, rect) if has_updates else None
-    has_gradient = has_scores and not constants.frozen_magnitude
-    factor = 1.0 / state.magnitude_scales[matrix.index] if has_gradient else 0.0
-    own = tile_factors(state.factors, state.layout, matrix, rect)
-    base = state.weight[rect.slices]
-    place = Matrices.of_rect(rect, state.layout.shape[1])
-    gradients_into(weight, scores, updates, base, grad, work.mask_bits, place, own, constants, factor)
-    factors, sums = (tile_factors(f, state.layout, matrix, rect) for f in (work.factors, work.sums))
+    # The kernel writes what the products with the factors read, dS and dW, into the buffers that the other path uses.
+    scores = None
+    factor = 0.0  # |W| has no gradient
+    if work.sums.A is not None:
+        scores = _shaped(work.product, rect)
+        if not constants.frozen_magnitude:
+            factor = 1.0 / state.magnitude_scales[matrix.index]
+    updates = None
+    if work.sums.U is not None:
+        updates = _shaped(work.magnitude, rect)
+    gradients_into(
+        merged=weight,
+        scores=scores,
+        updates=updates,
+        weight=state.weight[rect.slices],
+        grad=grad,
+        mask=work.mask_bits,
+        matrices=Matrices.of_rect(rect, state.layout.shape[1]),
+        tile=tile_factors(state.factors, state.layout, matrix, rect),
+        constants=constants,
+        factor=factor,
+    )
+    factors = tile_factors(work.factors, state.layout, matrix, rect)
+    sums = tile_factors(work.sums, state.layout, matrix, rect)
     if scores is not None:
         _add_low_rank_gradients(scores, factors.score_left, factors.score_right, sums.score_left, sums.score_right)
     if updates is not None:
@@ -299,6 +348,7 @@ def _input_gradient(work: _Work, grad_y: Tensor, merged: Tensor, inputs: slice) 
     if not work.tiles.cut_outputs:
         torch.mm(grad_y, merged, out=grad_x[:, inputs])
     elif grad_x.dtype == merged.dtype:
+        # A tile with some outputs has all inputs, and adds a term to all of dX.
         grad_x.addmm_(grad_y, merged)
     else:
         grad_x += grad_y @ merged
@@ -320,14 +370,26 @@ def factors_with_ones(state: LayerState) -> Factors:
     A = factors.A
     B = factors.B
     if factors.R is not None and factors.C is not None:
-        rank = 0 if A is None else A.shape[1]
-        extra = factors.R.new_zeros(1 if factors.R.device.type == "cpu" else 1 + -(rank + 1) % 8)
+        rank = _rank(A)
+        num_extra = 1
+        if factors.R.device.type != "cpu":
+            num_extra += -(rank + 1) % 8
+        # A one and zeros; no number is read by the host.
+        extra = factors.R.new_zeros(num_extra)
         extra[:1].fill_(1)
-        left = extra.expand(factors.R.shape[0], -1)
-        right = extra.unsqueeze(1).expand(num_matrices, -1, factors.C.shape[1])
-        A = torch.cat([left] if A is None else [A, left], 1)
-        B = torch.cat([right] if B is None else [B.view(num_matrices, rank, -1), right], 1).flatten(0, 1)
+        left = [extra.expand(factors.R.shape[0], -1)]
+        right = [extra.unsqueeze(1).expand(num_matrices, -1, factors.C.shape[1])]
+        if A is not None and B is not None:
+            left.insert(0, A)
+            right.insert(0, B.view(num_matrices, rank, -1))
+        A = torch.cat(left, 1)
+        B = torch.cat(right, 1).flatten(0, 1)
     return Factors(A=A, B=B, U=factors.U, V=factors.V, norms=factors.norms, update=factors.update)
+
+
+def _rank(A: Tensor | None) -> int:
+    """Return the score rank; 0 without A and B."""
+    return 0 if A is None else A.shape[1]
 
 
 def finish_factors(sums: Factors, state: LayerState, grads: Gradients) -> None:
@@ -345,7 +407,8 @@ def finish_factors(sums: Factors, state: LayerState, grads: Gradients) -> None:
                 high = torch.promote_types(factor.dtype, torch.float32)
                 setattr(grads, name, torch.zeros_like(factor, dtype=high))
         return
-    rank = 0 if factors.A is None else factors.A.shape[1]
+    # The column behind those of A, and the row behind those of B, are the ones.
+    rank = _rank(factors.A)
     by_matrix = sums.B.view(state.layout.num_matrices, -1, sums.B.shape[1])
     if factors.A is not None:
         grads.A = sums.A[:, :rank] * constants.alpha1

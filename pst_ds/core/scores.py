@@ -20,6 +20,7 @@ MOST_RANK = 16
 
 
 def mask_band_elements(device_type: str) -> int:
+    """Return the weights whose mask is unpacked in one step."""
     return MASK_BAND_ELEMENTS.get(device_type, 1 << 24)
 
 
@@ -31,7 +32,9 @@ def add_low_rank_(out: Tensor, left: Tensor | None, right: Tensor | None, scale:
     """
     if left is None or right is None:
         return
-    scaled = left if scale == 1.0 else left * scale
+    scaled = left
+    if scale != 1.0:
+        scaled = left * scale
     for k in range(right.shape[0]):
         torch.mul(scaled[:, k : k + 1], right[k], out=scratch)
         out.add_(scratch)
@@ -46,13 +49,17 @@ def importance(
     weight_scale. S omits the update if ``constants.frozen_magnitude``. Returns fp32 (rows, cols),
     bit-identical for a given weight regardless of the rectangle.
     """
-    frozen = constants.frozen_magnitude
-    scores = weight.to(torch.float32, copy=True) if frozen else sliced_weight(weight, tile, constants)
+    if constants.frozen_magnitude:
+        scores = weight.to(torch.float32, copy=True)  # a copy, which is changed in place
+    else:
+        scores = sliced_weight(weight, tile, constants)
     scratch = torch.empty_like(scores)
     scores.abs_()
-    factor = 1.0 / weight_scale if factors is None else factors
-    if isinstance(factor, Tensor) or factor != 1.0:
-        scores.mul_(factor)  # multiply: torch divides by a number differently on CPUs and on CUDA
+    # Products, not quotients: torch divides by a number differently on CPUs and on CUDA.
+    if factors is not None:
+        scores.mul_(factors)
+    elif weight_scale != 1.0:
+        scores.mul_(1.0 / weight_scale)
     if tile.row_norms is not None:
         scores.mul_(tile.row_norms.unsqueeze(1))
     if tile.col_norms is not None:
@@ -114,9 +121,10 @@ def merge_natively(
     bits = None
     row_bytes = 0
     if mask is not None:
-        # rows of the rectangle start at byte boundaries: see MaskBits.holds
+        # Rows of the rectangle start at byte boundaries: see MaskBits.holds.
         bits = mask.bits[(rect.r0 * mask.width + rect.c0) // 8 :]
         row_bytes = mask.width // 8
+    # Strides, so that the transposed views of a Conv1D's factors need no copy.
     left_strides = torch.tensor(left.stride())
     right_strides = torch.tensor(right.stride())
     native.pst_merge(
@@ -132,9 +140,13 @@ def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out:
     """
     if tile.update is not None:
         updated = tile.update.applied(weight, constants)
-        return updated.to(weight.dtype) if out is None else out.copy_(updated)
+        if out is None:
+            return updated.to(weight.dtype)
+        return out.copy_(updated)
     if tile.update_left is None or tile.update_right is None:
-        return weight.clone() if out is None else out.copy_(weight)
+        if out is None:
+            return weight.clone()
+        return out.copy_(weight)
     in_rows = out is None or out.stride(-1) == 1
     if in_rows and merges_natively(weight, tile.update_left, tile.update_right):
         if out is None:
@@ -175,8 +187,9 @@ def masked_weight(
     """
     height, width = layout.shape
     whole = Rect(0, height, 0, width)
-    # the kernels know no update but U V
-    mask = None if factors.update else kernel_mask(weight, bits, layout.shape, num_shards)
+    mask = None
+    if not factors.update:  # kernels compute the update U V only
+        mask = kernel_mask(weight, bits, layout.shape, num_shards)
     if mask is not None:
         assert isinstance(weight, Tensor)
         merged = merge_layer(weight, mask, layout, factors, constants)
@@ -189,7 +202,7 @@ def masked_weight(
             merge_natively(merged[rect.slices], weight[rect.slices], mask, rect, tile, constants)
     else:
         merged = merged_weight(weight, layout, factors, constants)
-        # in bands of rows, so that an unpacked mask, a byte per weight, is never as large as the layer
+        # In bands of rows, so that an unpacked mask, a byte per weight, is never as large as the layer.
         for band in row_tiles(whole, mask_band_elements(weight.device.type)):
             apply_range_(merged[band.r0 : band.r1], bits, layout.numel, num_shards, band.r0 * width)
             if rounding is not None:
@@ -206,7 +219,9 @@ def _native_mask(
     """Return the mask for :func:`merge_natively`, or None if that does not support the layer."""
     mask = mask_bits(bits, layout.shape, num_shards)
     rows_at_bytes = all(mask.holds(matrix.rect) for matrix in layout.matrices())
-    return mask if rows_at_bytes and merges_natively(weight, factors.U, factors.V) else None
+    if not rows_at_bytes or not merges_natively(weight, factors.U, factors.V):
+        return None
+    return mask
 
 
 def abs_sum_fixed_point(weight: Tensor, exponent: int) -> Tensor:
