@@ -4,7 +4,7 @@ A key is an int32 that orders like an fp32 score, with -0 equal to +0. On CPUs t
 (:mod:`pst_ds.core.kernels`). On other devices, and without a compiler, torch computes bit-identical results.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import CDLL
 from dataclasses import dataclass
 from itertools import pairwise
@@ -44,7 +44,10 @@ def scores_of_keys(keys: Tensor) -> Tensor:
 
 
 def native_for(*tensors: Tensor) -> CDLL | None:
-    return library() if all(t.device.type == "cpu" for t in tensors) else None
+    """Return the native loops if all tensors are on the CPU, and the loops can be compiled or are installed."""
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return None
+    return library()
 
 
 def score_keys(weight: Tensor, tile: TileFactors, constants: Constants, weight_scale: float = 1.0) -> Tensor:
@@ -52,29 +55,43 @@ def score_keys(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
 
     ``weight``: W0, (rows, cols). Fastest if the rows of the weight, of V and of B are contiguous.
     """
-    is_simple = weight.dtype in NATIVE_DTYPES and weight.stride(1) == 1 and tile.update is None
-    native = native_for(weight, *tile.held().values()) if is_simple else None
+    native = None
+    if weight.dtype in NATIVE_DTYPES and weight.stride(1) == 1 and tile.update is None:
+        native = native_for(weight, *tile.held().values())
     if native is None:
         return order_keys(importance(weight, tile, constants, weight_scale))
     out = torch.empty(weight.shape, dtype=torch.int32)
     numbers = torch.tensor([constants.beta, 1.0 / weight_scale, constants.alpha1], dtype=torch.float32)
-    arguments: list[Any] = [weight, NATIVE_DTYPES[weight.dtype], weight.stride(0), *weight.shape]
-    # scores of frozen magnitudes use |W0| without its update
-    arguments += _product(None, None) if constants.frozen_magnitude else _product(tile.update_left, tile.update_right)
-    arguments += _product(tile.score_left, tile.score_right)
+    update = _product(tile.update_left, tile.update_right)
+    if constants.frozen_magnitude:  # |W0| without its update
+        update = _product(None, None)
+    # The loop takes None for a term that the scores do not have.
+    terms: list[Tensor | None] = []
     for scores in (tile.score_rows, tile.score_cols):
-        arguments.append(None if scores is None else (scores * constants.alpha2).contiguous())
+        terms.append(_optional(scores, lambda term: (term * constants.alpha2).contiguous()))
     for norms in (tile.row_norms, tile.col_norms):
-        arguments.append(None if norms is None else norms.float().contiguous())
-    native.pst_score_keys(*arguments, numbers, out)
+        terms.append(_optional(norms, lambda term: term.float().contiguous()))
+    native.pst_score_keys(
+        weight, NATIVE_DTYPES[weight.dtype], weight.stride(0), *weight.shape, *update,
+        *_product(tile.score_left, tile.score_right), *terms, numbers, out,
+    )  # fmt: skip
     return out
+
+
+def _optional(term: Tensor | None, prepare: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Return ``term`` prepared for the native loop, if there is one."""
+    if term is None:
+        return None
+    return prepare(term)
 
 
 def _product(left: Tensor | None, right: Tensor | None) -> tuple[Tensor | None, Tensor | None, int, Tensor]:
     """Return the arguments of a low-rank product for the native loop: left, right, rank, strides."""
     if left is None or right is None:
         return None, None, 0, torch.zeros(3, dtype=torch.int64)
-    right = right if right.stride(1) == 1 else right.contiguous()
+    # The loop reads rows of the right factor as vectors.
+    if right.stride(1) != 1:
+        right = right.contiguous()
     return left, right, right.shape[0], torch.tensor([*left.stride(), right.stride(0)])
 
 
@@ -93,6 +110,7 @@ class SingleWeights:
     def kind(self) -> object:
         """Return a value that is equal for weights which :func:`keys_of` can score in one call."""
         held = self.tile.held()
+        # Factors of different ranks cannot be concatenated.
         ranks = [held[name].shape[0] for name in ("score_right", "update_right") if name in held]
         return self.constants, self.weight.dtype, *held, *ranks
 
@@ -106,6 +124,7 @@ def single_weights(
         if name in ("score_right", "score_cols", "update_right"):
             single[name] = values[..., cols].unsqueeze(-1)
         elif name == "col_norms":
+            # In a column of weights, the norm of a weight's input belongs to its row.
             single["row_norms"] = values[cols]
         else:
             single[name] = values[rows]
@@ -133,15 +152,16 @@ def _keys_together(singles: Sequence[SingleWeights]) -> Tensor:
     parts = [single.tile.held() for single in singles]
     tile: dict[str, Any] = {}
     for name in parts[0]:
-        # right factors have a column per weight, all others a row
-        along = 1 if name.endswith("_right") else 0
+        along = 0
+        if name.endswith("_right"):  # a column per weight; all others have a row
+            along = 1
         tile[name] = torch.cat([part[name] for part in parts], along)
-    # the scale of a matrix, once per weight: weights of several matrices are in one tensor
-    factors = []
+    # The scale of a matrix, once per weight: weights of several matrices are in one tensor.
+    factors: list[Tensor] = []
     for single in singles:
         weight = single.weight
         factors.append(weight.new_full(weight.shape, 1.0 / single.weight_scale, dtype=torch.float32))
-    weight = torch.cat([one.weight for one in singles])
+    weight = torch.cat([single.weight for single in singles])
     return order_keys(importance(weight, TileFactors(**tile), first.constants, factors=torch.cat(factors))).squeeze(1)
 
 
@@ -158,10 +178,16 @@ class Classifier:
         self._room = room
         self._taken = 0
         self._above = torch.empty(num_keys, dtype=torch.uint8, device=device)
-        self._native = library() if device.type == "cpu" else None
-        self._index_dtype = torch.int32 if num_keys < 1 << 31 else torch.int64
+        self._native = None
+        length = 0
+        if device.type == "cpu":
+            self._native = library()
+        if self._native is not None:
+            length = room + _MORE_ROOM
+        self._index_dtype = torch.int64
+        if num_keys < 1 << 31:  # half of the memory
+            self._index_dtype = torch.int32
         self._numbers: list[Any] = [0, 0, 0]  # below, inside, not finite; tensors off the CPU
-        length = room + _MORE_ROOM if self._native else 0
         self._keys = torch.empty(length, dtype=torch.int32, device=device)
         self._index = torch.empty(length, dtype=torch.int32, device=device)
         self._tiles: list[tuple[int, int]] = []  # (keys inside, keys) before each tile that has a separate index
@@ -177,10 +203,12 @@ class Classifier:
         self._taken += keys.numel()
 
     def _sort_natively(self, native: CDLL, keys: Tensor, above: Tensor) -> None:
+        """Classify ``keys``, and write to ``above`` which are above the interval."""
         counts = torch.zeros(3, dtype=torch.int64)
         stored = min(self._numbers[1], self._room)
         first = self._taken
-        if self._index_dtype == torch.int64:  # the loop writes 32 bits: let it count from the tile's first key
+        if self._index_dtype == torch.int64:
+            # The loop writes 32 bits, so it counts from the tile's first key, which is added in the end.
             self._tiles.append((stored, first))
             first = 0
         native.pst_classify(
@@ -191,6 +219,7 @@ class Classifier:
             self._numbers[i] += more
 
     def _sort(self, keys: Tensor, above: Tensor) -> None:
+        """Do the same in torch, without a size that depends on the keys."""
         torch.gt(keys, self.high, out=above)
         dtype = self._index_dtype
         running = ((keys >= self.low) & (keys <= self.high)).cumsum(0, dtype=dtype)
@@ -205,7 +234,7 @@ class Classifier:
             index = index + self._taken
         self._pieces.append((inside, index))
         bad = ((keys < LOWEST_FINITE) | (keys > HIGHEST_FINITE)).sum()
-        # the last running count, also of no keys at all
+        # The last running count, also of no keys at all.
         counts = [(keys < self.low).sum(), running[-1:].sum(), bad]
         if self._taken:
             counts = [total + more for total, more in zip(self._numbers, counts, strict=True)]
@@ -233,10 +262,16 @@ class Classifier:
         if self._native is None:
             if len(self._pieces) == 1:
                 return self._pieces[0]
-            # empty tensors first, for the case that no keys came
-            keys, places = zip(*[(self._keys, self._index), *self._pieces], strict=True)
+            # Empty tensors first, for the case that no keys came.
+            keys = [self._keys]
+            places = [self._index]
+            for keys_of_tile, places_of_tile in self._pieces:
+                keys.append(keys_of_tile)
+                places.append(places_of_tile)
             return torch.cat(keys), torch.cat(places)
-        stored = self._numbers[1] if self._numbers[1] <= self._room else 0
+        stored = self._numbers[1]
+        if stored > self._room:  # the buffer lacks some, so none is of use
+            stored = 0
         index = self._index[:stored].to(self._index_dtype, copy=True)
         for (first, before), (last, _) in pairwise([*self._tiles, (stored, 0)]):
             index[first:last] += before
@@ -257,11 +292,13 @@ def histograms(keys: Sequence[Tensor], lows: Sequence[int], shift: int, bins: in
     """Return :func:`histogram` of every run of ``keys``, (n,) int32 each, with its low: (runs, bins) int64."""
     if native_for(*keys) is not None:
         return torch.stack([histogram(run, low, shift, bins) for run, low in zip(keys, lows, strict=True)])
-    counts = []
+    counts: list[Tensor] = []
     for part in runs_of([run.numel() for run in keys], _COUNTED_AT_ONCE):
         runs = slice(part.start, part.stop)
         counts.append(_torch_histograms(keys[runs], lows[runs], shift, bins))
-    return counts[0] if len(counts) == 1 else torch.cat(counts)
+    if len(counts) == 1:
+        return counts[0]
+    return torch.cat(counts)
 
 
 def _torch_histograms(keys: Sequence[Tensor], lows: Sequence[int], shift: int, bins: int) -> Tensor:
@@ -272,6 +309,7 @@ def _torch_histograms(keys: Sequence[Tensor], lows: Sequence[int], shift: int, b
     one = counts.new_ones(())
     for run, low in zip(runs, lows, strict=True):
         run.sub_(low)
+    # Bin 0 is for keys below, the last for keys above.
     digits.bitwise_right_shift_(shift).clamp_(-1, bins).add_(1)
     for run, out in zip(runs, counts, strict=True):
         out.scatter_add_(0, run, one.expand(run.shape))

@@ -99,7 +99,8 @@ class Gradients:
         """Return the gradient of a layer's trained parameter, of the scores or of the update."""
         if name in self.update:
             return self.update[name]
-        return getattr(self, name)
+        gradient: Tensor | None = getattr(self, name)
+        return gradient
 
 
 def forward(x: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:

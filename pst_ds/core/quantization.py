@@ -41,6 +41,7 @@ class Grid:
     """Consecutive inputs of an output that share a scale: 32, 64 or 128; None for all of them (per-row scale)."""
 
     def __post_init__(self) -> None:
+        # 8.0 and True equal numbers that are allowed, but print as others.
         if type(self.bits) is not int or self.bits not in VALUE_BITS.values():
             raise ValueError(f"values have 8 or 4 bits, got {self.bits!r}")
         if self.group is not None and (type(self.group) is not int or self.group not in GROUPS):
@@ -59,7 +60,9 @@ class Grid:
     @property
     def least(self) -> int:
         """The smallest code: -127 or -8. For -128 some processors would need other instructions."""
-        return -127 if self.bits == 8 else -8
+        if self.bits == 8:
+            return -127
+        return -8
 
     def num_groups(self, columns: int) -> int:
         """Return the number of scales of a row of ``columns`` inputs. Raises ValueError if groups do not divide it."""
@@ -73,7 +76,9 @@ class Grid:
         return columns // self.group
 
     def __str__(self) -> str:
-        shared_by = "every row" if self.group is None else f"{self.group} inputs"
+        shared_by = "every row"
+        if self.group is not None:
+            shared_by = f"{self.group} inputs"
         return f"{self.values}, a scale for {shared_by}"
 
 
@@ -85,7 +90,10 @@ def grid_of(values: object, group: object = None) -> Grid:
     if values not in tuple(VALUE_BITS):  # any JSON value is possible here
         raise ValueError(f"quantised values are {' or '.join(VALUE_BITS)}, got {values!r}")
     if group is None:
-        return Grid(VALUE_BITS[values], None if values == "int8" else 64)
+        # Four bits are too few for one scale per row.
+        if values == "int8":
+            return Grid(VALUE_BITS[values])
+        return Grid(VALUE_BITS[values], 64)
     known = {str(size): size for size in GROUPS}  # a command line passes text, JSON a number
     if str(group) != WHOLE_ROW and str(group) not in known:
         raise ValueError(f"a group is {', '.join(known)} or {WHOLE_ROW}, got {group!r}")
@@ -110,11 +118,17 @@ library = cache(partial(load, SOURCE))
 
 
 def native_for(*tensors: Tensor) -> CDLL | None:
-    return library() if all(tensor.device.type == "cpu" for tensor in tensors) else None
+    """Return the native loops if all tensors are on the CPU, and the loops can be compiled or are installed."""
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return None
+    return library()
 
 
 def threads_for(numel: int) -> int:
-    return torch.get_num_threads() if numel >= _WORTH_THREADS else 1
+    """Return the number of threads for a loop over ``numel`` weights."""
+    if numel < _WORTH_THREADS:
+        return 1
+    return torch.get_num_threads()
 
 
 SCALE_DTYPE = torch.bfloat16
@@ -182,8 +196,9 @@ def group_losses(grouped: Tensor, scales: Tensor, grid: Grid) -> tuple[Tensor, T
         return (weights - rounded).square().sum(1), weights.square().sum(1)
     errors, squares = torch.empty(2, len(grouped), dtype=torch.float64)
     threads = threads_for(grouped.numel())
-    ends = grid.least, grid.largest
-    native.pst_grid_losses(grouped, *grouped.shape, scales.contiguous(), *ends, errors, squares, threads)
+    native.pst_grid_losses(
+        grouped, *grouped.shape, scales.contiguous(), grid.least, grid.largest, errors, squares, threads
+    )
     return errors, squares
 
 
@@ -198,8 +213,10 @@ def group_moments(grouped: Tensor, whole: Tensor, scales: Tensor, grid: Grid) ->
         codes = rounded_codes(grouped, scales.unsqueeze(1), grid).double()
         return torch.linalg.vecdot(whole.double(), codes), torch.linalg.vecdot(codes, codes)
     by_weight, by_code = torch.empty(2, len(grouped), dtype=torch.float64)
-    numbers = scales.contiguous(), grid.least, grid.largest, by_weight, by_code, threads_for(grouped.numel())
-    native.pst_grid_moments(grouped, whole, *grouped.shape, *numbers)
+    threads = threads_for(grouped.numel())
+    native.pst_grid_moments(
+        grouped, whole, *grouped.shape, scales.contiguous(), grid.least, grid.largest, by_weight, by_code, threads
+    )
     return by_weight, by_code
 
 
@@ -225,12 +242,16 @@ def search_scales(
     limit = largest_scale(grid, dtype)
     unit = unit_of(extremes)
     # With codes -8 to 7, a scale whose sign differs from the extreme's gives it a negative code: there is one more.
-    numerator = -extremes if -grid.least > grid.largest else extremes.abs()
+    numerator = extremes.abs()
+    if -grid.least > grid.largest:
+        numerator = -extremes
 
     def rounded(scales: Tensor) -> Tensor:
+        """Return the nearest scales that can be stored, fp32."""
         return limited(scales.float(), LEAST_SCALE, limit).to(SCALE_DTYPE).float()
 
     def judged(scales: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (scale, error, sum w code, sum code^2) of each group."""
         by_weight, by_code = moments(scales)
         in_units = scales.double() / unit
         # sum (w - s code)^2 without its constant term sum w^2: s^2 sum code^2 - 2 s sum w code
@@ -240,12 +261,12 @@ def search_scales(
         wins = other[1] < best[1]  # of equal errors, the scale that was tried first
         return tuple(torch.where(wins, new, old) for new, old in zip(other, best, strict=True))
 
-    # (scale, error, sum w code, sum code^2), each (groups,)
     best: tuple[Tensor, ...] = judged(rounded(numerator / grid.largest))
     for divisor in _DIVISORS[grid.bits]:
         best = better(best, judged(rounded(numerator / divisor)))
     for _ in range(_REFITS):
         scales, _, by_weight, by_code = best
+        # Where all codes are 0, no scale is better than another.
         fitted = by_weight / by_code.clamp(min=1) * unit
         best = better(best, judged(rounded(torch.where(by_code > 0, fitted.float(), scales))))
     return torch.where(extremes != 0, best[0], UNUSED_SCALE).to(SCALE_DTYPE)
@@ -304,7 +325,9 @@ def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
 
 
 _AT_A_TIME = {"cpu": 1 << 17}
-"""Weights that torch quantises in one step, which stay in a CPU's cache. Elsewhere 2**22 in place, 2**24 in copies."""
+"""Weights that torch quantises in one step, which stay in a CPU's cache. Elsewhere it is one of the next two."""
+_IN_PLACE_ELSEWHERE = 1 << 22
+_IN_COPIES_ELSEWHERE = 1 << 24
 
 
 def quantize(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -324,8 +347,10 @@ def quantize(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | N
             raise ValueError(f"scales are {SCALE_DTYPE} of shape {(rows, groups)}, got {passed}")
         require_scales(scales, grid)
         used_scales.copy_(scales)
+    if not columns:
+        return codes, used_scales
     step = _rows_at_a_time(columns, weight.device)
-    for first in range(0, rows if columns else 0, step):
+    for first in range(0, rows, step):
         band = slice(first, min(first + step, rows))
         part = weight[band].detach().float()
         if keep is not None:
@@ -346,8 +371,10 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
     """
     rows, columns = codes.shape
     dense = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    if not columns:
+        return dense
     step = _rows_at_a_time(columns, codes.device)
-    for first in range(0, rows if columns else 0, step):
+    for first in range(0, rows, step):
         band = slice(first, first + step)
         codes_by_group = codes[band].float().unflatten(1, (scales.shape[1], -1))  # (rows, groups, weights per group)
         grouped = codes_by_group * scales[band].float().unsqueeze(2)
@@ -369,7 +396,7 @@ def first_off_grid(weight: Tensor, grid: Grid, scales: Tensor) -> tuple[int, int
     differs = (dequantize(codes, scales, weight.dtype) != weight).flatten()
     if not bool(differs.any()):
         return None
-    first = int(differs.to(torch.uint8).argmax())
+    first = int(differs.to(torch.uint8).argmax())  # the first of the largest: the first 1
     return divmod(first, weight.shape[1])
 
 
@@ -390,7 +417,8 @@ def squared_norms(weight: Tensor, keep: Tensor, codes: Tensor, scales: Tensor) -
 
 
 def _rows_at_a_time(columns: int, device: torch.device) -> int:
-    return max(1, _AT_A_TIME.get(device.type, 1 << 24) // max(1, columns))
+    """Return the rows of ``columns`` weights that are quantised in one step."""
+    return max(1, _AT_A_TIME.get(device.type, _IN_COPIES_ELSEWHERE) // max(1, columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,7 +439,9 @@ class StoredGrid:
     @property
     def unit(self) -> tuple[int, int]:
         """Rows and columns of a group in the stored weight."""
-        return (self.size, 1) if self.layout.transposed else (1, self.size)
+        if self.layout.transposed:
+            return self.size, 1
+        return 1, self.size
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -427,7 +457,10 @@ class StoredGrid:
     @property
     def period(self) -> int:
         """Length of the shortest run of flat weights that, aligned to a multiple of it, contains whole groups only."""
-        return self.size * (self.layout.shape[1] if self.layout.transposed else 1)
+        if not self.layout.transposed:
+            return self.size
+        # Groups are columns, so a run of whole ones has whole rows.
+        return self.size * self.layout.shape[1]
 
     @property
     def groups_per_period(self) -> int:
@@ -453,28 +486,31 @@ class Rounding:
 
         Writes code * scale, exact in fp32 and rounded once to the dtype of ``weight``. Zeros stay +0.0.
         """
-        whole = Rect(0, self.stored.layout.shape[0], 0, self.stored.layout.shape[1])
-        rect = whole if rect is None else rect
+        if rect is None:
+            height, width = self.stored.layout.shape
+            rect = Rect(0, height, 0, width)
         scales = self.scales
         native = None
         if weight.dtype in NATIVE_DTYPES and weight.stride(1) == 1:
             native = native_for(weight, scales)
         if native is None:
-            for band in row_tiles(rect, _AT_A_TIME.get(weight.device.type, 1 << 22)):
+            for band in row_tiles(rect, _AT_A_TIME.get(weight.device.type, _IN_PLACE_ELSEWHERE)):
                 part = weight[band.inside(rect)]
                 band_scales = _scales_of(scales, band, self.stored.unit)
                 codes = rounded_codes(part.float(), band_scales, self.stored.grid)
                 part.copy_(codes.mul_(band_scales).add_(0.0))  # turns -0 into +0
             return weight
+        # The loop takes what it reads of the scales as one tensor of integers.
         groups = torch.tensor([scales.shape[1], *self.stored.unit, rect.r0, rect.c0])
-        stored = NATIVE_DTYPES[weight.dtype], weight.stride(0), *weight.shape
+        target = (weight, NATIVE_DTYPES[weight.dtype], weight.stride(0), *weight.shape)
         threads = threads_for(weight.numel())
         native.pst_round_to_grid(
-            weight, *stored, scales.contiguous(), groups, self.stored.grid.least, self.stored.grid.largest, threads
+            *target, scales.contiguous(), groups, self.stored.grid.least, self.stored.grid.largest, threads
         )
         return weight
 
     def of_expert(self, expert: int) -> "Rounding":
+        """Return the quantisation of one expert of a stack."""
         of_expert = StoredGrid(self.stored.layout.expert, self.stored.grid)
         height = of_expert.shape[0]
         return Rounding(of_expert, self.scales[expert * height : (expert + 1) * height])
@@ -482,15 +518,18 @@ class Rounding:
     @property
     def scales_by_output(self) -> Tensor:
         """Scales as files store them, (O, groups)."""
-        return self.scales.t() if self.stored.layout.transposed else self.scales
+        if self.stored.layout.transposed:
+            return self.scales.t()
+        return self.scales
 
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return what a file stores of a whole stored weight: codes (O, I) int8 and scales (O, groups) bf16.
 
         ``weight``: before or after quantisation, which gives the same result.
         """
-        matrix = weight.t() if self.stored.layout.transposed else weight
-        return quantize(matrix, None, self.stored.grid, self.scales_by_output)
+        if self.stored.layout.transposed:
+            weight = weight.t()
+        return quantize(weight, keep=None, grid=self.stored.grid, scales=self.scales_by_output)
 
 
 def bytes_of_scales(scales: Tensor) -> Tensor:
@@ -500,7 +539,7 @@ def bytes_of_scales(scales: Tensor) -> Tensor:
 
 def scales_of_bytes(data: Tensor, shape: tuple[int, int]) -> Tensor:
     """Return the scales of :func:`bytes_of_scales`; a view if the bytes start at an even address."""
-    # torch views bytes as bf16 only from an even offset; a shard of bytes may start anywhere
+    # torch views bytes as bf16 only from an even offset; a shard of bytes may start anywhere.
     is_even = data.is_meta or (data.data_ptr() % 2 == 0 and data.storage_offset() % 2 == 0)
     if not is_even:
         data = data.clone()
