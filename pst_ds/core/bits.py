@@ -36,18 +36,20 @@ def part_range(numel: int, num_shards: int, shard: int, parts: int) -> tuple[int
     """Return :func:`shard_range` of weights that are first divided into equal ``parts``, of which neighbouring shards
     hold different ones: shard i is in part i % parts."""
     part = numel // parts
-    index = shard // parts
-    first, last = shard_range(part, num_shards // parts, index)
-    return shard % parts * part + first, shard % parts * part + last
+    first, last = shard_range(part, num_shards // parts, shard // parts)
+    start_of_part = shard % parts * part
+    return start_of_part + first, start_of_part + last
 
 
 def shard_bytes(numel: int, num_shards: int) -> int:
+    """Return the bytes of the bits of one shard."""
     return -(-shard_numel(numel, num_shards) // 8)
 
 
 def _unpack_bytes(data: Tensor) -> Tensor:
+    """Return the bits of (n,) bytes as (8 n,) uint8 0 and 1."""
     if data.device.type == "cpu":  # numpy unpacks ten times as fast as torch shifts
-        # data.numpy() would fix the size of the storage, which FSDP2 sets to 0 between passes
+        # data.numpy() would fix the size of the storage, which FSDP2 sets to 0 between passes.
         values = np.from_dlpack(data).view(np.uint8)
         return torch.from_numpy(np.unpackbits(values, bitorder="little"))
     shifts = torch.arange(8, dtype=torch.uint8, device=data.device)
@@ -82,6 +84,7 @@ def join_bits(runs: Sequence[tuple[Tensor, int]], num_bytes: int) -> Tensor:
     if any(count % 8 for _, count in not_empty[:-1]):  # a run that ends inside a byte moves the bits of the next
         return pack_shard(torch.cat([unpack_shard(bits, count) for bits, count in not_empty]), num_bytes)
     parts = [bits[: -(-count // 8)] for bits, count in not_empty]
+    # Most shards have one run, which needs no copy.
     if len(parts) == 1 and parts[0].numel() == num_bytes:
         return parts[0]
     return torch.cat([*parts, runs[0][0].new_zeros(num_bytes - sum(map(len, parts)))])
@@ -92,7 +95,7 @@ def unpack_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: in
     bits = bits.view(-1)
     per_shard = shard_numel(numel, num_shards)
     per_shard_bytes = shard_bytes(numel, num_shards)
-    pieces = []
+    pieces: list[Tensor] = []
     for begin, end in _cut_at_shards(start, stop, per_shard):
         shard, inside = divmod(begin, per_shard)
         count = end - begin
@@ -101,7 +104,9 @@ def unpack_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: in
         pieces.append(_unpack_bytes(bits[first:last])[inside % 8 : inside % 8 + count])
     if not pieces:
         return bits.new_empty(0)
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat(pieces)
 
 
 def bits_of_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: int) -> Tensor:
@@ -128,7 +133,7 @@ def expand_mask_(
     row_length = shape[1]
     numel = shape[0] * shape[1]
     if row_length % 8 == 0 and cols.start % 8 == 0 and shard_numel(numel, num_shards) % 8 == 0:
-        # every row and every shard starts at a byte boundary
+        # Every row and every shard starts at a byte boundary.
         part = bits[: numel // 8].view(-1, row_length // 8)[rows, cols.start // 8 : -(-cols.stop // 8)]
         keep = _unpack_bytes(part.reshape(-1)).view(part.shape[0], -1)[:, : cols.stop - cols.start]
         return out.copy_(keep.view(torch.int8).neg_())  # -1 has all bits set
@@ -145,20 +150,24 @@ def set_bits_(bits: Tensor, index: Tensor, chosen: Tensor) -> None:
 
     The bits must be unset and the chosen positions distinct. Native code needs an int32 index.
     """
-    native = library() if bits.device.type == "cpu" and index.dtype == torch.int32 else None
+    native = None
+    if bits.device.type == "cpu" and index.dtype == torch.int32:
+        native = library()
     if native is not None:
         index = index[chosen].contiguous()
         native.pst_set_bits(bits, index, index.numel())
         return
     ones = chosen.view(torch.uint8) << (index & 7).to(torch.uint8)
-    # each bit is set at most once, so the sum is an OR; no size depends on the data
+    # Each bit is set at most once, so the sum is an OR; no size depends on the data.
     bits.scatter_add_(0, (index >> 3).long(), ones)
 
 
 def count_bits(before: Tensor, after: Tensor) -> Tensor:
     """Return (2,) int64 for two byte tensors of equal size: bits that differ, and bits set in ``after``."""
     counts = torch.zeros(2, dtype=torch.int64, device=after.device)
-    native = library() if before.device.type == after.device.type == "cpu" else None
+    native = None
+    if before.device.type == after.device.type == "cpu":
+        native = library()
     if native is not None:
         native.pst_count_bits(before, after, before.numel(), counts)
         return counts
@@ -172,7 +181,10 @@ def pack_mask(keep: Tensor, num_shards: int = 1) -> Tensor:
     flat = keep.flatten()
     per_shard = shard_numel(flat.numel(), num_shards)
     num_bytes = shard_bytes(flat.numel(), num_shards)
-    return torch.cat([pack_shard(flat[i * per_shard : (i + 1) * per_shard], num_bytes) for i in range(num_shards)])
+    shards: list[Tensor] = []
+    for shard in range(num_shards):
+        shards.append(pack_shard(flat[shard * per_shard : (shard + 1) * per_shard], num_bytes))
+    return torch.cat(shards)
 
 
 def relayout(bits: Tensor, numel: int, num_shards: int, new_num_shards: int) -> Tensor:
@@ -187,16 +199,16 @@ def all_ones(numel: int, num_shards: int) -> Tensor:
     per_shard = shard_numel(numel, num_shards)
     bits = torch.full((num_shards, shard_bytes(numel, num_shards)), 255, dtype=torch.uint8)
     whole = num_shards  # shards with as many weights as possible
-    rest = 0  # weights of the shard after these; later ones are empty
+    remaining = 0  # weights of the shard after these; later ones are empty
     if per_shard:
-        whole, rest = divmod(numel, per_shard)
+        whole, remaining = divmod(numel, per_shard)
     if per_shard % 8:
         bits[:whole, -1] = (1 << per_shard % 8) - 1
     if whole < num_shards:
         bits[whole:] = 0
-        bits[whole, : rest // 8] = 255
-        if rest % 8:
-            bits[whole, rest // 8] = (1 << rest % 8) - 1
+        bits[whole, : remaining // 8] = 255
+        if remaining % 8:
+            bits[whole, remaining // 8] = (1 << remaining % 8) - 1
     return bits.flatten()
 
 
@@ -224,12 +236,13 @@ def apply_range_(weight: Tensor, bits: Tensor, numel: int, num_shards: int, star
         if native is None or inside % 8:  # the native loop starts at bit 0 of a byte
             apply_mask_(run, unpack_range(bits, numel, num_shards, first, last))
         else:
-            at = first // per_shard * shard_bytes(numel, num_shards) + inside // 8
-            native.pst_apply_bits(run, run.element_size(), bits[at:], run.numel())
+            first_byte = first // per_shard * shard_bytes(numel, num_shards) + inside // 8
+            native.pst_apply_bits(run, run.element_size(), bits[first_byte:], run.numel())
     return weight
 
 
 def _cut_at_shards(start: int, stop: int, per_shard: int) -> Iterator[tuple[int, int]]:
+    """Yield the flat range [start, stop) in pieces [first, last) that are each in one shard."""
     while start < stop:
         last = min(stop, (start // per_shard + 1) * per_shard)
         yield start, last
@@ -243,9 +256,12 @@ def checksum(shard: Tensor, count: int, start: int, seed: int) -> Tensor:
     It is the sum of bit_i * 2**(i % 8) * hash(i // 8, seed), with the finaliser of splitmix64 (Steele et al., 2014) as
     the hash: a signed int64 scalar on the device of ``shard``.
     """
-    native = library() if shard.device.type == "cpu" else None
+    native = None
+    if shard.device.type == "cpu":
+        native = library()
     if native is not None:
         return torch.tensor(_signed(native.pst_checksum(shard, count, start, seed)))
+    # Bytes count from the weight's first, so the bits move to where they are in their byte there.
     lead = start % 8
     if lead:
         keep = unpack_shard(shard, count)
@@ -257,7 +273,10 @@ def checksum(shard: Tensor, count: int, start: int, seed: int) -> Tensor:
 
 
 def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
+    """Return the signed 64-bit integer with the bits of an unsigned one, as torch has no unsigned arithmetic."""
+    if value >= 1 << 63:
+        return value - (1 << 64)
+    return value
 
 
 def splitmix64(numbers: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def _first_counts(search: Search, scans: "_TorchScans | KernelScans", shift: int
         digits = search.offered(here[:, NUM_COUNTS:])
         return torch.cat([below, flags, inside, digits], 1)
 
-    # counts and the first histograms share one exchange, whose latency is most of its cost
+    # Counts and the first histograms share one exchange, whose latency is most of its cost.
     here, counts = search.exchange(there, offered)
     search.below_here = here[:, BELOW]
     search.below, not_finite, overflowed, inside = counts[:, :NUM_COUNTS].unbind(1)
@@ -176,7 +176,7 @@ class _Scan:
         """Set the kept bits among the keys inside: keys above ``threshold``, and equal keys except the first
         ``ties``."""
         equal = self.keys == threshold
-        # a running count of equal keys, so that the host need not know how many there are
+        # A running count of equal keys, so that the host need not know how many there are.
         equal_and_kept = equal & (equal.cumsum(0) > ties)
         set_bits_(self.bits, self._index.all(), (self.keys > threshold) | equal_and_kept)
 
@@ -188,13 +188,16 @@ class _RisingNumbers:
     """
 
     def __init__(self, numbers: Tensor):
-        self._numbers = numbers if numbers.device.type != "cpu" else None
-        if self._numbers is None:
+        self._numbers: Tensor | None = None
+        if numbers.device.type != "cpu":
+            self._numbers = numbers
+        else:
             steps = numbers.diff(prepend=numbers.new_zeros(1))
             self._steps = steps.clamp(max=255).to(torch.uint8)
             self._large = steps[steps >= 255]
 
     def all(self) -> Tensor:
+        """Return the numbers."""
         if self._numbers is not None:
             return self._numbers
         steps = self._steps.to(self._large.dtype)
@@ -205,6 +208,7 @@ class _RisingNumbers:
 def _scans(
     matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device: torch.device
 ) -> _TorchScans | KernelScans:
+    """Return the pass over these matrices, by GPU kernels if they compute all of their keys."""
     by_kernels = _own_keys(matrices)
     if not by_kernels:
         return _TorchScans(matrices, brackets, device)
@@ -245,12 +249,14 @@ def _sample(matrices: Sequence[MatrixKeys], ranks: RankSums, device: torch.devic
 
 
 def _write_keys(waiting: Sequence[tuple[Tensor, slice | Tensor, SingleWeights]]) -> None:
+    """Score weights, and write their keys to the places of each sample: (sample, places, weights)."""
     singles = [single for *_, single in waiting]
     for (out, places, _), keys in zip(waiting, keys_of(singles), strict=True):
         out[places] = keys
 
 
 def sample_size(numel: int) -> int:
+    """Return how many keys of a matrix of ``numel`` are sampled."""
     return min(numel, max(MIN_SAMPLE, min(MAX_SAMPLE, int(numel * SAMPLE_SHARE))))
 
 
@@ -258,10 +264,12 @@ def _sample_sizes(matrices: Sequence[MatrixKeys]) -> list[int]:
     """Return how many keys of each matrix are sampled. A pool needs no more keys for having many matrices."""
     num_pooled = sum(matrix.pool is not None for matrix in matrices)
     pooled_share = max(1, MAX_POOLED_SAMPLE // max(1, num_pooled))
-    sizes = []
+    sizes: list[int] = []
     for matrix in matrices:
         size = sample_size(matrix.num_in_all)
-        sizes.append(size if matrix.pool is None else min(size, pooled_share))
+        if matrix.pool is not None:
+            size = min(size, pooled_share)
+        sizes.append(size)
     return sizes
 
 
@@ -285,31 +293,40 @@ def _half_width(matrix: MatrixKeys, size: int) -> int:
         share_below = matrix.prune_count / numel
     # The last factor is that of a sample without replacement: zero if all keys are sampled.
     deviation = math.sqrt(share_below * (1.0 - share_below) / size * (1.0 - size / numel))
-    # plus two strata, since a sampled position represents a whole stratum
+    # Two strata are added, because a sampled position represents a whole stratum.
     return math.ceil(BRACKET_DEVIATIONS * deviation * numel + 2 * numel / size)
 
 
 def _brackets(matrices: Sequence[MatrixKeys], pools: Sequence[int], samples: list[Tensor]) -> list[_Bracket]:
-    of_pool = []
+    """Return the bracket of each matrix, from the samples of all."""
+    of_pool: list[_Bracket] = []
     for pool, wanted in enumerate(pools):
-        members = [i for i, m in enumerate(matrices) if m.pool == pool]
-        of_pool.append(_pool_bracket([matrices[i] for i in members], [samples[i] for i in members], wanted))
-    brackets = []
+        members: list[MatrixKeys] = []
+        samples_of_members: list[Tensor] = []
+        for matrix, sample in zip(matrices, samples, strict=True):
+            if matrix.pool == pool:
+                members.append(matrix)
+                samples_of_members.append(sample)
+        of_pool.append(_pool_bracket(members, samples_of_members, wanted))
+    brackets: list[_Bracket] = []
     for matrix, sample in zip(matrices, samples, strict=True):
-        # matrices of a pool share a threshold, and so a bracket
-        brackets.append(_matrix_bracket(matrix, sample) if matrix.pool is None else of_pool[matrix.pool])
+        if matrix.pool is None:
+            brackets.append(_matrix_bracket(matrix, sample))
+        else:  # matrices of a pool share a threshold, and so a bracket
+            brackets.append(of_pool[matrix.pool])
     return brackets
 
 
 def _matrix_bracket(matrix: MatrixKeys, sample: Tensor) -> _Bracket:
+    """Return the bracket of a matrix that is ranked by itself."""
     half = _half_width(matrix, sample.numel())
     scale = sample.numel() / max(1, matrix.num_in_all)
     first = math.floor((matrix.prune_count - half) * scale)
     last = math.ceil((matrix.prune_count + half) * scale)
-    wanted = [at for at in (first, last) if 0 <= at < sample.numel()]
+    places = [place for place in (first, last) if 0 <= place < sample.numel()]
     ordered = sample.numpy()
-    if wanted:  # two order statistics need no sorted sample
-        ordered = np.partition(ordered, wanted)
+    if places:  # two order statistics need no sorted sample
+        ordered = np.partition(ordered, places)
     # Beyond the ends of the sample nothing is known: the bracket is open there.
     low = LOWEST_FINITE
     high = HIGHEST_FINITE
@@ -317,10 +334,11 @@ def _matrix_bracket(matrix: MatrixKeys, sample: Tensor) -> _Bracket:
         low = int(ordered[first])
     if 0 <= last < sample.numel():
         high = int(ordered[last])
-    return _Bracket(low, max(low, high), 4 * half + MIN_SAMPLE)
+    return _Bracket(low=low, high=max(low, high), most_inside=4 * half + MIN_SAMPLE)
 
 
 def _pool_bracket(members: Sequence[MatrixKeys], samples: Sequence[Tensor], wanted: int) -> _Bracket:
+    """Return the bracket of the matrices of a pool, which prunes ``wanted`` keys of them together."""
     # The errors of the matrices' samples are independent, so their variances add up.
     variance = 0
     for matrix, sample in zip(members, samples, strict=True):
@@ -329,6 +347,7 @@ def _pool_bracket(members: Sequence[MatrixKeys], samples: Sequence[Tensor], want
     samples = [sample.sort().values for sample in samples]
 
     def pruned_below(key: int) -> float:
+        """Return about how many keys the pool prunes if it prunes those below ``key``."""
         total = 0.0
         for matrix, sample in zip(members, samples, strict=True):
             below = int(torch.searchsorted(sample, key)) / max(1, sample.numel()) * matrix.num_in_all
@@ -337,7 +356,7 @@ def _pool_bracket(members: Sequence[MatrixKeys], samples: Sequence[Tensor], want
 
     low = _last_key_where(lambda key: pruned_below(key) <= wanted - half)
     high = _last_key_where(lambda key: pruned_below(key) < wanted + half)
-    return _Bracket(low, max(low, high), 4 * half + MIN_SAMPLE)
+    return _Bracket(low=low, high=max(low, high), most_inside=4 * half + MIN_SAMPLE)
 
 
 def _last_key_where(holds: Callable[[int], bool]) -> int:
@@ -363,12 +382,21 @@ def _decide_by_select(
     device: torch.device,
 ) -> None:
     """Decide again, from all keys, the pools that missed and the matrices that reached their maximum."""
-    kept_pools = sorted({pool for i in missed if (pool := matrices[i].pool) is not None})
-    chosen = []
+    pools_that_missed: set[int] = set()
+    for i in missed:
+        pool = matrices[i].pool
+        if pool is not None:
+            pools_that_missed.add(pool)
+    remaining_pools = sorted(pools_that_missed)
+    chosen: list[MatrixKeys] = []
     for i in again:
-        pool = matrices[i].pool if i in missed else None
-        chosen.append(replace(matrices[i], pool=None if pool is None else kept_pools.index(pool)))
-    cuts = select(chosen, ranks, device, [pools[pool] for pool in kept_pools])
+        # A matrix that only reached its maximum loses that many keys. It leaves its pool.
+        new_pool: int | None = None
+        pool = matrices[i].pool
+        if i in missed and pool is not None:
+            new_pool = remaining_pools.index(pool)
+        chosen.append(replace(matrices[i], pool=new_pool))
+    cuts = select(chosen, ranks, device, [pools[pool] for pool in remaining_pools])
     for i, cut in zip(again, cuts, strict=True):
         keep = torch.empty(matrices[i].num_keys, dtype=torch.uint8, device=device)
         position = 0

@@ -46,6 +46,8 @@ def mean_with_gradients(compute: _Compute, count: Tensor | int, *inputs: Tensor 
 
 
 class _MeanWithGradients(torch.autograd.Function):
+    """The autograd function of :func:`mean_with_gradients`."""
+
     @staticmethod
     def forward(ctx: Any, compute: _Compute, count: Tensor | int, *inputs: Tensor | None) -> Tensor:
         total, grads = compute(ctx.needs_input_grad[2:])
@@ -58,7 +60,9 @@ class _MeanWithGradients(torch.autograd.Function):
         scale = grad_out / ctx.count
         scaled: list[Tensor | None] = []
         for grad in ctx.saved_tensors:
-            scaled.append(None if grad is None else grad * scale.to(grad.dtype))
+            if grad is not None:
+                grad = grad * scale.to(grad.dtype)  # fp32 would make a wider copy
+            scaled.append(grad)
         return (None, None, *scaled)  # nothing for the function and the count
 
 
@@ -94,7 +98,7 @@ def _divergence(log_q: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]
     p = log_p.exp()
     difference = log_p.sub_(log_q)
     apart = torch.linalg.vecdot(p, difference)
-    # checking first would make the host wait for the accelerator
+    # On a CPU the copy is rarely needed. Elsewhere, checking would make the host wait for the device.
     if apart.device.type != "cpu" or type(apart) is not Tensor or not apart.isfinite().all():
         apart = torch.linalg.vecdot(p, difference.masked_fill_(p == 0.0, 0.0))
     return apart.sum(dtype=torch.float64), p, log_q.exp_()

@@ -33,9 +33,9 @@ def document_mask(documents: Tensor) -> Tensor | None:
     if not is_long(documents.shape[1]):
         same = documents.unsqueeze(2) == documents.unsqueeze(1)
         return same.tril_().unsqueeze(1)
-    # borders of documents, (row, position), the start and the end of each row among them
+    # Borders of documents, (row, position), the start and the end of each row among them.
     borders = torch.nn.functional.pad(documents.diff(dim=1) != 0, (1, 1), value=True).nonzero().tolist()
-    table = []
+    table: list[tuple[int, int, int]] = []
     for (row, start), (next_row, stop) in pairwise(borders):
         if row == next_row:  # the end of a row and the start of the next enclose nothing
             table.append((row, start, stop))
@@ -62,17 +62,20 @@ def by_document(attend: Attention) -> Attention:
     ) -> tuple[Tensor, object]:
         if attention_mask is None or attention_mask.dtype != torch.int64:
             return attend(module, query, key, value, attention_mask, *args, **kwargs)
+        # A document by itself needs no mask: causal attention is the default.
         call = parameters.bind(module, query, key, value, None, *args, **kwargs)
         bias = call.arguments.get("position_bias")  # (rows or 1, heads or 1, queries, keys)
-        parts = []
+        parts: list[Tensor] = []
         for row, start, stop in attention_mask.tolist():
             tokens = (slice(row, row + 1), slice(None), slice(start, stop))  # of (rows, heads, length, width)
             if bias is not None:
-                row_bias = bias[row : row + 1] if len(bias) > 1 else bias
+                row_bias = bias
+                if len(bias) > 1:
+                    row_bias = bias[row : row + 1]
                 call.arguments["position_bias"] = row_bias[..., start:stop, start:stop]
             output = attend(module, query[tokens], key[tokens], value[tokens], *call.args[4:], **call.kwargs)[0]
             parts.append(output.flatten(0, 1))  # (1, tokens, heads, width) to (tokens, heads, width)
-        # the documents of a table cover all tokens in order
+        # The documents of a table cover all tokens in order.
         return torch.cat(parts).unflatten(0, query.shape[:1] + query.shape[2:3]), None
 
     return attention

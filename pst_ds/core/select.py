@@ -23,6 +23,7 @@ DIGIT_BITS = 11
 _KEY_BITS = 32
 _LOWEST_KEY = -(1 << (_KEY_BITS - 1))
 _JOINED_AT_ONCE = 256
+"""Matrices of pools whose counts are limited in one step."""
 
 
 class NonFiniteScoreError(FloatingPointError):
@@ -92,9 +93,11 @@ class Cut:
         """Return the bool mask of the kept among the next ``keys``, and the cut for the keys after them."""
         kept = keys > self.threshold
         equal = keys == self.threshold
-        if keys.device.type != "cpu":  # a running count of equal keys: the host need not wait for their number
+        if keys.device.type != "cpu":
+            # A running count of equal keys: the host need not wait for their number.
             number = equal.flatten().cumsum(0).view(keys.shape)
-            return kept | (equal & (number > self.ties)), Cut(self.threshold, (self.ties - equal.sum()).clamp(min=0))
+            ties_left = (self.ties - equal.sum()).clamp(min=0)
+            return kept | (equal & (number > self.ties)), Cut(self.threshold, ties_left)
         num_equal = int(equal.sum())
         if num_equal > self.ties:
             # The first `ties` of the equal keys are pruned.
@@ -105,7 +108,7 @@ class Cut:
     def keep_all(self, keys: Iterable[Tensor]) -> list[Tensor]:
         """Return the uint8 masks of consecutive ``keys``."""
         cut = self
-        masks = []
+        masks: list[Tensor] = []
         for part in keys:
             kept, cut = cut.keep(part)
             masks.append(kept.to(torch.uint8))
@@ -129,29 +132,33 @@ class Search:
     def __init__(self, matrices: Sequence[MatrixKeys], pools: Sequence[int], low: Sequence[int], ranks: RankSums):
         """``low``: first key of each matrix's interval, one value per pool."""
         is_joined = [m.pool is not None and m.is_whole for m in matrices]
-        # rows of counts: first one for each matrix that is not joined, then one for each pool with joined matrices
-        alone = [i for i, joined in enumerate(is_joined) if not joined]
-        row_of = {i: row for row, i in enumerate(alone)}
-        joint = dict.fromkeys(m.pool for m, joined in zip(matrices, is_joined, strict=True) if joined)
-        row_of_pool = {pool: len(alone) + number for number, pool in enumerate(joint)}
+        # Rows of counts: first one for each matrix that is not joined, then one for each pool with joined matrices.
+        num_alone = is_joined.count(False)
+        next_row = 0
+        row_of_pool: dict[int | None, int] = {}
         self._ranks = ranks
         self._matrices = matrices
-        self._pools = []
-        self._rows = []
+        self._pools: list[int] = []
+        self._rows: list[int] = []
         next_pool = len(pools)
-        for i, m in enumerate(matrices):
+        for m, joined in zip(matrices, is_joined, strict=True):
             if m.pool is None:  # the only member of another pool, numbered after those of the caller
                 self._pools.append(next_pool)
                 next_pool += 1
             else:
                 self._pools.append(m.pool)
-            self._rows.append(row_of[i] if i in row_of else row_of_pool[m.pool])
+            if joined:
+                self._rows.append(row_of_pool.setdefault(m.pool, num_alone + len(row_of_pool)))
+            else:
+                self._rows.append(next_row)
+                next_row += 1
+        num_rows = num_alone + len(row_of_pool)
         self._joined = [i for i, joined in enumerate(is_joined) if joined]
         self.present = [i for i, m in enumerate(matrices) if m.num_keys or not is_joined[i]]
         """Indices of the matrices whose keys this rank counts."""
         wanted = [*pools, *(m.prune_count for m in matrices if m.pool is None)]
         self.wanted = torch.tensor(wanted, dtype=torch.int64)
-        self.low = torch.zeros(len(alone) + len(joint), dtype=torch.int64)
+        self.low = torch.zeros(num_rows, dtype=torch.int64)
         self.pool_of = torch.zeros_like(self.low)
         self.low[self._rows] = torch.tensor(low)
         self.pool_of[self._rows] = torch.tensor(self._pools)
@@ -191,7 +198,7 @@ class Search:
         for part in self._joined_here.split(_JOINED_AT_ONCE):  # a part at a time, to limit the memory of these tensors
             before = self.below_here[part].unsqueeze(1)
             most = self._most_here[part].unsqueeze(1)
-            # differences of limited cumulative counts: a count beyond the limit adds nothing
+            # Differences of limited cumulative counts: a count beyond the limit adds nothing.
             reached = torch.cat([before, here[part].cumsum(1) + before], 1).minimum(most)
             rows.index_add_(0, self._row_here[part], reached.diff(dim=1))
         return rows
@@ -203,7 +210,7 @@ class Search:
         if self._joined or there.device.type == "cpu":
             here = there.cpu()
             return here, self._ranks.all_sum(offered(here))
-        # both in one copy from the device, so that the host waits once
+        # Both in one copy from the device, so that the host waits once.
         here, summed = torch.stack([there, self._ranks.all_sum(there.clone())]).cpu()
         return here, summed
 
@@ -249,12 +256,14 @@ class Search:
             rooms[self._joined] = self._ranks.all_sum(rooms_here[self._joined])
         before = self._ranks.sum_of_lower_ranks(self.equal_here[self._alone_here]).tolist()
         left = (self.wanted - self.pruned_up_to(self.below)).tolist()
-        cuts = []
+        cuts: list[Cut] = []
         for row, pool, room, key in zip(self._rows, self._pools, rooms.tolist(), self.thresholds, strict=True):
             ties = max(0, min(room, left[pool]))
             left[pool] -= ties
             # Lower ranks prune the first ties. Rows after ``before`` are of matrices that are whole on one rank.
-            ties_before = before[row] if row < len(before) else 0
+            ties_before = 0
+            if row < len(before):
+                ties_before = before[row]
             cuts.append(Cut(key, ties - ties_before))
         return cuts
 
@@ -271,8 +280,9 @@ class Search:
         beyond = (self.below > self.most).tolist()
         beyond_here = (self.below_here > self._most_here).tolist()
         joined = set(self._joined)
+        shared = [i for i, row in enumerate(self._rows) if i not in joined and beyond[row]]
         here = [i for i, is_beyond in zip(self.present, beyond_here, strict=True) if is_beyond and i in joined]
-        return [i for i, row in enumerate(self._rows) if i not in joined and beyond[row]], here
+        return shared, here
 
 
 def select(
@@ -309,8 +319,10 @@ def select(
     cuts = [_from_the_first(cut, m) for cut, m in zip(search.cuts(), matrices, strict=True)]
     # First the matrices that all ranks share, in one collective call, then those that only this rank has.
     for at_most, sums in zip(search.at_most(), (ranks, RankSums()), strict=True):
+        if not at_most:
+            continue
         alone = [replace(matrices[i], pool=None) for i in at_most]
-        for i, cut in zip(at_most, select(alone, sums, device) if alone else [], strict=True):
+        for i, cut in zip(at_most, select(alone, sums, device), strict=True):
             cuts[i] = cut
     return cuts
 
@@ -318,25 +330,30 @@ def select(
 def _from_the_first(cut: Cut, matrix: MatrixKeys) -> Cut:
     """Return the cut counted from the first key of the tiles, not from this rank's first."""
     equal = 0
-    for keys in _between(matrix, 0, matrix.own[0]) if matrix.own else ():
-        equal += int((keys == cut.threshold).sum())
+    if matrix.own:
+        # Keys of lower ranks that this rank decides too. Theirs come first, so the ties among them are pruned as well.
+        for keys in _between(matrix, 0, matrix.own[0]):
+            equal += int((keys == cut.threshold).sum())
     return Cut(cut.threshold, max(0, int(cut.ties) + equal))
 
 
 def _between(matrix: MatrixKeys, first: int, last: int) -> Iterator[Tensor]:
     """Yield the keys at positions [first, last) of the tiles, flat."""
-    at = 0
-    for keys in matrix.tiles() if first < last else ():
-        yield keys.flatten()[max(0, first - at) : max(0, last - at)]
-        at += keys.numel()
-        if at >= last:
+    if first >= last:
+        return
+    position = 0
+    for keys in matrix.tiles():
+        yield keys.flatten()[max(0, first - position) : max(0, last - position)]
+        position += keys.numel()
+        if position >= last:  # computing the keys of further tiles would be wasted
             break
 
 
 def _counts(matrix: MatrixKeys, low: int, shift: int, bins: int, device: torch.device) -> Tensor:
     """Return the counts of the keys that this rank counts, in bins of 2**shift keys from ``low`` on: (bins,) int64."""
     counts = torch.zeros(bins, dtype=torch.int64, device=device)
-    for keys in matrix.tiles() if matrix.own is None else _between(matrix, *matrix.own):
+    tiles = matrix.tiles() if matrix.own is None else _between(matrix, *matrix.own)
+    for keys in tiles:
         counts += histogram(keys.flatten(), low, shift, bins)
     return counts
 

@@ -29,7 +29,9 @@ library = cache(partial(load, SOURCE))
 
 def score_moments(keys: Tensor, weights: Tensor, weight_scale: float) -> Tensor:
     """Return :func:`moment_sums` of the scores with ``keys`` (int32) and of |weights| / ``weight_scale``."""
-    native = library() if keys.device.type == "cpu" else None
+    native = None
+    if keys.device.type == "cpu":
+        native = library()
     if native is None:
         sums = moment_sums(scores_of_keys(keys), weights.abs())
     else:
@@ -37,16 +39,18 @@ def score_moments(keys: Tensor, weights: Tensor, weight_scale: float) -> Tensor:
         weights = weights.contiguous()
         sums = torch.empty(5, dtype=torch.float64)
         native.pst_moments(keys, weights, keys.numel(), sums)
-    by = 1.0 / weight_scale
-    # Python numbers: a tensor made of them would make the host wait
-    for place, factor in ((1, by), (3, by * by), (4, by)):
+    inverse = 1.0 / weight_scale
+    # The sums of y, y**2 and x y. By Python numbers: a tensor made of them would make the host wait.
+    for place, factor in ((1, inverse), (3, inverse * inverse), (4, inverse)):
         sums[place].mul_(factor)
     return sums
 
 
 def square_sum(values: Tensor) -> Tensor:
     """Return the sum of the squares of (rows, cols) ``values``, a float64 scalar on their device."""
-    native = library() if values.device.type == "cpu" else None
+    native = None
+    if values.device.type == "cpu":
+        native = library()
     if native is None or values.dtype not in NATIVE_DTYPES or values.stride(1) != 1:
         flat = values.float().flatten().double()
         return flat @ flat
@@ -69,7 +73,7 @@ def correlation(sums: Tensor, count: int) -> float | None:
     x, y, xx, yy, xy = (sums.double() / count).tolist()
     variance_x = xx - x * x
     variance_y = yy - y * y
-    # also false for NaN, which every comparison with a number is
+    # Written so that NaN, of which every comparison is false, gives None.
     if not (variance_x > _LEAST_VARIANCE * xx and variance_y > _LEAST_VARIANCE * yy):
         return None
     pearson: float = (xy - x * y) / math.sqrt(variance_x * variance_y)
@@ -86,13 +90,13 @@ def product_norm(left: Tensor, right: Tensor) -> Tensor:
     left = left.double()
     right = right.double()
     squared = ((left.t() @ left) * (right @ right.t())).sum()
-    # terms of both signs cancel, so the sum of a zero product may be slightly negative
+    # Terms of both signs cancel, so the sum of a zero product may be slightly negative.
     return squared.clamp(min=0.0).sqrt()
 
 
 def update_norm(layout: WeightLayout, factors: Factors, constants: Constants) -> Tensor:
     """Return the norm of beta U V of a layer, a float64 scalar; 0 without U and V."""
-    norms = []
+    norms: list[Tensor] = []
     for tile in _matrices(layout, factors):
         if tile.update_left is not None and tile.update_right is not None:
             norms.append(product_norm(tile.update_left, tile.update_right))
@@ -104,10 +108,10 @@ def learned_score_norm(layout: WeightLayout, factors: Factors, constants: Consta
 
     The sum is one product, of [alpha1 A | alpha2 R | alpha2 1] and [B; 1'; C].
     """
-    norms = []
+    norms: list[Tensor] = []
     for tile in _matrices(layout, factors):
-        left = []
-        right = []
+        left: list[Tensor] = []
+        right: list[Tensor] = []
         if tile.score_left is not None and tile.score_right is not None:
             left.append(constants.alpha1 * tile.score_left.double())
             right.append(tile.score_right.double())
@@ -122,6 +126,7 @@ def learned_score_norm(layout: WeightLayout, factors: Factors, constants: Consta
 
 
 def _norm_of_all(norms: list[Tensor]) -> Tensor:
+    """Return the norm of several matrices together from the norm of each."""
     if not norms:
         return torch.zeros((), dtype=torch.float64)
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
@@ -129,4 +134,5 @@ def _norm_of_all(norms: list[Tensor]) -> Tensor:
 
 
 def _matrices(layout: WeightLayout, factors: Factors) -> list[TileFactors]:
+    """Return the factors of each matrix of a layer."""
     return [tile_factors(factors, layout, matrix, matrix.rect) for matrix in layout.matrices()]
