@@ -30,12 +30,12 @@ def require_linear(rules: Sequence[LayerRule]) -> list[LayerRule]:
             f'budgets = "saliency": pattern {rules[0].pattern} has a sparsity of {rules[0].sparsity} in every layer. '
             'Set budgets = "equal", or pattern = "row" or "matrix"'
         )
-    stacked = next((rule.target.name for rule in movable if rule.target.is_stack), None)
-    if stacked is not None:
-        raise InputError(
-            f'budgets = "saliency": {stacked} is a stack of experts, and only linear layers are supported. Set '
-            'budgets = "equal"'
-        )
+    for rule in movable:
+        if rule.target.is_stack:
+            raise InputError(
+                f'budgets = "saliency": {rule.target.name} is a stack of experts, and only linear layers are '
+                'supported. Set budgets = "equal"'
+            )
     return movable
 
 
@@ -79,19 +79,20 @@ def rules_by_saliency(
         targets.append({rule.target.name: rule.target for rule in by_block.get(index, [])})
     norms = layer_norms(model, source, targets, data)
     histograms = _all_histograms(by_block, source, norms, data.ranks)
+    histograms_in_order: list[Tensor] = []
     sizes: list[int] = []
     weights_each: list[int] = []
     wanted = 0
     for rule in movable:
+        histograms_in_order.append(histograms[rule.target.name])
         size = _ranked_together(rule)
         weights_in_unit = rule.target.layout.numel // size
         sizes.append(size)
         weights_each.append(weights_in_unit)
-        wanted += prune_count(rule.sparsity, size) * weights_in_unit  # what equal budgets would prune
+        # what equal budgets would prune
+        wanted += prune_count(rule.sparsity, size) * weights_in_unit
     try:
-        counts = zeros_by_saliency(
-            [histograms[rule.target.name] for rule in movable], wanted, sizes=sizes, weights_each=weights_each
-        )
+        counts = zeros_by_saliency(histograms_in_order, wanted, sizes=sizes, weights_each=weights_each)
     except ValueError as error:
         raise InputError(
             f'budgets = "saliency": {error}, because it leaves every layer {LEAST_KEPT} of its weights. Lower the '
@@ -139,6 +140,7 @@ def _all_histograms(
 
 
 def _histogram(rule: LayerRule, norms: LayerNorms) -> Tensor:
+    """Return the histogram of a layer's scores, (BINS,) int64. Raises FloatingPointError, naming the layer."""
     weight = rule.target.weight.data
     with naming(rule.target.name):
         scores = saliency_scores(weight, norms.inputs, norms.outputs, transposed=rule.target.layout.transposed)

@@ -109,12 +109,16 @@ def plan_cut(files: ModelFiles, config: PruneConfig, excluded: str | tuple[str, 
 
     Raises InputError for widths that do not divide, and for what the model or its config cannot express.
     """
-    targets = {target.name: target for target in resolve_targets(files.model, PSTConfig(exclude_modules=excluded))}
+    targets: dict[str, Target] = {}
+    linear_layers: list[str] = []
+    for target in resolve_targets(files.model, PSTConfig(exclude_modules=excluded)):
+        targets[target.name] = target
+        if not target.is_stack:
+            linear_layers.append(target.name)
     stack, blocks = find_blocks(files.model, list(targets))
     changed = copy.deepcopy(files.model.config)
     assert config.ffn is not None
     settings = cut_config(changed, config.ffn)
-    linear_layers = [target.name for target in targets.values() if not target.is_stack]
     rows = _rows_of_blocks(files.unpruned(), stack, linear_layers, batch)
     smaller = files.skeleton(changed)
     asked = " and ".join(f"{key} = {value}" for key, value in settings.items())
@@ -206,8 +210,8 @@ def _require_explained(
     model: nn.Module, smaller: nn.Module, stack: str, cuts: Sequence[Sequence[Cut]], asked: str
 ) -> None:
     """Raise InputError unless the ``cuts`` give every parameter its shape in the ``smaller`` model."""
-    wanted = {name: tuple(param.shape) for name, param in smaller.named_parameters()}
-    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    wanted = _shapes(smaller)
+    shapes = _shapes(model)
     for index, cuts_of_block in enumerate(cuts):
         block = model.get_submodule(f"{stack}.{index}")
         # Shapes do not depend on which channels stay: the first ones are as good as any.
@@ -223,6 +227,11 @@ def _require_explained(
                 f"with {asked}, {name} has the shape {shape}, and removing inputs and outputs gives "
                 f"{shapes.get(name)}. A {type(model).__name__} cannot be cut. Prune weights with another method"
             )
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter, by name."""
+    return {name: tuple(param.shape) for name, param in model.named_parameters()}
 
 
 def _first_channels(block: nn.Module, cut: Cut) -> Tensor:

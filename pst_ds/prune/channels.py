@@ -111,33 +111,42 @@ class _Cutter:
         return outcomes
 
     def _cut(self, index: int) -> list[CutLayer]:
+        """Cut a block that is loaded. Collective."""
         block = self._replay.blocks[index]
         matrices = self._cut_matrices(index)
         chosen: list[tuple[Cut, Tensor]] = []
+        outcomes: list[CutLayer] = []
         for cut in self._plan.cuts[index]:
-            kept = torch.stack([matrix.kept for matrix in matrices[cut.layer]])  # (experts, kept)
+            matrices_of_layer = matrices[cut.layer]
+            kept = torch.stack([matrix.kept for matrix in matrices_of_layer])  # (experts, kept)
             if not cut.of_experts:
                 kept = kept[0]
             chosen.append((cut, kept))
+            outcomes.append(_outcome(f"{self._plan.stack}.{index}.{cut.layer}", cut, matrices_of_layer))
         _adopt(block, self._plan.smaller_block(index), _tensors(block, chosen, matrices))
-        prefix = f"{self._plan.stack}.{index}."
-        return [_outcome(prefix + cut.layer, cut, matrices[cut.layer]) for cut in self._plan.cuts[index]]
+        return outcomes
 
     def _cut_matrices(self, index: int) -> dict[str, list[_CutMatrix]]:
         """Return what the matrices of a block become, by layer; one for each expert. Collective."""
-        cuts = self._plan.cuts[index]
-        target_of = {cut.layer: self._plan.target(index, cut) for cut in cuts}
-        linear = [cut for cut in cuts if not cut.of_experts]
-        stacks = [cut for cut in cuts if cut.of_experts]
-        stack_targets = [target_of[cut.layer] for cut in stacks]
-        matrices: dict[str, list[_CutMatrix]] = {cut.layer: [] for cut in cuts}
+        linear: list[tuple[Cut, Target]] = []
+        stacks: list[tuple[Cut, Target]] = []
+        matrices: dict[str, list[_CutMatrix]] = {}
+        for cut in self._plan.cuts[index]:
+            matrices[cut.layer] = []
+            target = self._plan.target(index, cut)
+            if cut.of_experts:
+                stacks.append((cut, target))
+            else:
+                linear.append((cut, target))
+        stack_targets = [target for _, target in stacks]
         grams = InputGatherer(products)
         sums = InputGatherer(totals)
         groups = expert_groups(grams, [target.layout for target in stack_targets], STATISTICS_BYTES)
         for number, group in enumerate(groups):
             linear_targets: list[Target] = []
-            if number == 0:  # one pass is enough for layers whose statistics fit together
-                linear_targets = [target_of[cut.layer] for cut in linear]
+            # one pass is enough for layers whose statistics fit together
+            if number == 0:
+                linear_targets = [target for _, target in linear]
             expert_grams = InputGatherer(products, experts=group)
             expert_sums = InputGatherer(totals, experts=group)
             with self._replay.resident(index):
@@ -147,8 +156,8 @@ class _Cutter:
                     linear=[(grams, linear_targets), (sums, linear_targets)],
                     stacks=[(expert_grams, stack_targets), (expert_sums, stack_targets)],
                 )
-            for cut in stacks:
-                name = target_of[cut.layer].name
+            for cut, target in stacks:
+                name = target.name
                 gram = required(expert_grams, name)
                 total = required(expert_sums, name)
                 for expert in group:
@@ -164,8 +173,8 @@ class _Cutter:
                         )
                     cut_matrix = self._cut_on_one_rank(index, cut, inputs, expert, name=f"{name}, expert {expert}")
                     matrices[cut.layer].append(cut_matrix)
-        for number, cut in enumerate(linear):
-            name = target_of[cut.layer].name
+        for number, (cut, target) in enumerate(linear):
+            name = target.name
             gram = required(grams, name)
             total = required(sums, name)
             inputs = _Inputs(gram=gram.of[0].whole(), total=total.of[0].whole(), tokens=gram.num_tokens)
@@ -194,6 +203,7 @@ class _Cutter:
         return of_rank(number % self._replay.data.ranks.number, compute, (FloatingPointError,))
 
     def _cut_matrix(self, stored: Tensor, cut: Cut, moments: InputMoments) -> _CutMatrix:
+        """Choose the inputs that a matrix (O, I) keeps, and fit their weights to its outputs."""
         device = self._replay.data.device
         weight = stored.to(device)
         moments = InputMoments(moments.gram.to(device), moments.mean.to(device))
@@ -234,7 +244,8 @@ def _tensors(
         if index.dim() == 1:
             tensors[name] = tensors[name].index_select(dim, index)
             continue
-        of_experts: list[Tensor] = []  # each expert keeps other channels
+        # each expert keeps other channels
+        of_experts: list[Tensor] = []
         for tensor, kept in zip(tensors[name], index, strict=True):
             of_experts.append(tensor.index_select(dim, kept))
         tensors[name] = torch.stack(of_experts)
@@ -273,6 +284,7 @@ def _adopt(block: nn.Module, smaller: nn.Module, tensors: dict[str, Tensor]) -> 
 
 
 def _outcome(name: str, cut: Cut, matrices: Sequence[_CutMatrix]) -> CutLayer:
+    """Return what a layer lost, with the mean error of its experts; the channels of a linear layer by number."""
     error = sum(matrix.error for matrix in matrices) / len(matrices)
     outcome = CutLayer(name, channels=cut.channels, kept=cut.kept, error=error)
     if cut.of_experts:

@@ -54,7 +54,8 @@ def prune_layers(
     pruner = _BlockPruner(replay, method, reconstruct)
     by_block = rules_by_block(rules, stack)
     done: dict[str, PrunedLayer] = {}
-    last = max(by_block)  # blocks after the last with a rule would only compute inputs that nobody needs
+    # blocks after the last with a rule would only compute inputs that nobody needs
+    last = max(by_block)
     with replay.in_place(), Progress("prune", last + 1, "blocks") as shown:
         for index in range(last + 1):
             for layer in pruner.prune(index, by_block.get(index, []), is_last=index == last):
@@ -64,6 +65,7 @@ def prune_layers(
 
 
 def _by_magnitude(rule: LayerRule) -> PrunedLayer:
+    """Prune a layer by the magnitudes of its weights, on this rank only."""
     pruning = LayerPruning(rule, ALONE)
     pruning.require_finite()
     for expert in range(pruning.num_experts):
@@ -102,7 +104,9 @@ class _BlockPruner:
         return outcome
 
     def _prune(self, index: int, rules: Sequence[LayerRule], *, is_last: bool) -> list[PrunedLayer]:
-        layers = [LayerPruning(rule, self._ranks) for rule in rules]  # before the block moves: they hold stored values
+        """Prune a block that is loaded. Collective."""
+        # before the block moves to the device: they hold stored values
+        layers = [LayerPruning(rule, self._ranks) for rule in rules]
         for layer in layers:
             layer.require_finite()
         fit: BlockFit | None = None
@@ -131,8 +135,14 @@ class _BlockPruner:
 
         Collective. ``fit``: stores the outputs of the dense block.
         """
-        linear = [layer for layer in layers if not layer.rule.target.is_stack]
-        stacks = [layer for layer in layers if layer.rule.target.is_stack]
+        linear: list[LayerPruning] = []
+        stacks: list[LayerPruning] = []
+        for layer in layers:
+            if layer.rule.target.is_stack:
+                stacks.append(layer)
+            else:
+                linear.append(layer)
+        linear_targets = [layer.rule.target for layer in linear]
         stack_targets = [layer.rule.target for layer in stacks]
         tokens: dict[str, list[int]] = {}
         of_linear = InputGatherer(self._sum_of)
@@ -140,17 +150,17 @@ class _BlockPruner:
         for number, group in enumerate(groups):
             # Only the first pass runs the dense block: later ones have pruned experts. It also sees the linear layers,
             # which stay dense until the last group is done.
-            linear_targets: list[Target] = []
+            targets_of_pass: list[Target] = []
             remember: Compute | None = None
             if number == 0:
-                linear_targets = [layer.rule.target for layer in linear]
+                targets_of_pass = linear_targets
                 if fit is not None:
                     remember = fit.remember
             of_experts = InputGatherer(self._sum_of, group)
             gather(
                 self._replay,
                 index,
-                linear=[(of_linear, linear_targets)],
+                linear=[(of_linear, targets_of_pass)],
                 stacks=[(of_experts, stack_targets)],
                 compute=remember,
             )

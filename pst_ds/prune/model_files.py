@@ -234,8 +234,14 @@ class ModelFiles:
         for part in dict.fromkeys(self._part_of.values()):
             pruned += self._files(part)
         # Tensors of parts that were not pruned are copied from the base model.
-        copied = {key: self.base.size(key) for key, part in self._part_of.items() if not self._is_done(part)}
-        copied_bytes = {key: dtype.itemsize * prod(shape) for key, (dtype, shape) in copied.items()}
+        copied: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        copied_bytes: dict[str, int] = {}
+        for key, part in self._part_of.items():
+            if self._is_done(part):
+                continue
+            dtype, shape = self.base.size(key)
+            copied[key] = dtype, shape
+            copied_bytes[key] = dtype.itemsize * prod(shape)
         total = sum(file.stat().st_size for file in pruned) + sum(copied_bytes.values())
         if total <= self._shard_bytes:
             self._write_one_file(folder / _WHOLE, pruned, copied)
@@ -266,17 +272,21 @@ class ModelFiles:
 
         def pieces() -> Iterator[bytes | memoryview]:
             yield header
-            for name in slots:  # tensor by tensor: memory need not hold the model
-                tensor = file_of[name].read(name) if name in file_of else self.base.read(name)
+            # tensor by tensor: memory need not hold the model
+            for name in slots:
+                source = file_of.get(name, self.base)
+                tensor = source.read(name)
                 yield tensor_bytes(tensor.contiguous())
 
         write_pieces(path, pieces())
 
     def _write_rest(self, folder: Path, copy_small_files: Callable[[Path], None], record: Mapping[str, object]) -> None:
+        """Write all files of the pruned model but its weights."""
         if self.model.can_generate():
             self.model.generation_config.save_pretrained(folder)
         copy_small_files(folder)
-        self.model.config.save_pretrained(folder)  # which may say that the model is smaller
+        # over the copied config, since the model may be smaller
+        self.model.config.save_pretrained(folder)
         scales: dict[str, Tensor] = {}
         for file in sorted(self._work.glob("*.scales")):
             for name, scales_of_layer in load_file(file).items():
@@ -287,6 +297,7 @@ class ModelFiles:
         write_text_atomic(folder / PRUNING_RECORD, text)
 
     def _make_folder(self) -> None:
+        """Create the folder of finished parts, with the plan that tells whether a later run may use them."""
         if not self._work.is_dir():
             self._work.mkdir(parents=True)
             write_text_atomic(self._work / _PLAN, self._plan)
@@ -303,15 +314,11 @@ class ModelFiles:
 
     def _write(self, part: str, layers: Sequence[Outcome]) -> None:
         """Write the weights of a part, its scales, and then the outcome, which makes it finished."""
-        state = self.model.state_dict()
-        if part == OUTSIDE:
-            names_in_part = {self._names[key] for key, part_of_key in self._part_of.items() if part_of_key == OUTSIDE}
-            tensors = {name: tensor for name, tensor in state.items() if name in names_in_part}
-        else:
-            tensors = {name: tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
+        tensors = self._tensors_of(part)
         saved: dict[str, Tensor] = {}
         for name, tensor in saved_tensors(self.model, tensors).items():
-            saved[self.base.find(name) or name] = tensor.contiguous()  # as the base model's files spell it
+            # as the base model's files spell it
+            saved[self.base.find(name) or name] = tensor.contiguous()
         for number, run in enumerate(runs_of([tensor.nbytes for tensor in saved.values()], self._shard_bytes)):
             tensors_of_file = dict(islice(saved.items(), run.start, run.stop))
             _save(tensors_of_file, self._work / f"model-{part}-{number}.safetensors")
@@ -320,10 +327,26 @@ class ModelFiles:
         for layer in layers:
             if isinstance(layer, PrunedLayer) and layer.scales is not None:
                 scales[layer.name] = layer.scales
-            facts.append({each.name: getattr(layer, each.name) for each in fields(layer) if each.name != "scales"})
+            facts.append(_facts_of(layer))
         if scales:
             _save(scales, self._work / f"{part}.scales")
         write_text_atomic(self._work / f"{part}.json", json.dumps(facts))
+
+    def _tensors_of(self, part: str) -> dict[str, Tensor]:
+        """Return the model's tensors of a part, by name."""
+        names_outside: set[str] = set()
+        for key, part_of_key in self._part_of.items():
+            if part_of_key == OUTSIDE:
+                names_outside.add(self._names[key])
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.model.state_dict().items():
+            is_in_part = name.startswith(f"{part}.")
+            # what lies outside of the blocks has no common prefix
+            if part == OUTSIDE:
+                is_in_part = name in names_outside
+            if is_in_part:
+                tensors[name] = tensor
+        return tensors
 
     def _parts(self, place: Pretrained) -> dict[str, str]:
         """Return the part of each tensor in the files. Raises InputError for tensors of another shape."""
@@ -355,8 +378,10 @@ class ModelFiles:
     def _load(self, parts: Iterable[str]) -> None:
         """Load parts that are not there yet, as they were written if they are finished."""
         wanted = set(parts) - self._present
-        keys = [key for key, part in self._part_of.items() if part in wanted and not self._is_done(part)]
-        tensors = {key: self.base.read(key) for key in keys}
+        tensors: dict[str, Tensor] = {}
+        for key, part in self._part_of.items():
+            if part in wanted and not self._is_done(part):
+                tensors[key] = self.base.read(key)
         for part in wanted:
             for file in self._files(part):
                 tensors |= load_file(file)
@@ -447,8 +472,13 @@ def _renamings_and_converters(mapping: Iterable[Any]) -> tuple[list[Any], list[A
     """Divide transformers' conversions into those that rename a tensor, and those that split or merge tensors."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    renamings = [conversion for conversion in mapping if isinstance(conversion, WeightRenaming)]
-    converters = [conversion for conversion in mapping if isinstance(conversion, WeightConverter)]
+    renamings: list[Any] = []
+    converters: list[Any] = []
+    for conversion in mapping:
+        if isinstance(conversion, WeightRenaming):
+            renamings.append(conversion)
+        if isinstance(conversion, WeightConverter):
+            converters.append(conversion)
     return renamings, converters
 
 
@@ -466,6 +496,15 @@ def _set(model: PreTrainedModel, tensors: Mapping[str, Tensor], mapping: Any) ->
         if shown:
             logging.enable_progress_bar()
     model.requires_grad_(False)
+
+
+def _facts_of(layer: Outcome) -> dict[str, object]:
+    """Return the fields of an outcome as JSON, without the scales, which are tensors."""
+    facts: dict[str, object] = {}
+    for field in fields(layer):
+        if field.name != "scales":
+            facts[field.name] = getattr(layer, field.name)
+    return facts
 
 
 def _link(file: Path, other: Path) -> None:

@@ -77,7 +77,11 @@ def settings_for(
     if saved_modules is not None:
         # The config may name the task's head, which this model does not have.
         names = [name for name, _ in model.named_modules()]
-        saved_modules = tuple(saved for saved in saved_modules if any(name_matches(name, (saved,)) for name in names))
+        present: list[str] = []
+        for saved in saved_modules:
+            if any(name_matches(name, (saved,)) for name in names):
+                present.append(saved)
+        saved_modules = tuple(present)
     try:
         return replace(config, pattern=chosen, modules_to_save=saved_modules)
     except ValueError as error:
@@ -90,13 +94,16 @@ def requested_sparsity(settings: PSTConfig, asked: float | None, default: float)
     Raises InputError if it is out of range, or the pattern has another one.
     """
     fixed = parse_pattern(settings.pattern).fixed_sparsity
-    if fixed is not None:  # N:M: 1 - N / M of every group
+    # N:M prunes 1 - N / M of every group
+    if fixed is not None:
         if asked not in (None, fixed):
             raise InputError(
                 f"sparsity = {asked}: pattern {settings.pattern} has sparsity {fixed}. Set sparsity = {fixed}"
             )
         return fixed
-    share = default if asked is None else asked
+    share = default
+    if asked is not None:
+        share = asked
     if not 0.0 <= share < 1.0:
         hint = percent_hint(share)
         raise InputError(f"sparsity = {share} must be in [0, 1): it is the fraction of pruned weights{hint}")
@@ -119,15 +126,18 @@ def layer_rules(
             raise InputError(
                 f"{target.name}: {error}. Choose another group, or exclude the layer with pst.exclude_modules"
             ) from None
-    if keeps_zeros:
-        rules: list[LayerRule] = []
-        for target in targets:
-            rules.append(LayerRule(target=target, pattern=Pattern("matrix"), sparsity=0.0, grid=grid, keeps_zeros=True))
-        return rules
-    return [replace(_rule(target, method, share), grid=grid) for target in targets]
+    rules: list[LayerRule] = []
+    for target in targets:
+        if keeps_zeros:
+            rule = LayerRule(target=target, pattern=Pattern("matrix"), sparsity=0.0, grid=grid, keeps_zeros=True)
+        else:
+            rule = replace(_rule(target, method, share), grid=grid)
+        rules.append(rule)
+    return rules
 
 
 def _rule(target: Target, method: Method, share: float) -> LayerRule:
+    """Return the rule of a layer. Raises InputError, naming it, for a pattern that does not fit it or the method."""
     rule = target.rule
     if rule.pattern.kind == "experts":
         raise InputError(f'{target.name}: pattern "experts" removes whole experts. Set method = "reap"')
@@ -149,9 +159,6 @@ def _rule(target: Target, method: Method, share: float) -> LayerRule:
             "pst.overrides"
         ) from None
     overridden = rule.final_sparsity
-    return LayerRule(
-        target=target,
-        pattern=rule.pattern,
-        sparsity=share if overridden is None else overridden,
-        has_own_sparsity=overridden is not None,
-    )
+    if overridden is not None:
+        share = overridden
+    return LayerRule(target=target, pattern=rule.pattern, sparsity=share, has_own_sparsity=overridden is not None)

@@ -19,12 +19,20 @@ STATISTICS_BYTES = 4 * 2**30
 
 def expert_groups(gatherer: InputGatherer, layouts: Sequence[WeightLayout], most_bytes: int) -> list[range]:
     """Return groups of consecutive experts whose statistics fit into memory; one group without stacks."""
-    number = max((layout.num_experts for layout in layouts), default=1)
-    bytes_each = sum(8 * layout.in_features**2 for layout in layouts)  # fp64 X'X of one expert of every stack
+    number = 1
+    # fp64 X'X of one expert of every stack
+    bytes_each = 0
+    for layout in layouts:
+        number = max(number, layout.num_experts)
+        bytes_each += 8 * layout.in_features**2
     size = number
-    if bytes_each and gatherer.sum_of is not squares:  # squares are I numbers per expert, and fit always
+    # squares are I numbers per expert, and fit always
+    if bytes_each and gatherer.sum_of is not squares:
         size = max(1, most_bytes // bytes_each)
-    return [range(first, min(first + size, number)) for first in range(0, number, size)]
+    groups: list[range] = []
+    for first in range(0, number, size):
+        groups.append(range(first, min(first + size, number)))
+    return groups
 
 
 Listeners = Sequence[tuple[InputGatherer, Sequence[Target]]]
@@ -52,7 +60,8 @@ def gather(
 
     def heard(name: str, inputs: Tensor, routing: Routing, by_token: bool) -> None:
         for gatherer, targets in stacks:
-            if any(target.name == name for target in targets):
+            # a gatherer only gets what it was asked for
+            if name in [target.name for target in targets]:
                 gatherer.add_experts(name, inputs, routing, by_token)
 
     name_of: dict[tuple[nn.Module, str], str] = {}
@@ -67,7 +76,11 @@ def gather(
         replay.run(index, keep_output=False, before=begin, compute=compute, after_first=settle)
     for gatherer, targets in listeners:
         sizes = {target.name: target.layout.in_features for target in targets}
-        with naming(targets[0].name if targets else ""):
+        # the sums of a block are added up together, so that an error can name only one of its layers
+        name = ""
+        if targets:
+            name = targets[0].name
+        with naming(name):
             gatherer.add_ranks(sizes, replay.data.device, ranks)
 
 
