@@ -14,7 +14,7 @@ New ids are in the order of the old ones, so an embedding is trimmed by selectin
 import json
 import re
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -43,7 +43,7 @@ class Vocabulary:
 
     @property
     def new_ids(self) -> dict[int, int]:
-        return {old: new for new, old in enumerate(self.kept)}
+        return _new_ids(self.kept)
 
 
 def trim(tokenizer: "PreTrainedTokenizerBase", seen: Iterable[int]) -> Vocabulary:
@@ -55,26 +55,39 @@ def trim(tokenizer: "PreTrainedTokenizerBase", seen: Iterable[int]) -> Vocabular
     if not tokenizer.is_fast:
         raise InputError(f"{type(tokenizer).__name__} is not a fast tokenizer and cannot be trimmed. Name a fast one")
     table = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = _kept(table, set(seen))
-    new_ids = {old: new for new, old in enumerate(kept)}
+    kept_ids = _kept(table, set(seen))
+    new_ids = _new_ids(kept_ids)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer.save_pretrained(folder)
         for file in set(tokenizer.vocab_files_names.values()) - {_TOKENIZER}:
-            (folder / file).unlink(missing_ok=True)  # older formats, which have all tokens
+            # older formats, which have all tokens and would be read in place of the trimmed one
+            (folder / file).unlink(missing_ok=True)
         (folder / _TOKENIZER).write_text(json.dumps(_trimmed(table, new_ids), ensure_ascii=False), "utf-8")
         settings = json.loads((folder / _SETTINGS).read_text("utf-8"))
-        if decoder := settings.get("added_tokens_decoder"):
-            settings["added_tokens_decoder"] = {str(new_ids[int(old)]): token for old, token in decoder.items()}
+        decoder = settings.get("added_tokens_decoder")
+        if decoder:
+            settings["added_tokens_decoder"] = {}
+            for old, token in decoder.items():
+                settings["added_tokens_decoder"][str(new_ids[int(old)])] = token
             (folder / _SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
         trimmed = type(tokenizer).from_pretrained(folder)
-    expected = {token: new_ids[old] for token, old in tokenizer.get_vocab().items() if old in new_ids}
+    expected: dict[str, int] = {}
+    for token, old in tokenizer.get_vocab().items():
+        if old in new_ids:
+            expected[token] = new_ids[old]
+    # a class may make its vocabulary from other files, or from code
     if trimmed.get_vocab() != expected:
         raise InputError(
             f"{type(tokenizer).__name__} rebuilds its vocabulary when it is loaded, so it cannot be trimmed. Name "
             "another tokenizer"
         )
-    return Vocabulary(trimmed, kept)
+    return Vocabulary(trimmed, kept_ids)
+
+
+def _new_ids(kept: Sequence[int]) -> dict[int, int]:
+    """Return the new id of each old one, from the ids that are kept, ascending."""
+    return {old: new for new, old in enumerate(kept)}
 
 
 def renumbered(settings: Mapping[str, object], vocabulary: Vocabulary) -> Table:
@@ -85,7 +98,8 @@ def renumbered(settings: Mapping[str, object], vocabulary: Vocabulary) -> Table:
     def new_id(name: str, value: object) -> object:
         if isinstance(value, list):
             return [new_id(name, item) for item in value]
-        if not isinstance(value, int) or value < 0:  # unset, or a position
+        # unset, or a position from the end
+        if not isinstance(value, int) or value < 0:
             return value
         if value not in new_ids:
             raise InputError(f"{name} = {value} in the model's config is a token that is not kept")
@@ -97,8 +111,10 @@ def renumbered(settings: Mapping[str, object], vocabulary: Vocabulary) -> Table:
             changed[name] = renumbered(value, vocabulary)
         elif name == "vocab_size":
             changed[name] = len(vocabulary.kept)
+        elif _holds_ids(name):
+            changed[name] = new_id(name, value)
         else:
-            changed[name] = new_id(name, value) if _holds_ids(name) else value
+            changed[name] = value
     return changed
 
 
@@ -114,6 +130,7 @@ def ids_in(settings: Mapping[str, object]) -> set[int]:
 
 
 def _holds_ids(name: object) -> bool:
+    """Return whether a setting holds token ids, by its name."""
     return isinstance(name, str) and name.endswith(("_token_id", "_token_ids", *_LISTS_OF_IDS))
 
 
@@ -137,12 +154,20 @@ def _kept(table: Table, seen: set[int]) -> list[int]:
     if unknown:
         raise InputError(f"token {min(unknown)} was seen, but the tokenizer does not have it")
     prefix = model.get("continuing_subword_prefix") or ""
-    smallest = {token for token in ids if len(token.removeprefix(prefix)) == 1 or _BYTE.fullmatch(token)}
+    # what words fall back to; a word without them would become the unknown token
+    smallest: set[str] = set()
+    for token in ids:
+        if len(token.removeprefix(prefix)) == 1 or _BYTE.fullmatch(token):
+            smallest.add(token)
     unk = model.get("unk_token")
     if model["type"] == "Unigram" and model["unk_id"] is not None:
         unk = model["vocab"][model["unk_id"]][0]
-    names = {id_: token for token, id_ in ids.items()}
-    wanted = smallest | {names[id_] for id_ in seen | added if id_ in names} | {unk}
+    token_of_id = {number: token for token, number in ids.items()}
+    wanted = smallest | {unk}
+    for number in seen | added:
+        # added tokens may lie outside of the model's vocabulary
+        if number in token_of_id:
+            wanted.add(token_of_id[number])
     if model["type"] == "BPE":
         wanted = _with_parts(wanted, model)
     return sorted({ids[token] for token in wanted if token in ids} | added)
@@ -160,7 +185,11 @@ def _merges(model: Table) -> Iterable[tuple[object, tuple[str, str, str]]]:
     """Yield each merge in order: its entry in the file, and (left token, right token, merged token)."""
     prefix = model.get("continuing_subword_prefix") or ""
     for merge in model["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        # a text in older files, a pair in newer ones
+        if isinstance(merge, str):
+            left, right = merge.split(" ")
+        else:
+            left, right = merge
         yield merge, (left, right, left + right.removeprefix(prefix))
 
 
@@ -181,31 +210,43 @@ def _with_parts(wanted: Collection[str], model: Table) -> set[str]:
 def _trimmed(table: Table, new_ids: dict[int, int]) -> Table:
     """Return a tokenizer.json with only the tokens of ``new_ids``, under their new ids."""
     model = dict(table["model"])
-    kept = {token: new_ids[old] for token, old in _ids_of(model).items() if old in new_ids}
+    new_id_of: dict[str, int] = {}
+    for token, old in _ids_of(model).items():
+        if old in new_ids:
+            new_id_of[token] = new_ids[old]
     if model["type"] == "Unigram":
-        model["vocab"] = [pair for pair in model["vocab"] if pair[0] in kept]
-        model["unk_id"] = None if model["unk_id"] is None else new_ids[model["unk_id"]]
+        # pairs of a token and its score, in the order of their ids
+        model["vocab"] = [pair for pair in model["vocab"] if pair[0] in new_id_of]
+        if model["unk_id"] is not None:
+            model["unk_id"] = new_ids[model["unk_id"]]
     else:
-        model["vocab"] = kept
+        model["vocab"] = new_id_of
     if model["type"] == "BPE":
-        model["merges"] = [merge for merge, tokens in _merges(model) if all(token in kept for token in tokens)]
-    added = [{**token, "id": new_ids[token["id"]]} for token in table["added_tokens"]]
-    padding = table.get("padding") and {**table["padding"], "pad_id": new_ids[table["padding"]["pad_id"]]}
-    processor = table.get("post_processor") and _renumbered_processor(table["post_processor"], new_ids)
-    return {**table, "model": model, "added_tokens": added, "padding": padding, "post_processor": processor}
+        # the order of merges is the order in which a word is put together
+        model["merges"] = [merge for merge, tokens in _merges(model) if new_id_of.keys() >= set(tokens)]
+    added: list[Table] = []
+    for added_token in table["added_tokens"]:
+        added.append({**added_token, "id": new_ids[added_token["id"]]})
+    trimmed = {**table, "model": model, "added_tokens": added}
+    if table.get("padding"):
+        trimmed["padding"] = {**table["padding"], "pad_id": new_ids[table["padding"]["pad_id"]]}
+    if table.get("post_processor"):
+        trimmed["post_processor"] = _renumbered_processor(table["post_processor"], new_ids)
+    return trimmed
 
 
 def _renumbered_processor(processor: Table, new_ids: dict[int, int]) -> Table:
     """Return a post-processor, which adds special tokens to a text, with new ids."""
     changed = dict(processor)
+    # a sequence of processors
     if "processors" in processor:
-        changed["processors"] = [_renumbered_processor(one, new_ids) for one in processor["processors"]]
+        changed["processors"] = [_renumbered_processor(part, new_ids) for part in processor["processors"]]
     for name in {"sep", "cls"} & processor.keys():
         token, old = processor[name]
         changed[name] = [token, new_ids[old]]
     if isinstance(processor.get("special_tokens"), dict):
-        changed["special_tokens"] = {
-            name: {**token, "ids": [new_ids[old] for old in token["ids"]]}
-            for name, token in processor["special_tokens"].items()
-        }
+        # those of a template, by the names that it uses
+        changed["special_tokens"] = {}
+        for name, token in processor["special_tokens"].items():
+            changed["special_tokens"][name] = {**token, "ids": [new_ids[old] for old in token["ids"]]}
     return changed

@@ -29,6 +29,7 @@ def masks_of_zeros(model: nn.Module) -> MaskStats:
     """
     written: dict[PSTLayer, Tensor] = {}
     for layer in settled_layers(model).values():
+        # a layer without one has quantised codes, whose masks were made before they were
         if layer.weight is not None:
             is_kept = sharding.shard_of(layer.weight).values != 0
             written[layer] = pack_shard(is_kept.byte(), layer.own_bits().numel())

@@ -33,6 +33,7 @@ def choose_source(
     """
     if schedules.masks is None:
         return NoMasks()
+    # before the routers: masks of zeros fit stacks of experts too
     if injected_config(model).initial_mask == "zeros":
         if criterion is not None:
             raise InputError(

@@ -56,6 +56,7 @@ class Ranking(MaskSource):
         """Collect gradients of the next batch, if the criterion needs them and a mask update follows it."""
         if GRADIENTS not in self.criterion.needs:
             return
+        # those of an earlier batch, after which the run was resumed or its schedule changed
         self.close()
         if schedules.masks is not None and schedules.masks.updates_masks_at(step + 1):
             self._gradients = WeightGradients(self._model)
@@ -76,7 +77,8 @@ class Ranking(MaskSource):
             device = sharding.shard_of(layers[0].pst_mask).values.device
             if self._gradients is not None:
                 gradients = self._gradients.of_all_ranks(device)
-            elif target == 0.0:  # nothing is pruned, so the order of the weights has no effect
+            elif target == 0.0:
+                # nothing is pruned, so the order of the weights has no effect
                 gradients = WeightGradients(self._model).of_all_ranks(device)
             else:
                 raise InputError(

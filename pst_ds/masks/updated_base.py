@@ -49,6 +49,7 @@ def _update_from_whole(updated: torch.Tensor, layer: PSTLayer, base: OwnWeights,
     for matrix in layer.layout.matrices():
         tile = tile_factors(factors, layer.layout, matrix, matrix.rect)
         values = sliced_weight(weight[matrix.rect.slices], tile, layer.constants)
+        # tiles of any size: the values are there already
         for rect in shard_tiles(matrix.rect, base.row_length, base.start, base.stop, weight.numel()):
             view_in_shard(updated, rect, base.row_length, base.start).copy_(values[rect.inside(matrix.rect)])
 
@@ -59,5 +60,6 @@ def _whole_weight(layer: PSTLayer) -> torch.Tensor:
         return sharding.whole(layer.weight).view(layer.layout.shape)
     codes = layer.base_codes
     assert codes is not None
+    # codes and scales are divided among ranks like a weight, and dequantised only when they are whole
     with sharding.gathered([codes.codes, codes.scales]):
         return layer.dense_weight()

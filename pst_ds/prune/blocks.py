@@ -47,7 +47,8 @@ class Calibration:
         """Return this rank's (batch, piece): every ``ranks.number``-th of all, or of at most ``most`` of them."""
         pieces: list[tuple[int, Batch]] = []
         for number, batch in enumerate(self.batches):
-            pieces += [(number, piece) for piece in _pieces(batch)]
+            for piece in _pieces(batch):
+                pieces.append((number, piece))
         step = 1
         if most is not None:
             step = max(1, -(-len(pieces) // most))
@@ -59,9 +60,13 @@ def _pieces(batch: Batch) -> list[Batch]:
     """Cut a batch between examples into pieces of about PIECE_TOKENS tokens."""
     main = batch.get("input_ids", next(iter(batch.values())))  # (examples, tokens), or (examples,)
     num_examples = main.shape[0]
-    length = main.shape[1] if main.dim() > 1 else 1
-    if any(value.shape[:1] != (num_examples,) for value in batch.values()):
-        return [batch]  # a tensor without an example per row cannot be cut
+    length = 1
+    if main.dim() > 1:
+        length = main.shape[1]
+    for value in batch.values():
+        # a tensor without an example per row cannot be cut
+        if value.shape[:1] != (num_examples,):
+            return [batch]
     size = max(1, PIECE_TOKENS // length)
     pieces: list[Batch] = []
     for first in range(0, num_examples, size):
@@ -141,7 +146,8 @@ def replaced_blocks(
     # Hooks of other libraries may have set a function on a block itself, which comes back afterwards.
     set_before = [block.__dict__.get("forward") for block in blocks]
     caches = getattr(config, "use_cache", None)
-    if caches is not None:  # a cache would keep the keys and values of every pass
+    # a cache would keep the keys and values of every pass
+    if caches is not None:
         config.use_cache = False
     for index, block in enumerate(blocks):
         block.forward = replacement(index, block.forward)

@@ -146,7 +146,8 @@ class _BlockPruner:
         stack_targets = [layer.rule.target for layer in stacks]
         tokens: dict[str, list[int]] = {}
         of_linear = InputGatherer(self._sum_of)
-        groups = expert_groups(of_linear, [target.layout for target in stack_targets], STATISTICS_BYTES)
+        layouts = [target.layout for target in stack_targets]
+        groups = expert_groups(of_linear, layouts, STATISTICS_BYTES)
         for number, group in enumerate(groups):
             # Only the first pass runs the dense block: later ones have pruned experts. It also sees the linear layers,
             # which stay dense until the last group is done.

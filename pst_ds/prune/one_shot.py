@@ -28,9 +28,9 @@ from pst_ds.prune.channels import cut_channels
 from pst_ds.prune.folder import FORMAT, record_of
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.model_files import ModelFiles
-from pst_ds.prune.outcome import PrunedLayer
+from pst_ds.prune.outcome import CutLayer, PrunedLayer
 from pst_ds.prune.rules import LayerRule, layer_rules, requested_sparsity, settings_for
-from pst_ds.prune.whole_experts import drop_experts
+from pst_ds.prune.whole_experts import KeptExperts, drop_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,7 +115,7 @@ class ChannelPlan:
             "parameters_before": before,
             "parameters": files.model.num_parameters(),
             "config": settings,
-            "modules": {module.name: module.facts for module in modules},
+            "modules": _facts_by_name(modules),
         }
         return Pruned(facts, layers=[])
 
@@ -152,7 +152,7 @@ class ExpertPlan:
             "sparsity_requested": self.share,
             "experts": len(modules[0].kept),
             "experts_before": len(modules[0].scores),
-            "modules": {module.name: module.facts for module in modules},
+            "modules": _facts_by_name(modules),
         }
         return Pruned(facts, layers=[])
 
@@ -221,11 +221,19 @@ class LayerPlan:
 
 
 def _sparsity_asked(config: PruneConfig, final_sparsity: float) -> float:
-    return final_sparsity if config.sparsity is None else config.sparsity
+    """Return the sparsity of the command, or else that of the run."""
+    if config.sparsity is None:
+        return final_sparsity
+    return config.sparsity
+
+
+def _facts_by_name(modules: Sequence[KeptExperts] | Sequence[CutLayer]) -> dict[str, object]:
+    """Return what a record says of each module."""
+    return {module.name: module.facts for module in modules}
 
 
 def _by_magnitude(files: ModelFiles, rules: Sequence[LayerRule], data: Calibration) -> list[PrunedLayer]:
-    # Part by part, without running blocks, so that layers outside of blocks can be pruned too.
+    """Prune part by part, without running blocks, so that layers outside of blocks can be pruned too."""
     by_part: dict[str, list[LayerRule]] = {}
     for rule in rules:
         by_part.setdefault(files.part_of(rule.target.name), []).append(rule)
@@ -233,6 +241,7 @@ def _by_magnitude(files: ModelFiles, rules: Sequence[LayerRule], data: Calibrati
     for part, rules_of_part in by_part.items():
         with files.loaded(part):
             layers = files.outcome(part, PrunedLayer)
+            # an interrupted run may have finished it
             if layers is None:
                 layers = prune_layers(files.model, rules_of_part, "magnitude", data)
                 files.finish(part, layers)
@@ -261,6 +270,7 @@ def _with_budgets(files: ModelFiles, rules: Sequence[LayerRule], data: Calibrati
 
 
 def _facts_of(config: PruneConfig, settings: PSTConfig, sparsity: float) -> dict[str, object]:
+    """Return what a record says of the settings that weights were pruned with."""
     facts: dict[str, object] = {"method": config.method, "pattern": settings.pattern, "sparsity_requested": sparsity}
     if config.keep_zeros:
         facts["pattern"] = "zeros"
@@ -277,12 +287,14 @@ def _facts_of(config: PruneConfig, settings: PSTConfig, sparsity: float) -> dict
 
 
 def _method_of(config: PruneConfig) -> OneShotMethod:
+    """Return the method that prunes weights; the two others have plans of their own kind."""
     assert config.method != REAP
     assert config.method != CHANNELS
     return config.method
 
 
 def _grid_of(config: PruneConfig) -> Grid | None:
+    """Return the quantisation scheme of the pruned layers, if any. Raises InputError."""
     if not config.bits:
         return None
     try:

@@ -238,17 +238,20 @@ def _rows(values: Tensor, ranks: Ranks) -> Tensor:
 
 
 def _rms_of_kept(values: Tensor) -> float:
+    """Return the root mean square of the values that are not 0."""
     values = values.to(torch.float32)
     return float(values.square().sum() / values.count_nonzero().clamp(min=1)) ** 0.5
 
 
 def _write(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Give weights other values, in their dtype and on their device."""
     for weight, value in zip(weights, values, strict=True):
         weight.data.copy_(value)
 
 
 @contextmanager
 def _with_gradients(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Compute gradients of ``weights`` inside the context."""
     asked = [weight.requires_grad for weight in weights]
     try:
         for weight in weights:
