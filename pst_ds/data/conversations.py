@@ -188,6 +188,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer, where: str) -> Rend
     text, spans = _answers_by_prefix(conversation, tokenizer, where)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = encoded["input_ids"]
+    # compared with each token; the tokenizer builds the list anew at each access
     special = set(tokenizer.all_special_ids)
     is_answer = [False] * len(ids)
     places = encoded["offset_mapping"]

@@ -23,9 +23,9 @@ Rule = Callable[[Tensor, Tensor], Tensor]
 """Returns changed scores of the next token, from the tokens so far and the scores."""
 
 
-def end_tokens(own: GenerationConfig) -> list[int]:
+def end_tokens(config: GenerationConfig) -> list[int]:
     """Return the end-of-text tokens of a generation config, which has one, several or none."""
-    ends = own.eos_token_id
+    ends = config.eos_token_id
     if isinstance(ends, int):
         return [ends]
     return list(ends or ())
@@ -99,8 +99,13 @@ def _generation_config(settings: EvalConfig, tokenizer: Tokenizer, ends: Sequenc
     from transformers import GenerationConfig
 
     end = tokenizer.eos_token_id
+    padding = tokenizer.pad_token_id
+    if padding is None:
+        # any token will do: padding is not attended to
+        padding = end
     beams = {}
-    if settings.num_beams > 1:  # transformers warns about a penalty without beams
+    # transformers warns about a penalty without beams
+    if settings.num_beams > 1:
         beams = {"length_penalty": settings.length_penalty}
     return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
@@ -108,7 +113,7 @@ def _generation_config(settings: EvalConfig, tokenizer: Tokenizer, ends: Sequenc
         do_sample=False,
         use_cache=True,
         eos_token_id=sorted({end, *ends}),
-        pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        pad_token_id=padding,
         **beams,
     )
 
@@ -145,13 +150,18 @@ def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> d
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
-    streams = [list(stream) for stream in zip_longest(*references)]  # None where a text has fewer references
+    # sacrebleu wants the first reference of every text, then the second: None where a text has fewer
+    streams = list(map(list, zip_longest(*references)))
     scorer = RougeScorer(["rouge1", "rougeL"])
-    pairs = zip(texts, references, strict=True)
-    rouge = [scorer.score_multi(list(wanted), text) for text, wanted in pairs]
+    rouge_1 = 0.0
+    rouge_l = 0.0
+    for text, references_of_text in zip(texts, references, strict=True):
+        scores = scorer.score_multi(list(references_of_text), text)
+        rouge_1 += scores["rouge1"].fmeasure
+        rouge_l += scores["rougeL"].fmeasure
     return {
         "bleu": sacrebleu.corpus_bleu(list(texts), streams).score,
-        "rouge_1": 100.0 * sum(found["rouge1"].fmeasure for found in rouge) / len(rouge),
-        "rouge_l": 100.0 * sum(found["rougeL"].fmeasure for found in rouge) / len(rouge),
+        "rouge_1": 100.0 * rouge_1 / len(texts),
+        "rouge_l": 100.0 * rouge_l / len(texts),
         "chrf": sacrebleu.corpus_chrf(list(texts), streams).score,
     }

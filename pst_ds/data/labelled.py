@@ -92,6 +92,7 @@ def _names_in_training(data: DataConfig) -> list[str]:
     """Return the class names of the training data by id. Raises ConfigError for labels that are not classes."""
     rows = read_labelled(data, "train")
     feature = rows.features[data.label_column]
+    # the order of a dataset's classes is that of their ids
     if hasattr(feature, "names"):
         return list(feature.names)
     labels = set(rows.unique(data.label_column))
@@ -204,8 +205,10 @@ def tokenized_texts(rows: Dataset, data: DataConfig, split: str, tokenizer: Toke
     def place(row: int) -> str:
         return place_in_split(data, split, rows, row)
 
-    texts = [text_column(rows[column], column, getattr(data, split), place) for column in data.text_columns]
-    return tokenized_columns(texts, data.max_length, tokenizer)
+    texts_of_columns: list[list[str]] = []
+    for column in data.text_columns:
+        texts_of_columns.append(text_column(rows[column], column, where=getattr(data, split), place=place))
+    return tokenized_columns(texts_of_columns, data.max_length, tokenizer)
 
 
 def tokenized_columns(

@@ -15,7 +15,7 @@ from pst_ds.nn.targets import Target
 from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.prune.blocks import BlockSource, Calibration, SourceOf, find_blocks
 from pst_ds.prune.output_gradients import LayerNorms, layer_norms
-from pst_ds.prune.rules import LayerRule, rules_by_block
+from pst_ds.prune.rules import LayerRule, names_of, rules_by_block
 from pst_ds.prune.statistics import naming
 
 LEAST_FACTOR = 1e-3
@@ -71,7 +71,7 @@ def rules_by_saliency(
     """
     model.eval()
     movable = require_linear(rules)
-    stack, blocks = find_blocks(model, [rule.target.name for rule in movable])
+    stack, blocks = find_blocks(model, names_of(movable))
     by_block = rules_by_block(movable, stack)
     source = source_of(stack, blocks)
     targets: list[dict[str, Target]] = []
@@ -121,7 +121,7 @@ def _all_histograms(
     """Return the histogram of every layer, (BINS,) int64, by name; ranks read the blocks in turns. Collective."""
     names: list[str] = []
     for rules in by_block.values():
-        names += [rule.target.name for rule in rules]
+        names += names_of(rules)
     # One sum over ranks for all layers, to which a rank adds 0 for the blocks of others.
     table = torch.zeros(len(names), BINS, dtype=torch.int64)  # (layers, BINS)
     row_of = dict(zip(names, table, strict=True))

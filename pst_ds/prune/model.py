@@ -14,7 +14,7 @@ from pst_ds.prune.blocks import BlockReplay, BlockSource, Calibration, Compute, 
 from pst_ds.prune.layer import Inputs, LayerPruning, equal_inputs, inputs_of, prune_together
 from pst_ds.prune.outcome import PrunedLayer
 from pst_ds.prune.reconstruction import BlockFit
-from pst_ds.prune.rules import LayerRule, Method, rules_by_block
+from pst_ds.prune.rules import LayerRule, Method, names_of, rules_by_block
 from pst_ds.prune.statistics import STATISTICS_BYTES, expert_groups, gather, required
 
 
@@ -48,8 +48,8 @@ def prune_layers(
     """
     model.eval()
     if method == "magnitude" and not reconstruct:
-        return [_by_magnitude(rule) for rule in rules]
-    stack, blocks = find_blocks(model, [rule.target.name for rule in rules])
+        return list(map(_by_magnitude, rules))
+    stack, blocks = find_blocks(model, names_of(rules))
     replay = BlockReplay(model, source_of(stack, blocks), data)
     pruner = _BlockPruner(replay, method, reconstruct)
     by_block = rules_by_block(rules, stack)
@@ -61,7 +61,7 @@ def prune_layers(
             for layer in pruner.prune(index, by_block.get(index, []), is_last=index == last):
                 done[layer.name] = layer
             shown.add(1, f"{stack}.{index}")
-    return [done[rule.target.name] for rule in rules]
+    return [done[name] for name in names_of(rules)]
 
 
 def _by_magnitude(rule: LayerRule) -> PrunedLayer:
@@ -119,8 +119,12 @@ class _BlockPruner:
             for layer in layers:
                 layer.exchange()
             if fit is not None:
-                weights = [rule.target.weight for rule in rules]
-                dtypes = [layer.weight.dtype for layer in layers]
+                weights: list[nn.Parameter] = []
+                dtypes: list[torch.dtype] = []
+                for rule, layer in zip(rules, layers, strict=True):
+                    weights.append(rule.target.weight)
+                    # that of the file, not of the block on the device
+                    dtypes.append(layer.weight.dtype)
                 fitted = fit.fit(weights, dtypes, keep_output=not is_last)
                 for layer, values in zip(layers, fitted, strict=True):
                     layer.weight.copy_(values)
@@ -136,14 +140,17 @@ class _BlockPruner:
         Collective. ``fit``: stores the outputs of the dense block.
         """
         linear: list[LayerPruning] = []
+        linear_targets: list[Target] = []
         stacks: list[LayerPruning] = []
+        stack_targets: list[Target] = []
         for layer in layers:
-            if layer.rule.target.is_stack:
+            target = layer.rule.target
+            if target.is_stack:
                 stacks.append(layer)
+                stack_targets.append(target)
             else:
                 linear.append(layer)
-        linear_targets = [layer.rule.target for layer in linear]
-        stack_targets = [layer.rule.target for layer in stacks]
+                linear_targets.append(target)
         tokens: dict[str, list[int]] = {}
         of_linear = InputGatherer(self._sum_of)
         layouts = [target.layout for target in stack_targets]

@@ -29,7 +29,7 @@ from pst_ds.prune.folder import FORMAT, record_of
 from pst_ds.prune.model import prune_layers
 from pst_ds.prune.model_files import ModelFiles
 from pst_ds.prune.outcome import CutLayer, PrunedLayer
-from pst_ds.prune.rules import LayerRule, layer_rules, requested_sparsity, settings_for
+from pst_ds.prune.rules import LayerRule, layer_rules, names_of, requested_sparsity, settings_for
 from pst_ds.prune.whole_experts import KeptExperts, drop_experts
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class LayerPlan:
         if config.budgets == "saliency":
             require_linear(rules)
         if config.needs_data:
-            find_blocks(model, [rule.target.name for rule in rules])
+            find_blocks(model, names_of(rules))
         return cls(config, method, pst=effective, sparsity=sparsity, rules=rules)
 
     @property
@@ -247,7 +247,7 @@ def _by_magnitude(files: ModelFiles, rules: Sequence[LayerRule], data: Calibrati
                 files.finish(part, layers)
         for layer in layers:
             outcome_of[layer.name] = layer
-    return [outcome_of[rule.target.name] for rule in rules]
+    return [outcome_of[name] for name in names_of(rules)]
 
 
 def _with_budgets(files: ModelFiles, rules: Sequence[LayerRule], data: Calibration) -> list[LayerRule]:
@@ -287,7 +287,7 @@ def _facts_of(config: PruneConfig, settings: PSTConfig, sparsity: float) -> dict
 
 
 def _method_of(config: PruneConfig) -> OneShotMethod:
-    """Return the method that prunes weights; the two others have plans of their own kind."""
+    """Return the method that prunes weights; the two others have other plans."""
     assert config.method != REAP
     assert config.method != CHANNELS
     return config.method

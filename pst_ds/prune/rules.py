@@ -1,6 +1,6 @@
 """Rules of one-shot pruning: pattern and sparsity of every layer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -134,6 +134,11 @@ def layer_rules(
             rule = replace(_rule(target, method, share), grid=grid)
         rules.append(rule)
     return rules
+
+
+def names_of(rules: Iterable[LayerRule]) -> list[str]:
+    """Return the names of the layers, in the order of their rules."""
+    return [rule.target.name for rule in rules]
 
 
 def _rule(target: Target, method: Method, share: float) -> LayerRule:

@@ -90,6 +90,7 @@ def _spans(source: str, reading: Reading, piece_bytes: int) -> Iterator[Span]:
         if not files:
             raise InputError(f"{source} has no file of a known kind ({_KNOWN}). Name another folder")
     elif path.is_file() or "://" in source:
+        # before patterns: a file may have brackets in its name
         files = [source]
     elif glob.has_magic(source):
         files = sorted(file for file in glob.glob(source, recursive=True) if Path(file).is_file())

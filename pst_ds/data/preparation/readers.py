@@ -192,6 +192,7 @@ def _saved(span: Span, reading: Reading) -> Iterator[str]:
     import datasets
 
     rows = datasets.load_from_disk(span.path)
+    # other columns, such as images, would be decoded
     rows = rows.select_columns(_columns(rows.column_names, span, reading))
     for number in range(span.start, span.stop):
         yield _text(rows[number], number, span, reading)

@@ -86,6 +86,7 @@ class Conversations:
 
     def prompts(self, most: int) -> list[list[int]]:
         """Return the last ``most`` tokens before the last answer of each conversation."""
+        # the last: they have the question, and the generation prompt
         return [ids[-most:] for ids in self.prompt_ids]
 
 
@@ -171,6 +172,7 @@ class Chat(AnswerTask[Conversations]):
             if not example.has_answer:
                 omitted += 1
                 continue
+            # cut at the end: an answer without its question would be learned otherwise
             tokens.extend(rendered.ids[: data.max_length])
             is_answer.extend(rendered.is_answer[: data.max_length])
             ends.append(len(tokens))

@@ -73,6 +73,7 @@ class Pairs:
 
     def row(self, example: int) -> tuple[list[int], list[int]]:
         prompt, target = self.tokens(example)
+        # only the text is learned, not the data
         return [*prompt, *target], [IGNORED] * len(prompt) + target
 
     def prompts(self, most: int) -> list[list[int]]:
@@ -97,8 +98,9 @@ def linearize(value: object) -> str | None:
         return None
     if _are_texts(value):
         return _joined([triple.split(_PARTS) for triple in value])
-    if not all(isinstance(part, list) and part and _are_texts(part) for part in value):
-        return None
+    for part in value:
+        if not isinstance(part, list) or not part or not _are_texts(part):
+            return None
     # WebNLG: the first of several sets of triples
     if all(_PARTS in triple for triple in value[0]):
         return linearize(value[0])
@@ -118,7 +120,7 @@ def _joined(triples: Iterable[Sequence[str]]) -> str:
     """Return triples, or pairs, as a line: "s : p : o | s : p : o"."""
     lines: list[str] = []
     for triple in triples:
-        lines.append(" : ".join(part.strip() for part in triple))
+        lines.append(" : ".join(map(str.strip, triple)))
     return _PARTS.join(lines)
 
 
@@ -182,9 +184,10 @@ class DataToText(AnswerTask[Pairs]):
         input_of: list[int] = []
         texts_of_examples: list[str] = []
         for index, texts in enumerate(texts_of_lines.values()):
-            input_of += [index] * len(texts)
-            # with a space, as after the separator in running text
-            texts_of_examples += [f" {text}" for text in texts]
+            for text in texts:
+                input_of.append(index)
+                # with a space, as after the separator in running text
+                texts_of_examples.append(f" {text}")
         targets: list[list[int]] = []
         for ids in tokenizer(texts_of_examples, add_special_tokens=False)["input_ids"]:
             targets.append([*ids, end])

@@ -71,8 +71,9 @@ def _content_of(remote: RemoteFolder, lead: str) -> _Content:
             files.append(_File(name, size, sha256))
         return _Content(files, version=store.digest, manifest=manifest)
     versions: list[str] = []
+    endings = all_endings()
     for name in remote.names():
-        if name.endswith(all_endings()):
+        if name.endswith(endings):
             files.append(_File(name, remote.size(name), sha256=""))
             versions.append(remote.version(name))
     if not files:

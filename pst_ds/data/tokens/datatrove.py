@@ -40,6 +40,7 @@ class Datatrove(TokenFormat):
         ends = _ends(index)
         count = int(ends[-1])
         num_bytes = path.stat().st_size
+        # computed: the metadata that states it is missing in older files
         item = num_bytes // max(count, 1)
         if item not in _ITEMS or item * count != num_bytes:
             raise ConfigError(
@@ -79,7 +80,9 @@ def _require_same_metadata(path: Path, *, item: int, count: int) -> None:
     metadata = path.with_name(f"{path.name}.metadata")
     if not metadata.is_file():
         return
+    # the name of a tokenizer may be a path in any encoding
     match = _METADATA.match(metadata.read_text(encoding="utf-8", errors="replace"))
+    # another version may write another text, which is not an error of the tokens
     if match is None:
         return
     stated = int(match["count"])

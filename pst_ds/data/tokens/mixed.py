@@ -69,9 +69,9 @@ class MixedSequences:
 
     def first(self, count: int) -> "MixedSequences":
         """Return the first ``count`` sequences by index."""
-        kept: list[Sequences] = []
+        parts: list[Sequences] = []
         for source, start in zip(self.sources, self._starts.tolist(), strict=False):
             part = source.first(max(0, count - start))
             if len(part):
-                kept.append(part)
-        return MixedSequences(kept)
+                parts.append(part)
+        return MixedSequences(parts)

@@ -61,10 +61,12 @@ def _feistel(values: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _mask(bits: int) -> np.uint64:
+    """Return a number with the lowest ``bits`` set."""
     return np.uint64((1 << bits) - 1)
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
+    """Return the output function of splitmix64: every bit of a value changes about half of the bits."""
     for shift, factor in zip((30, 27), _MIX, strict=True):
         values = (values ^ values >> np.uint64(shift)) * factor
     return values ^ values >> np.uint64(31)
@@ -74,15 +76,19 @@ def parts_of_weights(weights: Sequence[float]) -> list[int]:
     """Return weights above 0 as integers in the same ratio, rounded to fractions of MOST_PARTS if necessary."""
     # The shortest decimal of a weight is what its author wrote: 0.1 is one tenth, not the nearest binary fraction.
     exact = [Fraction(Decimal(repr(weight))) for weight in weights]
-    shares = [weight / sum(exact) for weight in exact]
-    common = math.lcm(*(share.denominator for share in shares))
+    total = sum(exact)
+    shares = [weight / total for weight in exact]
+    common = 1
+    for share in shares:
+        common = math.lcm(common, share.denominator)
     if common <= MOST_PARTS:
         return [int(share * common) for share in shares]
+    # at least one part, so that every source is read
     parts = [max(1, math.floor(share * MOST_PARTS)) for share in shares]
     # Rounding down leaves parts over, which the sources that lost most by it get.
-    rests = sorted(range(len(shares)), key=lambda i: (parts[i] - shares[i] * MOST_PARTS, i))
-    for i in range(MOST_PARTS - sum(parts)):
-        parts[rests[i % len(parts)]] += 1
+    by_loss = sorted(range(len(shares)), key=lambda source: (parts[source] - shares[source] * MOST_PARTS, source))
+    for number in range(MOST_PARTS - sum(parts)):
+        parts[by_loss[number % len(parts)]] += 1
     return parts
 
 

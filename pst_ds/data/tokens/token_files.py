@@ -127,8 +127,13 @@ def open_token_files(
 
     ``cached`` returns the path of a cached file by its name, what it is of, and the function that writes it.
     """
-    opened = [_open_file(token_format, path, tokenizer) for token_format, path in files]
-    types = sorted({file.tokens.dtype.name for file in opened})
+    opened: list[TokenFile] = []
+    type_names: set[str] = set()
+    for token_format, path in files:
+        file = _open_file(token_format, path, tokenizer)
+        opened.append(file)
+        type_names.add(file.tokens.dtype.name)
+    types = sorted(type_names)
     # one stream has one type: converting would copy the files into memory
     if len(types) > 1:
         raise ConfigError(
