@@ -334,7 +334,10 @@ def _require_path_in_values(values: list[object], path: Sequence[str], lead: str
     JSON objects have no schema: rows may lack a part.
     """
     for part in path:
-        objects = [value for value in _items_of(values) if isinstance(value, dict)]
+        objects: list[dict[object, object]] = []
+        for value in _items_of(values):
+            if isinstance(value, dict):
+                objects.append(value)
         if not any(part in fields_of_object for fields_of_object in objects):
             # each name once, in the order of the file
             names: dict[object, None] = {}

@@ -127,7 +127,10 @@ def _is_empty(label: object) -> bool:
 
 def _refuse_empty(data: DataConfig, rows: Dataset) -> NoReturn:
     """Raise ConfigError, which names the first row of the training data with an empty label."""
-    empty = [row for row, label in enumerate(rows[data.label_column]) if _is_empty(label)]
+    empty: list[int] = []
+    for row, label in enumerate(rows[data.label_column]):
+        if _is_empty(label):
+            empty.append(row)
     others = ""
     if len(empty) > 1:
         others = f" and {len(empty) - 1} more"
@@ -258,14 +261,16 @@ def _as_far_as_needed(pairs: list[list[str]], max_length: int, tokenizer: Tokeni
 
 def _token_spans(texts: list[str], limit: int, tokenizer: Tokenizer) -> dict[int, list[tuple[int, int]]]:
     """Return the (start, end) offsets of the tokens of each text of more than ``limit`` characters, by its index."""
-    long = [index for index, text in enumerate(texts) if len(text) > limit]
-    if not long:
+    long_texts: dict[int, str] = {}
+    for index, text in enumerate(texts):
+        # a token has at least one character
+        if len(text) > limit:
+            long_texts[index] = text
+    if not long_texts:
         return {}
     # verbose warns of texts longer than the model's positions, which these are before they are cut
-    encoded = tokenizer(
-        [texts[index] for index in long], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    return dict(zip(long, encoded["offset_mapping"], strict=True))
+    encoded = tokenizer(list(long_texts.values()), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return dict(zip(long_texts, encoded["offset_mapping"], strict=True))
 
 
 def collate(examples: Examples, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:

@@ -170,7 +170,12 @@ def _kept(table: Table, seen: set[int]) -> list[int]:
             wanted.add(token_of_id[number])
     if model["type"] == "BPE":
         wanted = _with_parts(wanted, model)
-    return sorted({ids[token] for token in wanted if token in ids} | added)
+    kept = set(added)
+    for token in wanted:
+        # an unknown token may be None
+        if token in ids:
+            kept.add(ids[token])
+    return sorted(kept)
 
 
 def _ids_of(model: Table) -> dict[str, int]:
@@ -226,6 +231,7 @@ def _trimmed(table: Table, new_ids: dict[int, int]) -> Table:
         model["merges"] = [merge for merge, tokens in _merges(model) if new_id_of.keys() >= set(tokens)]
     added: list[Table] = []
     for added_token in table["added_tokens"]:
+        # its settings, such as whether it is special, stay
         added.append({**added_token, "id": new_ids[added_token["id"]]})
     trimmed = {**table, "model": model, "added_tokens": added}
     if table.get("padding"):

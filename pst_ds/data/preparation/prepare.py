@@ -98,7 +98,10 @@ class Preparation:
         """Hash of everything that determines the store. File times and sizes represent the contents."""
         paths = dict.fromkeys(span.path for span in self._spans)
         # a URL or a dataset on the hub has no time
-        times = [Path(path).stat().st_mtime_ns for path in paths if Path(path).exists()]
+        times: list[int] = []
+        for path in map(Path, paths):
+            if path.exists():
+                times.append(path.stat().st_mtime_ns)
         pieces: list[list[dict[str, object]]] = []
         for piece in self.pieces:
             pieces.append([asdict(span) for span in piece])

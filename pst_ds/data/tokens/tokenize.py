@@ -130,6 +130,7 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer, *, count: bool = False)
             continue
         closed = ids[-1] != end
         if count:
+            # without offsets, bytes are distributed evenly
             ends = None
             if places:
                 ends = [stop for _, stop in places[index]]
