@@ -1,11 +1,12 @@
 """Group the rows of a split by user, and load the examples of one user at a time."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pst_ds.config.run import ConfigError, DataConfig
-from pst_ds.data.dataset import DataInMemory, place_in_split, read_rows, values_of
+from pst_ds.data.dataset import DataInMemory, appearance, place_in_split, read_rows, values_of
 from pst_ds.data.tasks.task import E, Task
 
 if TYPE_CHECKING:
@@ -51,12 +52,29 @@ def read_by_user(data: DataConfig, split: str, column: str) -> RowsByUser:
         )
     places: dict[str, list[int]] = {}
     for row, value in enumerate(values_of(rows, column)):
-        # white space would be the name of a folder
-        if value is None or isinstance(value, list | dict) or not str(value).strip():
+        # NaN is a missing number; white space would be the name of a folder
+        is_missing = value is None or (isinstance(value, float) and math.isnan(value))
+        if is_missing or isinstance(value, list | dict) or not str(value).strip():
             raise ConfigError(
                 f"{where}: column {column!r} has {value!r} in {place_in_split(data, split, rows, row)}, which is not a "
                 "user. Use a text or a number, or remove the row"
             )
         # users are named by texts, also where a file has numbers
         places.setdefault(str(value), []).append(row)
-    return RowsByUser(data, split, rows, places)
+    by_user = RowsByUser(data, split, rows, places)
+    _require_distinct(by_user, column)
+    return by_user
+
+
+def _require_distinct(by_user: RowsByUser, column: str) -> None:
+    """Raise ConfigError for users that look the same, such as "ann" and "ann ", whose rows would be divided."""
+    user_of: dict[str, str] = {}
+    for user, places in by_user.places.items():
+        first = user_of.setdefault(appearance(user), user)
+        if first != user:
+            place = place_in_split(by_user.data, by_user.split, by_user.rows, places[0])
+            # escaped, since two accents may be printed alike
+            raise ConfigError(
+                f"{by_user.where}: column {column!r} has the users {first!a} and {user!a}, which look the same, in "
+                f"{place}. Write each user in one way"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -459,6 +460,17 @@ def _read_from_hub(data: DataConfig, split: str) -> Dataset:
             "around fields that contain a comma, or name the local file without data.dataset, which names the line"
         )
     return rows
+
+
+def appearance(text: str) -> str:
+    """Return what a reader sees of a short text: composed accents, single spaces, nothing without width.
+
+    Two classes, or users, with the same appearance were meant to be one.
+    """
+    composed = unicodedata.normalize("NFC", text)
+    # byte order marks, zero-width spaces and joiners, from web pages and spreadsheets
+    visible = "".join(character for character in composed if unicodedata.category(character) != "Cf")
+    return " ".join(visible.split())
 
 
 def text_column(

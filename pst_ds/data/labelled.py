@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.config.run import ConfigError, DataConfig
-from pst_ds.data.dataset import place_in_split, read_rows, text_column
+from pst_ds.data.dataset import appearance, place_in_split, read_rows, text_column
 from pst_ds.errors import shortened
 
 if TYPE_CHECKING:
@@ -141,19 +141,24 @@ def _refuse_empty(data: DataConfig, rows: Dataset) -> NoReturn:
 
 
 def _require_distinct(data: DataConfig, rows: Dataset) -> None:
-    """Raise ConfigError for classes of the training data that differ in white space only, such as "a" and "a "."""
+    """Raise ConfigError for classes of the training data that look the same, such as "a" and "a "."""
     class_of: dict[str, str] = {}
     for label in rows.unique(data.label_column):
         if not isinstance(label, str):
             continue
-        words = " ".join(label.split())
-        first = class_of.setdefault(words, label)
-        if first != label:
-            row = list(rows[data.label_column]).index(label)
-            raise ConfigError(
-                f"{data.train}: column {data.label_column!r} has the classes {first!r} and {label!r}, which differ in "
-                f"white space only, in {place_in_split(data, 'train', rows, row)}. Write each class in one way"
-            )
+        first = class_of.setdefault(appearance(label), label)
+        if first == label:
+            continue
+        row = list(rows[data.label_column]).index(label)
+        place = place_in_split(data, "train", rows, row)
+        # escaped, since two accents may be printed alike
+        difference = f"{first!a} and {label!a}, which look the same"
+        if first.split() == label.split():
+            difference = f"{first!r} and {label!r}, which differ in white space only"
+        raise ConfigError(
+            f"{data.train}: column {data.label_column!r} has the classes {difference}, in {place}. Write each class in "
+            "one way"
+        )
 
 
 def _is_integer(label: object) -> bool:

@@ -92,3 +92,20 @@ def test_a_row_of_nobody_is_refused(tmp_path, value):
     path.write_text("".join(json.dumps({"text": "a", "who": who}) + "\n" for who in ("ann", value)))
     with pytest.raises(ConfigError, match="in line 2, which is not a user"):
         read_by_user(DataConfig(train=str(path)), "train", "who")
+
+
+def test_users_that_look_the_same_are_refused(tmp_path):
+    """Each would get an adapter of its own, and half of the examples."""
+    path = tmp_path / "rows.csv"
+    path.write_text("text,user\nfilm,ann\nplot,bob\ncast,ann \n")
+    with pytest.raises(ConfigError, match="has the users 'ann' and 'ann ', which look the same, in line 4"):
+        read_by_user(DataConfig(train=str(path)), "train", "user")
+
+
+def test_a_missing_number_is_not_a_user(tmp_path):
+    import datasets
+
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_dict({"text": ["film", "plot"], "user": [1.0, float("nan")]}).to_parquet(path)
+    with pytest.raises(ConfigError, match="column 'user' has nan in row 1, which is not a user"):
+        read_by_user(DataConfig(train=str(path)), "train", "user")

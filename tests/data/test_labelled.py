@@ -303,6 +303,16 @@ def test_an_empty_label_of_a_csv_is_refused_among_numbers_too(tmp_path):
     assert "has empty values, in line 4" in _refusal(label_names, _data(path))
 
 
+@pytest.mark.parametrize("other", ["cafe\u0301", "caf\u200b\u00e9", "\ufeffcaf\u00e9"])
+def test_classes_that_look_the_same_are_refused(tmp_path, other):
+    """An accent as a character of its own, as macOS writes it, or a character without width, from a web page."""
+    cafe = "caf\u00e9"
+    path = _write(tmp_path / "rows.csv", ("text", "label"), [("film", "bad"), ("plot", cafe), ("cast", other)])
+    message = _refusal(label_names, _data(path))
+    words = f"has the classes {cafe!a} and {other!a}, which look the same, in line 4. Write each class"
+    assert words in message
+
+
 def test_classes_that_differ_in_white_space_only_are_refused(tmp_path):
     """A space too many in some rows would otherwise train a class more without a word."""
     path = _write(tmp_path / "rows.csv", ("text", "label"), [("a", "good"), ("b", "bad"), ("c", "good ")])
