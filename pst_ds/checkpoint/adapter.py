@@ -11,6 +11,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import warnings
 from collections.abc import Mapping
@@ -231,20 +232,31 @@ def write_adapter_state(
     for name, bits in tensors.items():
         if name.endswith(MASK_BITS):
             kept_weights += int(count_bits(bits, bits)[1])
+    also_trained: list[str] = []
+    for name, param in inject.adapter_parameters(model):
+        if param not in configured:
+            also_trained.append(name)
+    num_weights = 0
+    scores_train = False
+    rounds = False
+    for layer in layers.values():
+        num_weights += layer.layout.numel
+        scores_train = scores_train or layer.scores_train
+        rounds = rounds or layer.rounds
     table = {
         "format": FORMAT,
         "pst_ds_version": __version__,
         "pst_config": asdict(config),
-        "also_trained": [name for name, param in inject.adapter_parameters(model) if param not in configured],
+        "also_trained": also_trained,
         "base_model_name_or_path": base,
         "base_fingerprint": _fingerprint(base),
         "dtype": _dtype(model),
         "step": step,
-        "sparsity": 1.0 - kept_weights / sum(layer.layout.numel for layer in layers.values()),
-        "masks_frozen": not any(layer.scores_train for layer in layers.values()),
+        "sparsity": 1.0 - kept_weights / num_weights,
+        "masks_frozen": not scores_train,
         "weight_scales": magnitude_scales(model),
         **model_grids(model),
-        "rounds": any(layer.rounds for layer in layers.values()),
+        "rounds": rounds,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     index = {"metadata": _NOTE, "weight_map": dict.fromkeys(tensors, WEIGHTS_FILE)}
@@ -321,7 +333,8 @@ def _require_weights(model: nn.Module, saved: _Saved, folder: Path) -> None:
     Warns if no means were saved, or only means of another dtype.
     """
     scales = magnitude_scales(model)
-    are_measured = any(scale != 1.0 for of_layer in scales.values() for scale in of_layer)
+    # 1 is the scale of a matrix that was not measured
+    are_measured = any(scale != 1.0 for scale in itertools.chain.from_iterable(scales.values()))
     if are_measured and _dtype(model) == saved.dtype:
         if scales != saved.weight_scales:
             raise PretrainedError(f"{_other_weights(model, saved, folder)}, by from_pretrained(..., revision=)")

@@ -238,7 +238,9 @@ class Checkpoint:
         wanted = dict.fromkeys(KINDS, ("F32", [self._tensors.length(file)])) | {MASK: ("U8", [self._mask_bytes])}
         if self.contents.scales:
             wanted[SCALES] = ("U8", [self._scales.length(file)])
-        stored = {key: (CODE_OF_DTYPE[slot.dtype], list(slot.shape)) for key, slot in _opened(path).slots.items()}
+        stored: dict[str, tuple[str, list[int]]] = {}
+        for key, slot in _opened(path).slots.items():
+            stored[key] = CODE_OF_DTYPE[slot.dtype], list(slot.shape)
         if stored != wanted:
             raise CheckpointError(f"{path} is damaged: it holds {stored}, and {MANIFEST} says {wanted}")
 
@@ -341,7 +343,7 @@ def listed_sums(folder: Path) -> dict[str, str]:
 def listed_files(folder: Path) -> list[str]:
     """Return the names of the manifest and the tensor files. Raises CheckpointError for other files and links."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else []
-    names = [entry.name for entry in entries]
+    names = [entry.name for entry in entries]  # sorted
     for name in (MANIFEST, SUMS):
         if name not in names:
             raise CheckpointError(f"no whole checkpoint in {folder.absolute()}: {name} is missing")
@@ -353,7 +355,8 @@ def listed_files(folder: Path) -> list[str]:
                 f"{entry.path} does not belong in a checkpoint, which holds {MANIFEST}, {SUMS} and "
                 "shard-*.safetensors; it was not opened. Move it elsewhere"
             )
-    return [name for name in names if name != SUMS]
+    names.remove(SUMS)
+    return names
 
 
 def open_checkpoint(folder: Path, names: Sequence[str] | None = None) -> Checkpoint:

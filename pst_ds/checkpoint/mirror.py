@@ -138,7 +138,8 @@ class CheckpointMirror:
         """
         files: list[str] = []
         try:
-            files = [file for file in listed_files(self._folder / name) if file != MANIFEST]
+            files = listed_files(self._folder / name)
+            files.remove(MANIFEST)
             # before any rank replaces a file, since those of an earlier, damaged copy have the same names
             self._remote.remove(f"{name}/{MANIFEST}")
         except Exception as error:
@@ -165,7 +166,10 @@ class CheckpointMirror:
             for left in self._remote.names(name):  # by a copy of another number of ranks that was killed
                 if left not in files:
                     self._remote.remove(f"{name}/{left}")
-            size = sum(report["bytes"] for report in reports)
+            size = 0
+            for report in reports:
+                size += report["bytes"]
+            # the manifest last, since it makes the copy a checkpoint
             for file in (SUMS, MANIFEST):
                 data = (self._folder / name / file).read_bytes()
                 self._remote.write(f"{name}/{file}", data)
@@ -204,8 +208,11 @@ def has_copy(remote: RemoteFolder, name: str) -> bool:
 
 def copies(remote: RemoteFolder) -> list[str]:
     """Return the complete checkpoints of a mirror, newest first."""
-    names = [name for name in remote.names() if STEP_FOLDER.fullmatch(name)]
-    return [name for name in sorted(names, key=_step, reverse=True) if has_copy(remote, name)]
+    names: list[str] = []
+    for name in remote.names():
+        if STEP_FOLDER.fullmatch(name) and has_copy(remote, name):
+            names.append(name)
+    return sorted(names, key=_step, reverse=True)
 
 
 def fetch_newer(remote: RemoteFolder, folder: Path, step: int) -> tuple[bool, list[str]]:
@@ -215,8 +222,10 @@ def fetch_newer(remote: RemoteFolder, folder: Path, step: int) -> tuple[bool, li
     Raises RemoteError on every rank if the mirror cannot be read.
     """
     problems: list[str] = []
-    newer = of_main(lambda: [name for name in copies(remote) if _step(name) > step])
-    for name in newer:
+    # only rank 0 asks the mirror, so that all ranks fetch the same
+    for name in of_main(lambda: copies(remote)):
+        if _step(name) <= step:
+            break
         if problem := _fetch(remote, folder, name):
             problems.append(problem)
             continue
@@ -256,7 +265,11 @@ def _fetch(remote: RemoteFolder, folder: Path, name: str) -> str:
 
     # a store may take longer than a collective waits
     on_all_ranks_at_length(fetch)
-    damage = next((text for of_rank in all_gather_objects(damaged) for text in of_rank), damage)
+    # every rank exchanges what it found, so that all take the same branch below
+    for damaged_of_rank in all_gather_objects(damaged):
+        if damaged_of_rank:
+            damage = damaged_of_rank[0]
+            break
     if not damage:
         of_main(lambda: publish(partial, folder / name))
     return damage

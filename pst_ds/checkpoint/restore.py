@@ -59,7 +59,10 @@ def _load_layer(layer: PSTLayer, name: str, checkpoint: Checkpoint) -> None:
     num_shards, own_index, num_parts = layer.place
     # A mask that is not partitioned still has its bits shard after shard, as the model was injected.
     held_shards = [own_index] if sharding.is_partitioned(mask) else range(num_shards)
-    bits = torch.cat([checkpoint.mask_shard(name, num_shards, index, num_parts) for index in held_shards])
+    shards: list[Tensor] = []
+    for index in held_shards:
+        shards.append(checkpoint.mask_shard(name, num_shards, index, num_parts))
+    bits = torch.cat(shards)
     sharding.write_shard(mask, bits.to(mask.device))
     if layer.pst_scales is not None:
         own_shard = sharding.shard_of(layer.pst_scales)
@@ -103,9 +106,13 @@ def model_grids(model: nn.Module) -> dict[str, tuple[int, int] | None]:
 
     "grid" is for pruned layers, "base_grid" for their frozen weights, "embedding_grid" for the frozen embedding.
     """
-    layers = pst_layers(model).values()
-    pruned = [layer.stored_grid for layer in layers if layer.stored_grid is not None]
-    frozen = [layer.base_codes.layout.stored for layer in layers if layer.base_codes is not None]
+    pruned: list[StoredGrid] = []
+    frozen: list[StoredGrid] = []
+    for layer in pst_layers(model).values():
+        if layer.stored_grid is not None:
+            pruned.append(layer.stored_grid)
+        if layer.base_codes is not None:
+            frozen.append(layer.base_codes.layout.stored)
     embeddings = [table.layout.stored for table in coded_tables(model).values()]
     return {
         "grid": _bits_and_group(pruned),

@@ -87,12 +87,13 @@ def _verified(path: Path) -> tuple[Checkpoint | None, str]:
     except (CheckpointError, OSError) as error:
         problem = str(error)
     # Every rank gets here, with or without a problem, since the others wait in the exchange.
-    gathered = all_gather_objects((problem, sums))
-    problem = _first_problem(problem_of_rank for problem_of_rank, _ in gathered)
+    problems: list[str] = []
+    all_sums: dict[str, str] = {}
+    for problem_of_rank, sums_of_rank in all_gather_objects((problem, sums)):
+        problems.append(problem_of_rank)
+        all_sums |= sums_of_rank
+    problem = _first_problem(problems)
     if not problem:
-        all_sums: dict[str, str] = {}
-        for _, sums_of_rank in gathered:
-            all_sums |= sums_of_rank
         try:
             check_sums(path, all_sums)
         except (CheckpointError, OSError) as error:

@@ -84,7 +84,7 @@ class ChunkedTensors:
 
     def fragments(self, name: str, start: int, stop: int) -> list[Fragment]:
         """Return the fragments that make up values [start, stop) of a tensor, in order."""
-        fragments = []
+        fragments: list[Fragment] = []
         for file in self._files(name, start, stop):
             for fragment in self._table(file).get(name, ()):
                 first = max(start, fragment.start)
@@ -98,7 +98,11 @@ class ChunkedTensors:
         """Return the files that may hold some of the values [start, stop) of a tensor."""
         if self._chunks is not None:
             return list(self._files_of.get(name, ()))
-        return [file for file, *_ in files_of(self.sizes[name], self.num_files, self._parts.get(name, 1), start, stop)]
+        num_parts = self._parts.get(name, 1)
+        files: list[int] = []
+        for file, *_ in files_of(self.sizes[name], self.num_files, num_parts, start, stop):
+            files.append(file)
+        return files
 
     def _table(self, file: int) -> dict[str, list[Fragment]]:
         if file not in self._tables:

@@ -89,11 +89,18 @@ class OwnPart:
             # Every rank has all values. Each writes the share that it would hold under ZeRO-3, so that no value is
             # stored twice and the files are cut evenly.
             fragments = [fragment.cut(*_even_share(fragment.stop)) for fragment in fragments]
-        tensors = {kind: optimizer_state.values(self._engine, fragments, kind) for kind in optimizer_state.KINDS}
-        tensors[MASK] = [_mask_share(layer) for layer in self._layers.values()]
-        scales = [layer.pst_scales for layer in self._layers.values() if layer.pst_scales is not None]
+        tensors: dict[str, list[Tensor]] = {}
+        for kind in optimizer_state.KINDS:
+            tensors[kind] = optimizer_state.values(self._engine, fragments, kind)
+        masks: list[Tensor] = []
+        scales: list[Tensor] = []
+        for layer in self._layers.values():
+            masks.append(_mask_share(layer))
+            if layer.pst_scales is not None:
+                scales.append(_scale_share(layer.pst_scales))
+        tensors[MASK] = masks
         if scales:
-            tensors[SCALES] = [_scale_share(param) for param in scales]
+            tensors[SCALES] = scales
         self.tensors = {}
         for name, pieces in tensors.items():
             # ZeRO-1 and 2 may leave a rank without values.
@@ -102,11 +109,12 @@ class OwnPart:
         self.cuts = []
         if not optimizer_state.is_cut_evenly(trained):
             index = {name: i for i, (name, _) in enumerate(self._named)}
-            self.cuts = [(index[fragment.name], fragment.start, fragment.stop) for fragment in fragments]
+            for fragment in fragments:
+                self.cuts.append((index[fragment.name], fragment.start, fragment.stop))
 
     def _copied(self, name: str, pieces: list[Tensor]) -> list[Tensor]:
         """Return one tensor on the CPU with the values of ``pieces``, in memory that the next copy uses again."""
-        sizes = [piece.numel() for piece in pieces]
+        sizes = list(map(Tensor.numel, pieces))
         if name not in self._copies or self._copies[name].numel() != sum(sizes):
             self._copies[name] = torch.empty(sum(sizes), dtype=_dtype_of(name))
         if pieces:  # one call for all: hundreds of small copies would block training for longer
@@ -210,7 +218,11 @@ class CheckpointWriter:
     ) -> tuple[str, int]:
         """Write the manifest and the sums, and rename the folder; return (problem, bytes). Called on rank 0."""
         try:
-            sums = {report["file"]: report["digest"] for report in reports}
+            sums: dict[str, str] = {}
+            size = 0
+            for report in reports:
+                sums[report["file"]] = report["digest"]
+                size += report["bytes"]
             manifest = manifest_bytes(state, _contents(self._model, reports))
             sums[MANIFEST] = hashlib.sha256(manifest).hexdigest()
             for path in partial.iterdir():  # left by a killed save on another number of ranks
@@ -225,7 +237,7 @@ class CheckpointWriter:
             done()
         except Exception as error:
             return f"rank 0: {_in_words(error)}", 0
-        return "", sum(report["bytes"] for report in reports) + len(manifest) + len(listing)
+        return "", size + len(manifest) + len(listing)
 
 
 def _first_error(reports: Sequence[_Report]) -> str:
@@ -275,8 +287,9 @@ def _write_shard(partial: Path, part: OwnPart) -> _Report:
         for name, pieces in part.tensors.items():
             kinds[name] = pieces[0].dtype, (sum(map(Tensor.numel, pieces)),)
         header, slots, size = header_and_slots(kinds)
+        pieces_in_order = itertools.chain.from_iterable(part.tensors[name] for name in slots)
         # A generator: without copies, one piece at a time comes from the device.
-        data = (tensor_bytes(piece.cpu()) for name in slots for piece in part.tensors[name])
+        data = (tensor_bytes(piece.cpu()) for piece in pieces_in_order)
         digest = write_pieces(partial / file, itertools.chain([header], data))
     except Exception as failure:  # also MemoryError: the others wait for a report
         error = _in_words(failure)
@@ -313,10 +326,18 @@ def _contents(model: nn.Module, reports: Sequence[_Report]) -> Contents:
 
 def size_limit(model: nn.Module) -> int:
     """Return the bytes that a checkpoint of ``model`` may take."""
-    trained = sum(sharding.full_numel(param) for _, param in trainable(model))
-    weights = sum(layer.whole_layout.numel for layer in pst_layers(model).values())
-    return most_bytes(trained, weights, sum(map(math.prod, scale_shapes(model).values())))
+    trained = 0
+    for _, param in trainable(model):
+        trained += sharding.full_numel(param)
+    weights = 0
+    for layer in pst_layers(model).values():
+        weights += layer.whole_layout.numel
+    scales = sum(map(math.prod, scale_shapes(model).values()))
+    return most_bytes(trained, weights, scales)
 
 
 def _in_words(error: Exception) -> str:
-    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    """Return what an error says; the text of an OSError names its kind already."""
+    if isinstance(error, OSError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
