@@ -149,8 +149,9 @@ def _forgive(model: nn.Module, incompatible: _IncompatibleKeys) -> None:
 
 def _names_left_out(model: nn.Module) -> set[str]:
     """Return the names of all parameters except an adapter state's and masks; tied parameters with every name."""
-    kept = {name for name, _ in adapter_parameters(model)}
+    kept = set(dict(adapter_parameters(model)))
     for name in pst_layers(model):
         for part in _PARTS:
             kept.add(f"{name}.{part}")
-    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - kept
+    # duplicates too, because a state dict has a tied parameter under every name
+    return set(dict(model.named_parameters(remove_duplicate=False))) - kept

@@ -82,7 +82,8 @@ def encode_base(target: Target, grid: Grid, num_shards: int | None, *, from_zero
         with sharding.gathered([weight]):
             require_finite(f"{target.name}.weight", weight)
             encoded = [layout.encode(weight, shard) for shard in own_shards]
-            parts = [torch.cat(part) for part in zip(*encoded, strict=True)]  # codes, scales
+            codes_of_shards, scales_of_shards = zip(*encoded, strict=True)
+            parts = [torch.cat(codes_of_shards), torch.cat(scales_of_shards)]
             bits = all_ones(target.own_layout.numel, num_shards).view(num_shards, -1).to(parts[0].device)
             if from_zeros:
                 for shard in own_shards:
@@ -90,7 +91,10 @@ def encode_base(target: Target, grid: Grid, num_shards: int | None, *, from_zero
                     is_kept = weight.detach().reshape(-1)[start:stop] != 0
                     bits[shard] = pack_shard(is_kept, mask_bytes)
         parts.append(torch.cat([bits[shard] for shard in own_shards]))
-    codes, scales, mask = (sharding.bytes_split_as(weight, size, part) for size, part in zip(sizes, parts, strict=True))
+    split: list[nn.Parameter] = []
+    for size, part in zip(sizes, parts, strict=True):
+        split.append(sharding.bytes_split_as(weight, size, part))
+    codes, scales, mask = split
     sharding.drop(weight)  # before the next weight is read
     return BaseCodes(layout=layout, codes=codes, scales=scales, mask=mask, dtype=weight.dtype)
 

@@ -23,13 +23,15 @@ class ExpertScores:
     """
 
     def __init__(self, modules: Mapping[str, ExpertsModule]):
-        self._names = {module: name for name, module in modules.items()}
+        self._names: dict[ExpertsModule, str] = {}
         self._of_rank: dict[str, Tensor] = {}
         """For each module (2, E): sums over this rank's tokens in units, and numbers of tokens."""
-        for name, module in modules.items():
-            self._of_rank[name] = torch.zeros(2, int(module.num_experts), dtype=torch.int64)
-        self.sums = {name: terms.clone() for name, terms in self._of_rank.items()}
+        self.sums: dict[str, Tensor] = {}
         """The same over all ranks, up to the last :meth:`add_up`; on the CPU."""
+        for name, module in modules.items():
+            self._names[module] = name
+            self._of_rank[name] = torch.zeros(2, int(module.num_experts), dtype=torch.int64)
+            self.sums[name] = self._of_rank[name].clone()
         self._real: Tensor | None = None
 
     def expect(self, batch: Mapping[str, Tensor]) -> None:
@@ -68,7 +70,7 @@ class ExpertScores:
         if names is None:
             names = list(self.sums)
         terms = [self._of_rank[name].flatten().cpu() for name in names]
-        lengths = [len(part) for part in terms]
+        lengths = list(map(len, terms))
         totals = all_sum(torch.cat(terms))  # one collective for all modules
         for name, total in zip(names, totals.split(lengths), strict=True):
             self.sums[name] += total.view(2, -1)

@@ -44,8 +44,13 @@ def flatten_factors(model: nn.Module, groups: Sequence[ParamGroup]) -> None:
     flat_factors = FlatFactors()
     owners = owners_of_factors(model)
     for group in groups:
-        factors = [param for param in group["params"] if param in owners]
-        others = [param for param in group["params"] if param not in owners]
+        factors: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for param in group["params"]:
+            if param in owners:
+                factors.append(param)
+            else:
+                others.append(param)
         if factors:
             group["params"] = [flat_factors.take(factors, owners), *others]
     if not flat_factors.flats:

@@ -121,7 +121,8 @@ def inject_pst(
             base=bases.get(target.name),
         )
     # An experts module holds two stacks, and is switched once.
-    experts.switch_on(dict.fromkeys(target.module for target in targets if target.is_stack))
+    stacks = [target.module for target in targets if target.is_stack]
+    experts.switch_on(dict.fromkeys(stacks))
     _switch_fused_layers_off(model)
     replace_embeddings(model, embeddings, config)
     # After the replacement, since the factors belong to the new layers.
@@ -261,7 +262,11 @@ def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     configured: set[nn.Parameter] = set()
     if isinstance(config, PSTConfig):  # a model of which only a part was injected has no config
         configured = configured_parameters(inner, config)
-    return [(name, param) for name, param in model.named_parameters() if param.requires_grad or param in configured]
+    trained: list[tuple[str, nn.Parameter]] = []
+    for name, param in model.named_parameters():
+        if param.requires_grad or param in configured:
+            trained.append((name, param))
+    return trained
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -304,11 +309,13 @@ def _is_split_alike(layers: dict[str, PSTLayer]) -> bool:
     same ranks, or none.
     """
     params: list[tuple[str, nn.Parameter]] = []
+    flat: list[str] = []
     for name, layer in layers.items():
-        params.extend((f"{name}.{part}", param) for part, param in layer.named_parameters(recurse=False))
+        params += layer.named_parameters(prefix=name, recurse=False)
+        if not layer.mask_rows:
+            flat.append(name)
     sharding.require_alike(params)
     split_by_rows = any(sharding.splits_rows(param) for _, param in params)
-    flat = [name for name, layer in layers.items() if not layer.mask_rows]
     if split_by_rows and flat:
         raise InputError(
             f"FSDP2 has split {flat[0]}, whose mask or quantised base is laid out for other shards. Call inject_pst "
@@ -319,7 +326,10 @@ def _is_split_alike(layers: dict[str, PSTLayer]) -> bool:
 
 def plain_name(name: str, layer: PSTLayer) -> str:
     """Return the name of the PST layer's weight in the original model, where it has the layer's ``weight_shape``."""
-    return name if isinstance(layer, PSTExpertStack) else f"{name}.weight"
+    if isinstance(layer, PSTExpertStack):
+        # a stack is a Parameter there, not a module with a weight
+        return name
+    return f"{name}.weight"
 
 
 def layers_never_called(model: nn.Module) -> list[str]:
@@ -328,7 +338,11 @@ def layers_never_called(model: nn.Module) -> list[str]:
     An expert without tokens, or a layer skipped by layerdrop, may be called later. Others are unused, or surrounding
     code reads their weights directly, so that mask and update have no effect.
     """
-    return [name for name, layer in pst_layers(model).items() if not layer.was_called]
+    never_called: list[str] = []
+    for name, layer in pst_layers(model).items():
+        if not layer.was_called:
+            never_called.append(name)
+    return never_called
 
 
 @contextmanager
@@ -367,7 +381,7 @@ def _switch_fused_layers_off(model: nn.Module) -> None:
     """Make every nn.TransformerEncoder and its layers call the PST layers inside them, in evaluation too."""
     for module in model.modules():
         for kind, switch, off in _OFF:
-            if isinstance(module, kind) and any(isinstance(inner, PSTLinear) for inner in module.modules()):
+            if isinstance(module, kind) and modules_of(module, PSTLinear):
                 setattr(module, _BEFORE, require(module, switch))
                 setattr(module, switch, off)
 

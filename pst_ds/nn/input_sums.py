@@ -75,7 +75,9 @@ class OrderFreeSum:
     def settle(self, largest: float) -> None:
         """Fix the step, a power of two, by the ``largest`` value of the first batch."""
         # Inputs that are not finite make sums that are not either, with any step.
-        exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
+        exponent = 0
+        if math.isfinite(largest):
+            _, exponent = math.frexp(largest)
         self._step = 2.0 ** (exponent - _FRACTION_BITS)
         for parts in self._waiting:
             self.add(parts)
@@ -87,7 +89,8 @@ class OrderFreeSum:
         tensors = list(self._parts)
         for parts in self._waiting:
             tensors += parts
-        return max((float(tensor.abs().amax()) for tensor in tensors), default=0.0)
+        largest_of_each = [float(tensor.abs().amax()) for tensor in tensors]
+        return max(largest_of_each, default=0.0)
 
     def add_ranks(self, ranks: Ranks) -> None:
         """Add the sums of all ``ranks``, which have the same parts. Collective. Raises FloatingPointError on all."""
@@ -160,7 +163,12 @@ class InputSum:
         if not self.expert_tokens:
             return self.of[0].whole()
         zero = torch.zeros_like(next(iter(self.of.values())).whole())
-        sums = [self.of[i].whole() if i in self.of else zero for i in range(len(self.expert_tokens))]
+        sums: list[Tensor] = []
+        for expert in range(len(self.expert_tokens)):
+            if expert in self.of:
+                sums.append(self.of[expert].whole())
+            else:
+                sums.append(zero)
         return torch.stack(sums)
 
 
@@ -201,7 +209,9 @@ class InputGatherer:
         for i, name in enumerate(names):
             if name in self.sums:
                 largest = self.sums[name].bound or self.sums[name].largest
-                leader = next(j for j, other in enumerate(names) if j == i or self._alike(name, other))
+                leader = 0
+                while leader < i and not self._alike(name, names[leader]):
+                    leader += 1
                 facts[i] = torch.tensor([largest, leader], dtype=torch.float64)
         # Every rank takes the facts of rank 0: other ranks saw other batches, and steps have to be the same everywhere.
         for i, (largest, leader) in enumerate(ranks.of_first(facts).tolist()):
@@ -246,8 +256,11 @@ class InputGatherer:
         if not sums.expert_tokens:
             return [0]
         num_experts = len(sums.expert_tokens)
-        chosen = self.experts or range(num_experts)
-        return [expert for expert in chosen if expert < num_experts and sums.expert_tokens[expert]]
+        with_tokens: list[int] = []
+        for expert in self.experts or range(num_experts):
+            if expert < num_experts and sums.expert_tokens[expert]:
+                with_tokens.append(expert)
+        return with_tokens
 
     def _settle_late(self, names: Sequence[str], ranks: Ranks) -> None:
         """Fix the steps of layers that the first batch did not run, by the terms of all ranks. Collective."""

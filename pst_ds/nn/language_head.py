@@ -172,12 +172,19 @@ class _Head(nn.Module):
         return self.numbers.clone()  # a model may scale its logits in place
 
 
+def _place_of(part: nn.Module, model: nn.Module) -> tuple[nn.Module, str]:
+    """Return the first module of ``model`` that holds ``part``, and the name of its attribute."""
+    for module in model.modules():
+        for name, child in module._modules.items():
+            if child is part:
+                return module, name
+    raise LookupError(f"the model does not contain this {type(part).__name__}")
+
+
 @contextmanager
 def _stand_ins(model: nn.Module, head: nn.Linear | CodedOutput, numbers: Tensor) -> Iterator[list[torch.Size]]:
     """Replace the head, and every part of the model that does not contain it; yield the shapes of the head's inputs."""
-    head_owner, head_name = next(
-        (module, name) for module in model.modules() for name, part in module._modules.items() if part is head
-    )
+    head_owner, head_name = _place_of(head, model)
     stand_in = _Head(head, numbers)
     original_parts = dict(model._modules)
     for name, part in original_parts.items():

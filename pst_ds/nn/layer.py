@@ -69,7 +69,9 @@ class PSTLayer(nn.Module):
         """The ranks that own parts of a stack; None if every rank has a share of each expert."""
         self.whole_layout = layout
         """Layout of the layer in the original model, with the experts of all ranks."""
-        self.layout = layout = layout if group is None else layout.part(group.degree)
+        if group is not None:
+            layout = layout.part(group.degree)
+        self.layout = layout
         """Layout of the part that this rank and those with the same experts own."""
         self.mask_rows = self.weight_shape[0] if num_shards is None and base is None else 0
         """Rows of the mask; 0 for a flat one, which FSDP2 would not split like the weight."""
@@ -90,7 +92,9 @@ class PSTLayer(nn.Module):
         self.rule = rule
         self.scores_train = config.has_scores
         """True while the scores have a gradient; False once the masks are fixed."""
-        self.stored_grid = None if grid is None else StoredGrid(layout, grid)
+        self.stored_grid: StoredGrid | None = None
+        if grid is not None:
+            self.stored_grid = StoredGrid(layout, grid)
         self.rounds = False
         """True while M . W is quantised with the current scales."""
         self.input_norms: Tensor | None = None
@@ -194,7 +198,9 @@ class PSTLayer(nn.Module):
     def set_magnitude_scales(self, scales: tuple[float, ...]) -> None:
         """Set the divisors of |W| in the scores, one for each matrix of :attr:`whole_layout`."""
         num_own = self.layout.num_matrices
-        position = 0 if self.group is None else self.group.position
+        position = 0
+        if self.group is not None:
+            position = self.group.position
         self.all_magnitude_scales = scales
         self.magnitude_scales = scales[position * num_own : (position + 1) * num_own]
 
@@ -208,7 +214,9 @@ class PSTLayer(nn.Module):
     def dense_weight(self) -> Tensor:
         """Return :meth:`base_weight`, dequantised."""
         weight = self.base_weight()
-        return weight if isinstance(weight, Tensor) else weight.dense()
+        if isinstance(weight, Tensor):
+            return weight
+        return weight.dense()
 
     @torch.no_grad()
     def hold(self, weight: Tensor) -> None:
@@ -242,7 +250,9 @@ class PSTLayer(nn.Module):
     def own_range(self) -> tuple[int, int]:
         """Return the flat range of :attr:`whole_layout` whose mask bits this rank holds; all if not partitioned."""
         split = self.split()
-        first = 0 if self.group is None else self.group.position * self.layout.numel
+        first = 0
+        if self.group is not None:
+            first = self.group.position * self.layout.numel
         start, stop = split.range_of(split.own)
         return first + start, first + stop
 
@@ -323,7 +333,9 @@ class PSTLayer(nn.Module):
         weight = self.base_weight()
         mask = self.pst_mask.detach().flatten()
         factors = self.factors({name: param.detach() for name, param in self.factor_parameters()})
-        rounding = self.rounding() if self.rounds else None
+        rounding: Rounding | None = None
+        if self.rounds:
+            rounding = self.rounding()
         return masked_linear.LayerState(
             weight=weight,
             bits=mask,
@@ -364,13 +376,19 @@ class PSTLayer(nn.Module):
         """Call ``backward`` of pst_ds.core with the layer's state. Gathers released parameters."""
         params = list(self.parameters(recurse=False))
         sharding.let_go(params)
-        with sharding.gathered([p for p in params if sharding.is_released(p)]):
+        released = list(filter(sharding.is_released, params))
+        with sharding.gathered(released):
             return backward(state=self.state(), tile_bytes=self.tile_bytes)
 
     def of_trained(self, grads: masked_linear.Gradients) -> tuple[Tensor | None, ...]:
         """Return the gradients of the factors in :meth:`trained`, in the layer's dtype."""
-        of_factors = (grads.of_parameter(name) for name in self.factor_names)
-        return tuple(None if g is None else g.to(self.dtype) for g in of_factors)
+        of_factors: list[Tensor | None] = []
+        for name in self.factor_names:
+            gradient = grads.of_parameter(name)
+            if gradient is not None:
+                gradient = gradient.to(self.dtype)
+            of_factors.append(gradient)
+        return tuple(of_factors)
 
 
 def seeded_normal(shape: tuple[int, ...], std: float, key: str) -> Tensor:

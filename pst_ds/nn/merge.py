@@ -52,7 +52,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         )
     idle = inject.layers_never_called(model)
     if 0 < len(idle) < len(pst_layers(model)):
-        were, them = ("was", "it") if len(idle) == 1 else ("were", "them")
+        were = "was" if len(idle) == 1 else "were"
+        them = "it" if len(idle) == 1 else "them"
         warnings.warn(
             f"{shortened(idle)} {were} merged, but no forward pass has called {them}. If other code reads the weight "
             "instead, the merged model differs from the trained one. Compare the two",
@@ -73,13 +74,17 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and persistent buffers of the merged model, on the meta device, by name."""
     layers = pst_layers(model)
-    tensors = {name: param.to("meta") for name, param in model.named_parameters() if ".pst_" not in name}
     plain_names: dict[str, str] = {}
     for name, layer in layers.items():
         plain_names[f"{name}.weight"] = inject.plain_name(name, layer)
+    tensors: dict[str, Tensor] = {}
+    for name, param in model.named_parameters():
+        if ".pst_" not in name:
+            tensors[plain_names.get(name, name)] = param.to("meta")
+    for name, layer in layers.items():
         if layer.weight is None:  # quantised: the layer has codes and scales instead of a weight
-            tensors[f"{name}.weight"] = torch.empty(layer.weight_shape, dtype=layer.dtype, device="meta")
-    tensors = {plain_names.get(name, name): tensor for name, tensor in tensors.items()}
+            plain = inject.plain_name(name, layer)
+            tensors[plain] = torch.empty(layer.weight_shape, dtype=layer.dtype, device="meta")
     for name, buffer in inject.persistent_buffers(model).items():
         tensors[name] = buffer.to("meta")
     return tensors
@@ -126,7 +131,8 @@ def _plain(module: PSTLayer | PSTEmbedding) -> nn.Module | nn.Parameter:
     weight = nn.Parameter(masked.view(module.weight_shape), requires_grad=False)
     if isinstance(module, PSTExpertStack):
         return weight
-    outputs, inputs = module.layout.out_features, module.layout.in_features
+    outputs = module.layout.out_features
+    inputs = module.layout.in_features
     if module.layout.transposed:
         from transformers.pytorch_utils import Conv1D
 

@@ -73,7 +73,9 @@ def model_width(model: nn.Module) -> int:
 
 def untied_linear_layers(model: nn.Module) -> dict[str, Any]:
     """Return the nn.Linear and Conv1D layers by name, except those with a shared weight."""
-    users = Counter(id(param) for module in model.modules() for param in module.parameters(recurse=False))
+    users = Counter[int]()
+    for module in model.modules():
+        users.update(map(id, module.parameters(recurse=False)))
     untied: dict[str, Any] = {}
     for name, module in model.named_modules():
         if is_linear(module) and users[id(module.weight)] == 1:
@@ -106,7 +108,9 @@ def outermost_list(name: str, model: nn.Module) -> str:
 
 def _holds_blocks(module: nn.Module) -> bool:
     """Return whether ``module`` is a ModuleList with an item that has parts, and is not a single layer."""
-    return isinstance(module, nn.ModuleList) and any(next(item.children(), None) is not None for item in module)
+    if not isinstance(module, nn.ModuleList):
+        return False
+    return any(next(item.children(), None) is not None for item in module)
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -116,7 +120,11 @@ def is_experts(module: nn.Module) -> bool:
 
 def experts_modules(model: nn.Module) -> dict[str, ExpertsModule]:
     """Return the experts modules of ``model`` by name, in model order."""
-    return {name: module for name, module in model.named_modules() if is_experts(module)}
+    modules: dict[str, ExpertsModule] = {}
+    for name, module in model.named_modules():
+        if is_experts(module):
+            modules[name] = module
+    return modules
 
 
 def stack_names(experts: ExpertsModule) -> tuple[str, str]:
@@ -154,8 +162,11 @@ def stack_layouts(experts: ExpertsModule) -> dict[str, WeightLayout]:
         )
     made = layouts[first].expert.out_features
     taken = layouts[last].in_features
-    # A gated expert multiplies one half of the outputs with the other.
-    if made != taken * (2 if experts.has_gate else 1):
+    expected = taken
+    if experts.has_gate:
+        # A gated expert multiplies one half of the outputs with the other.
+        expected = 2 * taken
+    if made != expected:
         raise ValueError(f"{first} makes {made} outputs, and {last} takes {taken}")
     return layouts
 

@@ -189,7 +189,9 @@ def pst_optimizer(model: nn.Module, **rates: Any) -> MasterAdamW:
         InputError: the model is in fp16 and not under ZeRO-3, the only stage that has fp32 masters from the start.
     """
     groups = pst_parameter_groups(model, **rates)
-    trained_dtypes = {param.dtype for group in groups for param in group["params"]}
+    trained_dtypes: set[torch.dtype] = set()
+    for group in groups:
+        trained_dtypes.update(param.dtype for param in group["params"])
     is_partitioned = any(sharding.is_partitioned(param) for param in model.parameters())
     if not is_partitioned and torch.float16 in trained_dtypes:
         raise InputError(

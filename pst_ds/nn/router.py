@@ -89,7 +89,8 @@ def replace_routers(model: nn.Module, targets: Sequence[Target], config: PSTConf
     for name, module in experts_modules(model).items():
         parent = name.rpartition(".")[0]
         num_experts = int(module.num_experts)
-        if not {f"{name}.{stack}" for stack in stack_names(module)} <= pruned:
+        first, last = stack_names(module)
+        if f"{name}.{first}" not in pruned or f"{name}.{last}" not in pruned:
             raise InjectionError(f"{_LEAD} removes experts of every block, and {name} stays dense. Include it")
         routers = []
         for candidate in candidates:
@@ -146,7 +147,10 @@ def scores_of_routers(model: nn.Module) -> ExpertScores | None:
     routers = pst_routers(model)
     if not routers:
         return None
-    return ExpertScores({router.experts: model.get_submodule(router.experts) for router in routers.values()})
+    experts: dict[str, nn.Module] = {}
+    for router in routers.values():
+        experts[router.experts] = model.get_submodule(router.experts)
+    return ExpertScores(experts)
 
 
 def stacks_of(model: nn.Module, router: PSTRouter) -> list[PSTExpertStack]:

@@ -81,8 +81,13 @@ def _renaming(model: nn.Module, mapping: Sequence[object] | None) -> Callable[[s
 
     prefix = getattr(model, "base_model_prefix", "")
     tensors = {name: torch.empty(0, device="meta") for name in model.state_dict()}  # only the names matter
-    renamings = [entry for entry in mapping or () if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping or () if isinstance(entry, WeightConverter)]
+    renamings: list[WeightRenaming] = []
+    converters: list[WeightConverter] = []
+    for entry in mapping or ():
+        if isinstance(entry, WeightRenaming):
+            renamings.append(entry)
+        elif isinstance(entry, WeightConverter):
+            converters.append(entry)
 
     def new_name(key: str) -> str:
         name = key
@@ -109,7 +114,9 @@ def _read_shards(
     """
     params = dict(model.named_parameters(remove_duplicate=False))
     new_names: dict[str, str] = {}
-    for file in dict.fromkeys(name for name in files if name.endswith(".safetensors")):
+    for file in dict.fromkeys(files):
+        if not file.endswith(".safetensors"):
+            continue
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118  # no mapping
                 param = params.get(new_name(key)) if key in state else None

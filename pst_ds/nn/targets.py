@@ -71,7 +71,9 @@ class Target:
     @property
     def own_layout(self) -> WeightLayout:
         """Layout of ``weight``."""
-        return self.layout if self.group is None else self.layout.part(self.group.degree)
+        if self.group is None:
+            return self.layout
+        return self.layout.part(self.group.degree)
 
     @property
     def is_stack(self) -> bool:
@@ -80,7 +82,9 @@ class Target:
     @property
     def weight_name(self) -> str:
         """Name of the weight in the model's state dict."""
-        return self.name if self.is_stack else f"{self.name}.weight"
+        if self.is_stack:
+            return self.name
+        return f"{self.name}.weight"
 
 
 def resolve_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
@@ -107,7 +111,9 @@ class _Resolver:
         self.places = places_by_module(model)
         self.takes_all = config.target_modules == ALL_LINEAR
         # Routers are omitted by "all-linear" only: a config that names one prunes it.
-        self.routers = model_structure.router_names(model) if self.takes_all else set()
+        self.routers: set[str] = set()
+        if self.takes_all:
+            self.routers = model_structure.router_names(model)
         self.refusals: list[CannotBePrunedError] = []
 
     def targets(self) -> list[Target]:
@@ -186,11 +192,11 @@ class _Resolver:
         outputs, inputs = model_structure.linear_shape(module)
         # Fused projections are assumed to be square, so that their number follows from the shape: 3 for q, k and v.
         is_fused = name_matches(name, self.config.fused_modules) and outputs % inputs == 0
+        num_matrices = 1
+        if is_fused:
+            num_matrices = outputs // inputs
         layout = WeightLayout(
-            out_features=outputs,
-            in_features=inputs,
-            transposed=is_conv1d(module),
-            num_matrices=outputs // inputs if is_fused else 1,
+            out_features=outputs, in_features=inputs, transposed=is_conv1d(module), num_matrices=num_matrices
         )
         places = self.places[module]
         shape = tuple(sharding.full_shape(module.weight))
@@ -221,7 +227,7 @@ class _Resolver:
                 f"{name} has its experts on several ranks (expert parallelism), where no rank could rank a whole "
                 "stack. Load the model without a distributed_config"
             )
-        targets = []
+        targets: list[Target] = []
         for stack in wanted:
             full_name = f"{name}.{stack}"
             _refuse_quantised(full_name, getattr(module, stack))
@@ -248,8 +254,7 @@ class _Resolver:
         """Return whether ``exclude_modules`` names a Parameter that is a matrix, or its module."""
         # The setting may be one regular expression, so that it cannot be joined with the refused names.
         patterns = (self.config.exclude_modules, self.refused_names())
-        names = (owner, f"{owner}.{attribute}")
-        return any(is_inside(name, pattern) for name in names for pattern in patterns)
+        return any(is_inside(owner, pattern) or is_inside(f"{owner}.{attribute}", pattern) for pattern in patterns)
 
     def refuse_loose_matrices(self, targets: list[Target]) -> None:
         """Raise InjectionError for a stack of matrices, or a matrix as large as a pruned one, that would stay dense."""
@@ -258,10 +263,14 @@ class _Resolver:
             return
         first = loose[0]
         description = "a stack of matrices" if first.is_stack else "a matrix or a state"
-        num_dense = sum(matrix.numel for matrix in loose)
+        num_dense = 0
+        has_attention = False
+        for matrix in loose:
+            num_dense += matrix.numel
+            has_attention = has_attention or isinstance(matrix.module, nn.MultiheadAttention)
         num_pruned = sum(target.layout.numel for target in targets)
         names = _names_to_exclude(loose, targets)
-        if any(isinstance(matrix.module, nn.MultiheadAttention) for matrix in loose):
+        if has_attention:
             # Attention reads the weight of its output layer without calling it, so that layer has to stay dense too.
             names += _attention_names(self.model)
         raise CannotBePrunedError(
@@ -274,9 +283,13 @@ class _Resolver:
 
     def matrices_left_dense(self, targets: list[Target]) -> list[LooseMatrix]:
         """Return the matrices that :meth:`refuse_loose_matrices` refuses, in model order."""
-        least = min((target.layout.expert.numel for target in targets), default=0)
-        pruned = {id(target.weight) for target in targets}
-        dense = []
+        pruned: set[int] = set()
+        sizes: list[int] = []
+        for target in targets:
+            pruned.add(id(target.weight))
+            sizes.append(target.layout.expert.numel)
+        least = min(sizes, default=0)
+        dense: list[LooseMatrix] = []
         for matrix in model_structure.loose_matrices(self.model):
             # A matrix smaller than any pruned one, such as a table of relative positions, stays dense without a word.
             is_large = matrix.is_stack or 0 < least <= matrix.numel
@@ -297,7 +310,7 @@ def modules_to_save(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]
         setting="modules_to_save",
         wanted=config.modules_to_save or (),
         matched=saved,
-        usable=[name for name, _ in model.named_modules()],
+        usable=dict(model.named_modules()),
     )
     return saved
 
@@ -311,7 +324,11 @@ def modules_named_to_save(model: nn.Module, config: PSTConfig) -> dict[str, nn.M
 
 def _modules_named(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, nn.Module]:
     """Return the modules that a setting names, by name, in model order; never ``model`` itself, whose name is ""."""
-    return {name: module for name, module in model.named_modules() if name and name_matches(name, wanted)}
+    named: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if name and name_matches(name, wanted):
+            named[name] = module
+    return named
 
 
 def _task_head(model: nn.Module) -> dict[str, nn.Module]:
@@ -323,18 +340,27 @@ def _task_head(model: nn.Module) -> dict[str, nn.Module]:
     prefix = getattr(model, "base_model_prefix", "") or ""
     base = getattr(model, prefix, None)
     if not isinstance(base, nn.Module):
+        # another library's model, in which only these names tell a head
         return {name: child for name, child in model.named_children() if name in HEAD_NAMES}
     if model.get_output_embeddings() is not None:  # type: ignore[operator]
         return {}
-    head = {f"{prefix}.{name}": child for name, child in base.named_children() if name == "pooler"}
+    candidates: dict[str, nn.Module] = {}
+    for name, child in base.named_children():
+        if name == "pooler":
+            candidates[f"{prefix}.{name}"] = child
     for name, child in model.named_children():
         if child is not base:
-            head[name] = child
-    # Dropout and activations between them have nothing to train.
-    return {name: module for name, module in head.items() if any(True for _ in module.parameters())}
+            candidates[name] = child
+    head: dict[str, nn.Module] = {}
+    for name, module in candidates.items():
+        # Dropout and activations between them have nothing to train.
+        if next(module.parameters(), None) is not None:
+            head[name] = module
+    return head
 
 
 def _require_all_found(setting: str, wanted: tuple[str, ...], matched: Iterable[str], usable: Iterable[str]) -> None:
+    """Raise InjectionError unless each of the ``wanted`` names matches one of ``matched``; ``usable``: known names."""
     for name in wanted:
         if not any(name_matches(known, (name,)) for known in matched):
             endings = {known.rpartition(".")[2] for known in usable}
@@ -375,7 +401,9 @@ def find_embeddings(model: nn.Module, config: PSTConfig) -> dict[str, nn.Embeddi
 
 def _refuse_tied_embedding(name: str, embedding: nn.Embedding, model: nn.Module) -> None:
     for other, holder in model.named_modules():
-        if holder is not embedding and any(param is embedding.weight for param in holder.parameters(recurse=False)):
+        if holder is embedding:
+            continue
+        if any(param is embedding.weight for param in holder.parameters(recurse=False)):
             raise InjectionError(
                 f"{name}.weight is tied to {other}.weight: an update of one would be missing in the other. Take "
                 f"{name} out of update_embeddings"
@@ -387,7 +415,7 @@ def _names_to_exclude(loose: list[LooseMatrix], targets: list[Target]) -> list[s
     holders: set[str] = set()
     for target in targets:
         holders.update(accumulate(target.name.split("."), "{}.{}".format))  # "layers", "layers.0", "layers.0.mlp", ...
-    names = []
+    names: list[str] = []
     for matrix in loose:
         # Excluding a module that holds targets would leave these dense too.
         names.append(matrix.attribute if matrix.owner in holders else _short_name(matrix.owner))
@@ -451,15 +479,24 @@ def _refuse_fused_in_files(model: nn.Module, targets: list[Target]) -> None:
             # Only names and shapes matter, and the values may be partitioned.
             tensors[f"{name}.weight"] = torch.empty(sharding.full_shape(module.weight), device="meta")
     written = set(names_in_files(model, tensors).values())
-    fused = [target for target in layers if target.weight_name not in written]
+    fused: list[Target] = []
+    others: list[str] = []
+    for target in layers:
+        if target.weight_name in written:
+            others.append(target.name)
+        else:
+            fused.append(target)
     if not fused:
         return
-    others = [target.name for target in layers if target not in fused]
-    fused_names = shortened([target.weight_name for target in fused])
+    weight_names: list[str] = []
+    endings: list[str] = []
+    for target in fused:
+        weight_names.append(target.weight_name)
+        endings.append(_ending_for(target.name, others))
     raise CannotBePrunedError(
-        f"{fused_names}: transformers saves each fused with others, in parts or transposed, and exports cannot do this "
-        "with pruned weights. Leave all of these dense with",
-        [_ending_for(target.name, others) for target in fused],
+        f"{shortened(weight_names)}: transformers saves each fused with others, in parts or transposed, and exports "
+        "cannot do this with pruned weights. Leave all of these dense with",
+        endings,
     )
 
 
@@ -483,10 +520,14 @@ def _require_replaceable(name: str, module: nn.Module, places: Places, model: nn
     is_patched = "forward" in vars(module) and not hasattr(module, "_hf_hook")  # accelerate's only moves tensors
     is_plain = kind.forward is nn.Linear.forward or kind.__name__ in SAME_AS_LINEAR
     if not is_conv1d(module) and (is_patched or not is_plain):
+        of_same_kind: list[str] = []
+        for other, layer in model.named_modules():
+            if type(layer) is kind:
+                of_same_kind.append(_short_name(other))
         raise CannotBePrunedError(
             f"{name} is a {kind.__name__} with an overridden forward, and a pruned layer would compute what nn.Linear "
             "does. Leave it dense with",
-            [_short_name(other) for other, module in model.named_modules() if type(module) is kind],
+            of_same_kind,
         )
     # Masks and tiles address weights by their flat positions.
     if not weight.is_contiguous():
@@ -542,7 +583,8 @@ def _ending_for(name: str, others: Collection[str]) -> str:
 
 def listed(names: Iterable[str]) -> str:
     """Return names as a list in a run file: ["one", "other"]."""
-    return f"[{', '.join(chr(34) + name + chr(34) for name in names)}]"
+    quoted = [f'"{name}"' for name in names]
+    return f"[{', '.join(quoted)}]"
 
 
 def _nothing_matched(model: nn.Module, config: PSTConfig) -> str:
@@ -568,4 +610,6 @@ def suggestion(wanted: str | Sequence[str], known: set[str]) -> str:
         return f' A string is a regular expression for whole names; for the layers of that name write ["{wanted}"].'
     first = wanted if isinstance(wanted, str) else "".join(wanted[:1])
     near = difflib.get_close_matches(first, sorted(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    if not near:
+        return ""
+    return f" Did you mean {near[0]!r}?"

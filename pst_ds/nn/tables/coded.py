@@ -162,7 +162,7 @@ def find_tables(model: nn.Module, config: PSTConfig, grid: Grid, pruned: Collect
     for name, trained in {**modules_to_save(model, config), **find_embeddings(model, config)}.items():
         for module in trained.modules():
             trained_in[module] = name
-    targets = []
+    targets: list[TableTarget] = []
     for weight in weights:
         readers = []
         for module in names:
@@ -237,7 +237,10 @@ def encode_tables(targets: Sequence[TableTarget]) -> None:
             with sharding.gathered([weight]):
                 require_finite(target.name, weight)
                 parts = [sharding.own_part(weight, part) for part in layout.encode(weight, 0)]
-        codes, scales = (sharding.bytes_split_as(weight, size, part) for size, part in zip(sizes, parts, strict=True))
+        split: list[nn.Parameter] = []
+        for size, part in zip(sizes, parts, strict=True):
+            split.append(sharding.bytes_split_as(weight, size, part))
+        codes, scales = split
         table = TableCodes(layout=layout, codes=codes, scales=scales, dtype=weight.dtype)
         sharding.drop(weight)  # before the next table is gathered
         for module, places in target.modules:
