@@ -218,7 +218,14 @@ def _export_resolved(resolved: ResolvedRun, checkpoint: Checkpoint, out: Path, s
     # through TOML and JSON, so that the manifest has plain values only, and those that a run file would have
     run_table = json.loads(json.dumps(tomllib.loads(dump_run(resolved.run))))
     report = export_checkpoint(
-        model, checkpoint, tokenizer, out, options, vocabulary=vocabulary, run=run_table, whole=whole
+        model=model,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        out=out,
+        options=options,
+        vocabulary=vocabulary,
+        run=run_table,
+        whole=whole,
     )
     report["checkpoint"] = str(checkpoint.folder)
     return _with_token_count(report)

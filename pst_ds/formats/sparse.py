@@ -239,7 +239,7 @@ def require_two_of_four(name: str, bits: Tensor, columns: int) -> None:
     whole = columns // 8
     _require_groups(name, bits[:, :whole], _NOT_TWO, "two")
     if columns % 8:  # padding in the upper half of the last byte
-        _require_groups(name, bits[:, whole:] | 0x30, _NOT_TWO, "two", whole)
+        _require_groups(name, bits[:, whole:] | 0x30, table=_NOT_TWO, wanted="two", first_byte=whole)
 
 
 def _table(of_group: list[int], join: str) -> np.ndarray:

@@ -43,6 +43,7 @@ def check_export(folder: Path) -> Facts:
     """
     tensors, facts = read_manifest(folder)
     if not tensors:
+        # every check below is per tensor, and would accept an empty folder
         raise ExportError(
             f"{folder / MANIFEST_FILE} is damaged: tensors = [], but every export has tensors. Export the model again"
         )
@@ -91,6 +92,7 @@ def check_model(folder: Path) -> None:
     """Compare the names and shapes of a checked export with the model of its config.json. Raises ExportError."""
     tensors, _ = read_manifest(folder)
     model = model_of(folder)
+    # with Parameters, not detached copies: tied tensors are recognised as one object
     in_model = model.state_dict(keep_vars=True)
     in_model |= saved_tensors(model, in_model)  # exports have the names in the model, or those of saved files
     for tensor in tensors:
@@ -127,6 +129,7 @@ def _check_files(folder: Path, tensors: Sequence[ExportedTensor], facts: Facts, 
     if loaded:
         raise ExportError(f"{folder} has files that the manifest does not list: {shortened(loaded)}. Remove them")
     _check_config(folder / CONFIG_FILE, len(weights), facts, encoding)
+    # the config has one format for all tensors, and the manifest one for each
     for tensor in tensors:
         is_quantised_so = tensor.grid in (encoding.values, encoding.embeddings, None)
         is_packed_so = tensor.packing == encoding.packing or not tensor.spec.is_packed
@@ -222,6 +225,7 @@ def _check_values(tensor: ExportedTensor, values: Tensor, place: str) -> None:
             f"{place} is {CODE_OF_DTYPE[values.dtype]} {list(values.shape)}, the manifest says "
             f"{tensor.dtype} {list(tensor.shape)}"
         )
+    # after unpacking, so that a wrong bitmask shows
     nonzero = count_nonzero(values)
     if nonzero != tensor.nonzero:
         raise ExportError(f"{place} has {nonzero} non-zeros, not {tensor.nonzero}")

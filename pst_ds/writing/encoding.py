@@ -35,6 +35,7 @@ class Encoding:
 
     def __post_init__(self) -> None:
         known = STORAGE_FORMATS.names
+        # ONNX has neither: its files are converted from those of another format
         if self.packing not in known or not (self.storage.has_manifest or self.storage.writes_one_file):
             raise ExportError(f"format must be one of {', '.join(folder_formats())}, got {self.packing!r}")
         if problem := self.storage.problem(self.values, self.embeddings):

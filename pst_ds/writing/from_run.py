@@ -136,7 +136,7 @@ class RunSource:
     def _pruned(self, recipe: RunRecipe, run: StackRun, constants: Constants) -> TensorValues:
         """Compute M . (W0 + beta U V) as the model did: same function, same dtype, same type of device."""
         if run.num_pieces == 1:
-            return self._piece(recipe, run, constants, run.first)
+            return self._piece(recipe, run, constants, piece=run.first)
         height, width = run.piece.shape
         # filled piece by piece, so that memory holds the stack once, next to one piece
         tensor = torch.empty(run.num_pieces * height, width, dtype=recipe.dtype)
@@ -144,7 +144,7 @@ class RunSource:
         scales = list[Tensor]()
         pruned = list[int]()
         for i, piece in enumerate(range(run.first, run.last)):
-            values = self._piece(recipe, run, constants, piece)
+            values = self._piece(recipe, run, constants, piece=piece)
             tensor[i * height : (i + 1) * height] = values.tensor
             pruned += values.pruned_per_matrix
             if values.keep is not None:
@@ -205,9 +205,17 @@ class RunSource:
         factors = Factors.of(self._factors(owner, run, piece, device), constants.form)
         rounding: Rounding | None = None
         if recipe.grid is not None:
-            rounding = self._rounding(owner, run, piece, recipe.grid, device)
+            rounding = self._rounding(owner, run=run, piece=piece, stored=recipe.grid, device=device)
         if recipe.masked:
-            merged = masked_weight(weight, mask.to(device), 1, layout, factors, constants, rounding)
+            merged = masked_weight(
+                weight,
+                bits=mask.to(device),
+                num_shards=1,
+                layout=layout,
+                factors=factors,
+                constants=constants,
+                rounding=rounding,
+            )
         else:
             # the packing reads kept values only
             merged = merged_weight(weight, layout, factors, constants)

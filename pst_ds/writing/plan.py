@@ -109,6 +109,7 @@ class TensorSpec:
         except FormatError as error:
             raise ExportError(f"{self.name}: {error}") from None
         if self.bitmask_shape:
+            # compressed, to a size that only its bits determine
             sizes["bitmask"] = torch.uint8, self.bitmask_shape
         return dict(zip(self.part_names(sizes), sizes.values(), strict=True))
 
@@ -135,6 +136,7 @@ class TensorSpec:
 
     def quantised(self, grid: Grid | None) -> TensorSpec:
         """Return the tensor quantised to ``grid``, or unchanged if it is not a matrix of floats."""
+        # a stack of experts has three dimensions, and is quantised as the matrix of all its rows
         is_matrix = len(self.shape) == 2 or self.is_linear
         if self.is_of_floats and is_matrix and self.numel:
             return replace(self, grid=grid)
@@ -234,6 +236,7 @@ def plan_files(jobs: Sequence[TensorJob], stem: str, shard_bytes: int) -> list[P
     for output in all_outputs(jobs):
         parts = output.part_sizes()
         nbytes = output.stored_nbytes
+        # a file has at least one tensor, however large that is
         if shards[-1] and filled + nbytes > shard_bytes:
             shards.append({})
             filled = 0

@@ -110,7 +110,7 @@ def read_pruned_scales(folder: Path) -> PrunedScales | None:
     for layer in layers:
         if scales_name(layer) not in scales.slots:
             raise ExportError(f"{path} lacks {scales_name(layer)}. Prune again, or see {_opt_out(folder)}")
-    return PrunedScales(folder, grid, layers, scales)
+    return PrunedScales(folder=folder, grid=grid, layers=layers, scales=scales)
 
 
 def _opt_out(folder: Path) -> str:

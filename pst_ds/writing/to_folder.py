@@ -144,7 +144,7 @@ def export_checkpoint(
     contents = _Contents(model=model, jobs=jobs, source=source, facts=facts, write_small_files=write_small_files)
     if vocabulary:
         contents = _trimmed(contents, tokenizer, vocabulary)
-    return _write(contents, tokenizer, out, encoding, options)
+    return _write(contents, tokenizer, out, encoding=encoding, options=options)
 
 
 def _facts_of_run(checkpoint: Checkpoint, encoding: Encoding, run: dict[str, object] | None) -> Facts:
@@ -247,7 +247,7 @@ def export_folder(
         contents = _trimmed(contents, tokenizer, vocabulary)
     elif encoding.storage.writes_one_file:
         tokenizer = open_tokenizer(source, str(source), "Name a folder with a tokenizer")
-    return _write(contents, tokenizer, out, encoding, options)
+    return _write(contents, tokenizer, out, encoding=encoding, options=options)
 
 
 def _trimmed(contents: _Contents, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> _Contents:

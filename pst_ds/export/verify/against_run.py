@@ -97,6 +97,7 @@ def compare_with_run(
     fewer = run.trim()
     plain = _loaded(run, "dense")
     kl_from_reference = run.kl_from(reference, plain)
+    # compared with the tensors of the model before the cast below
     dtypes = run.narrower_dtypes()
     rounding: Rounding | None = None
     kl: dict[str, float] | None = None
@@ -278,6 +279,7 @@ def _loaded(run: MaskedRun, load_as: LoadAs) -> nn.Module:
     """Load the export with transformers; an ordinary folder needs no ``load_as``."""
     fix = f"Its model is not that of against = {run.context.run.output_dir!r}. Name the run it came from"
     model = load_folder(run.folder, run.context, load_as, fix)
+    # logits of packed layers are compared up to rounding, which allows for another order of sums
     if load_as != "sparse":
         _align(model)
     return model
@@ -286,5 +288,6 @@ def _loaded(run: MaskedRun, load_as: LoadAs) -> nn.Module:
 def _align(model: nn.Module) -> None:
     """Align weights to cache lines: otherwise products are summed in another order."""
     for tensor in (*model.parameters(), *model.buffers()):
+        # a copy is in memory that torch allocates, which is aligned
         if tensor.data_ptr() % LINE_BYTES:
             tensor.data = tensor.data.clone()

@@ -104,7 +104,13 @@ def _library() -> ModuleType:
 def _write_head(writer: _Writer, tensors: Sequence[GgufTensor], path: Path) -> dict[str, int]:
     """Write everything but the tensors to ``path``, and reserve their space; return the offset of each tensor."""
     for tensor in tensors:
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(tensor.numpy), tensor.nbytes, tensor.kind)
+        writer.add_tensor_info(
+            tensor.name,
+            tensor_shape=tensor.shape,
+            tensor_dtype=np.dtype(tensor.numpy),
+            tensor_nbytes=tensor.nbytes,
+            raw_dtype=tensor.kind,
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
