@@ -135,11 +135,11 @@ def saved_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
 def names_in_files(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the model's names of ``tensors`` by their names in saved files; tensors that are split are omitted."""
     name_of = {id(tensor): name for name, tensor in tensors.items()}  # a renamed tensor stays the same object
-    found: dict[str, str] = {}
+    name_of_saved: dict[str, str] = {}
     for saved, tensor in saved_tensors(model, tensors).items():
         if id(tensor) in name_of:
-            found[saved] = name_of[id(tensor)]
-    return found
+            name_of_saved[saved] = name_of[id(tensor)]
+    return name_of_saved
 
 
 def may_be_missing(model: nn.Module, name: str) -> bool:

@@ -97,27 +97,27 @@ class PackedFormat(ABC):
             wanted = ", ".join(sorted(self.part_names))
             stored = ", ".join(sorted(map(str, parts))) or "none"
             raise FormatError(f"{name}: {self.name} must have the parts {wanted}, found {stored}")
-        held = {part: self._plain(name, part, parts[part]) for part in self.part_names}
-        rows, columns = self._claimed_shape(name, held)
+        plain = {part: self._plain(name, part, parts[part]) for part in self.part_names}
+        rows, columns = self._claimed_shape(name, plain)
         # Python's integers do not overflow, which the sizes below would do in torch; an empty matrix may not claim
         # 2**62 rows either
-        if max(rows, 1) * max(columns, 1) * held[self.values_name].dtype.itemsize > MAX_BYTES:
+        if max(rows, 1) * max(columns, 1) * plain[self.values_name].dtype.itemsize > MAX_BYTES:
             raise FormatError(f"{name}: no matrix has the shape {(rows, columns)}")
         if shape is not None and (rows, columns) != tuple(shape):
             raise FormatError(f"{name}: its shape is {(rows, columns)}, but must be {tuple(shape)}")
-        values = held[self.values_name]
+        values = plain[self.values_name]
         try:
             expected = self.parts((rows, columns), self.stored_of(values.numel()), values.dtype)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from None
         for part, (dtype, dims) in expected.items():
-            if held[part].dtype != dtype or tuple(held[part].shape) != dims:
+            if plain[part].dtype != dtype or tuple(plain[part].shape) != dims:
                 raise FormatError(
                     f"{name}: {part} of a {rows} x {columns} matrix with {values.numel()} values must be {dtype} of "
-                    f"shape {dims}, found {_described(held[part])}"
+                    f"shape {dims}, found {_described(plain[part])}"
                 )
         # last, because it reads values at places that dtypes and shapes must allow
-        self._check_contents(name, held, (rows, columns))
+        self._check_contents(name, plain, (rows, columns))
         if values.is_floating_point():
             _require_no_negative_zero(name, self.values_name, values)
         return rows, columns
@@ -150,18 +150,18 @@ class PackedFormat(ABC):
         num_rows = rows.stop - rows.start
         outputs = int(parts[self.shape_name].flatten()[0])
         columns = int(parts[self.shape_name].flatten()[1])
-        held = {self.shape_name: torch.tensor([num_rows, columns]).view(self.shape_dims)}
+        views = {self.shape_name: torch.tensor([num_rows, columns]).view(self.shape_dims)}
         for name, part in parts.items():
             if name == "row_offsets":
-                held[name] = starts
+                views[name] = starts
             elif name == self.shape_name:
                 continue
             elif part.dim() == 2 and part.shape[0] == outputs:
                 # a row per output: bits, scales, and the values of 2:4
-                held[name] = part[rows]
+                views[name] = part[rows]
             else:
-                held[name] = part[values]
-        return held
+                views[name] = part[values]
+        return views
 
     @abstractmethod
     def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:

@@ -186,9 +186,11 @@ def saved_additions(model: nn.Module, values: Mapping[str, Tensor], dtype: torch
         values: trained tensors by their names in the model.
         dtype: dtype in which the model computes.
     """
-    saved = {}
+    saved: dict[str, SavedAddition] = {}
     for place, module in added_modules(model).items():
-        tensors = {name: values[f"{place}.{name}"].to(dtype) for name, _ in module.named_parameters()}
+        tensors: dict[str, Tensor] = {}
+        for name, _ in module.named_parameters():
+            tensors[name] = values[f"{place}.{name}"].to(dtype)
         saved[module.addition] = SavedAddition(
             settings=asdict(module.settings), facts=module.facts(), extra_tokens=module.extra_tokens, tensors=tensors
         )
@@ -199,8 +201,8 @@ def write_additions(folder: Path, additions: Mapping[str, SavedAddition]) -> Non
     """Write the file of ``additions`` into an export; without additions there is no such file."""
     if not additions:
         return
-    tensors = {}
-    about = {}
+    tensors: dict[str, Tensor] = {}
+    about: dict[str, dict[str, object]] = {}
     for name, saved in additions.items():
         about[name] = {"settings": saved.settings, "facts": saved.facts, "extra_tokens": saved.extra_tokens}
         for part, values in saved.tensors.items():
@@ -213,13 +215,15 @@ def read_additions(folder: str | Path, *, with_tensors: bool = True) -> dict[str
     path = Path(folder) / ADDITIONS_FILE
     if not path.is_file():
         return {}
-    saved = {}
+    saved: dict[str, SavedAddition] = {}
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()[_METADATA])
+            # the facts alone say whether an export can have the additions, before hours of work
+            keys = list(file.keys()) if with_tensors else []
             for name, entry in about.items():
-                tensors = {}
-                for key in file.keys() if with_tensors else ():
+                tensors: dict[str, Tensor] = {}
+                for key in keys:
                     if key.startswith(f"{name}."):
                         tensors[key.removeprefix(f"{name}.")] = file.get_tensor(key)
                 saved[name] = SavedAddition(

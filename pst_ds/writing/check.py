@@ -131,9 +131,9 @@ def _check_files(folder: Path, tensors: Sequence[ExportedTensor], facts: Facts, 
     _check_config(folder / CONFIG_FILE, len(weights), facts, encoding)
     # the config has one format for all tensors, and the manifest one for each
     for tensor in tensors:
-        is_quantised_so = tensor.grid in (encoding.values, encoding.embeddings, None)
-        is_packed_so = tensor.packing == encoding.packing or not tensor.spec.is_packed
-        if not is_quantised_so or not is_packed_so:
+        has_known_grid = tensor.grid in (encoding.values, encoding.embeddings, None)
+        has_known_packing = tensor.packing == encoding.packing or not tensor.spec.is_packed
+        if not has_known_grid or not has_known_packing:
             raise ExportError(
                 f"{folder}: {tensor.name} is {tensor.packing}, {tensor.grid or 'not quantised'}, but by the manifest "
                 f"the export is {encoding}"

@@ -226,15 +226,10 @@ class RunSource:
         if recipe.masked:
             merged.add_(0.0)  # turns a kept -0.0 into +0.0
         keep = mask_row_bits(mask, layout)
-        kept_per_row = row_counts(keep)
-        pruned: list[int] = []
-        for matrix in layout.matrices():
-            kept = int(kept_per_row[matrix.outputs].sum())
-            pruned.append(matrix.rect.numel - kept)
         scales: Tensor | None = None
         if rounding is not None:
             scales = rounding.scales_by_output.cpu()
-        return TensorValues(tensor=merged, keep=keep, pruned_per_matrix=tuple(pruned), scales=scales)
+        return TensorValues(tensor=merged, keep=keep, pruned_per_matrix=_pruned_per_matrix(layout, keep), scales=scales)
 
     def _factors(self, owner: str, run: StackRun, piece: int, device: str) -> dict[str, Tensor]:
         """Return the factors of a piece, by name, in the dtype that the model computed with.
@@ -263,6 +258,16 @@ class RunSource:
         except ValueError as error:
             raise ExportError(f"{checkpoint.folder}: {owner}: {error}. Choose another checkpoint") from None
         return Rounding(grid, scales.to(device))
+
+
+def _pruned_per_matrix(layout: WeightLayout, keep: Tensor) -> tuple[int, ...]:
+    """Return the number of pruned weights of each matrix, given the row bits of the kept ones."""
+    kept_per_row = row_counts(keep)
+    pruned: list[int] = []
+    for matrix in layout.matrices():
+        num_kept = int(kept_per_row[matrix.outputs].sum())
+        pruned.append(matrix.rect.numel - num_kept)
+    return tuple(pruned)
 
 
 def plan_run(
@@ -438,14 +443,8 @@ class _Planner:
             raise ExportError(f"{name} is not in the base model {state.base_path!r}")
         if in_base is None and not trained:
             raise ExportError(f"{name} is neither trained nor in the base model {state.base_path!r}")
-        # values have the precision of the run, but are stored at least as wide as the base's, to keep files uniform
-        compute = DTYPES[state.precision]
-        stored = in_base or dtype_of
-        width = compute
-        if stored is not None:
-            width, _ = self._base.size(stored)
-        if layer is not None or trained or embedding is not None or coded is not None:
-            width = torch.promote_types(compute, width)
+        is_computed = layer is not None or trained or embedding is not None or coded is not None
+        dtype = self._dtype_of_values(in_base or dtype_of, is_computed=is_computed)
         kept = self._kept_of(name)
         base: CodeLayout | None = None
         if coded is not None:
@@ -463,7 +462,7 @@ class _Planner:
         return RunRecipe(
             name=name,
             in_base=in_base,
-            dtype=width,
+            dtype=dtype,
             trained=trained,
             layer=run,
             grid=grid,
@@ -473,6 +472,20 @@ class _Planner:
             kept=kept,
             whole=whole,
         )
+
+    def _dtype_of_values(self, stored: str | None, *, is_computed: bool) -> torch.dtype:
+        """Return the dtype of a tensor: that of the tensor ``stored`` in the base.
+
+        Computed values have the precision of the run, but are stored at least as wide as the base's, to keep files
+        uniform.
+        """
+        compute = DTYPES[self._state.precision]
+        if stored is None:
+            return compute
+        dtype, _ = self._base.size(stored)
+        if is_computed:
+            return torch.promote_types(compute, dtype)
+        return dtype
 
     def _kept_of(self, name: str) -> tuple[int, ...]:
         """Return the experts in the model's tensor ``name``; () if none were removed from it."""

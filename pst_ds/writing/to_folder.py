@@ -326,9 +326,6 @@ def _write(
         return contents.facts | written
     stay_dense = require_packed(jobs, encoding)
     files = plan_files(jobs, encoding.stem, options.shard_bytes)
-    nbytes: dict[str, int] = {}
-    for file in files:
-        nbytes |= {name: slot.nbytes for name, slot in file.slots.items()}
     file_bytes = sum(file.nbytes for file in files)
     require_space(out, file_bytes + _SPARE_BYTES)
     with atomic_folder(out) as folder:
@@ -343,9 +340,7 @@ def _write(
         quantization = encoding.quantization_config(len(files), left_alone, compressed=compressed)
         architecture = _finish_config(folder, tensors, quantization)
         refilled = refilled_weights(contents.model, tensors, contents.recorded_zeros)
-        sizes: list[int] = []
-        for tensor in tensors:
-            sizes.append(sum(nbytes[part.name] for part in tensor.parts))
+        sizes = _stored_sizes(tensors, files)
         measured = storage_facts(tensors, sizes)
         facts: Facts = {
             "kind": encoding.packing,
@@ -354,7 +349,7 @@ def _write(
             **contents.facts,
             "sparsity_measured": measured_sparsity(tensors, refilled),
             "dense_bf16_bytes": 2 * sum(tensor.numel for tensor in tensors),
-            "weight_bytes": sum(nbytes.values()),
+            "weight_bytes": sum(sizes),
             "file_bytes": file_bytes,
         }
         if encoding.is_quantized:
@@ -369,6 +364,17 @@ def _write(
     # the report is printed, and a run file is long
     facts.pop("run", None)
     return {**facts, "export_dir": str(out), **tensor_counts(tensors), **measured, "stay_dense": stay_dense}
+
+
+def _stored_sizes(tensors: Sequence[ExportedTensor], files: Sequence[PlannedFile]) -> list[int]:
+    """Return the bytes of all parts of each tensor in the files."""
+    nbytes: dict[str, int] = {}
+    for file in files:
+        nbytes |= {name: slot.nbytes for name, slot in file.slots.items()}
+    sizes: list[int] = []
+    for tensor in tensors:
+        sizes.append(sum(nbytes[part.name] for part in tensor.parts))
+    return sizes
 
 
 def tensor_counts(tensors: Sequence[ExportedTensor]) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Compare an export with the masked model of its run: weights, logits, predictions, accuracy lost."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,12 +114,7 @@ def compare_with_run(
     pairs = _weights_of_both(run, plain, quantised)
     differences = run.compare(run.model, plain)
     dtype = next(plain.parameters()).dtype
-    longest_row = 0
-    num_differing = 0
-    for ours, theirs in pairs:
-        if ours.dim():
-            longest_row = max(longest_row, ours.shape[-1])
-        num_differing += not torch.equal(ours, theirs)
+    num_differing, longest_row = _compare_weights(pairs)
     allowed = allowed_difference(dtype, num_layers=len(pairs), inputs=longest_row)
     kept_sparse: KeptSparse | None = None
     if not encoding.is_plain:
@@ -203,6 +199,18 @@ def _weights_of_both(run: MaskedRun, plain: nn.Module, quantised: dict[str, Tens
             f"({len(foreign)} weights differ in name or shape). Name the run it came from"
         )
     return [(weight, loaded[name]) for name, weight in merged.items()]
+
+
+def _compare_weights(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[int, int]:
+    """Return (number of pairs of weights that differ, most inputs of a weight)."""
+    num_differing = 0
+    longest_row = 0
+    for ours, theirs in pairs:
+        # exactly: an export has the values that the masked model multiplies with
+        num_differing += not torch.equal(ours, theirs)
+        if ours.dim():  # a buffer may be a number
+            longest_row = max(longest_row, ours.shape[-1])
+    return num_differing, longest_row
 
 
 def _merged_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -107,15 +107,7 @@ def compare_onnx_with_run(
     # last: a cast or quantised value stays the same in fp32
     run.to_fp32()
     exact = run.compare(run.model, model)
-    quantised: dict[str, str] = {}
-    if model.has_our_operators:  # a graph of standard operators has dense fp32 weights
-        for tensor in run.tensors:
-            if tensor.values:
-                quantised[tensor.name.removesuffix(".weight")] = tensor.values
-    effects: list[float] = []
-    for seed in range(DRAWS):
-        rounded = RoundedProducts(run.model, quantised, seed)
-        effects.append(run.compare(run.model, rounded).logit)
+    effects = _effects_of_rounding(run, model)
     differences = exact
     max_logit_difference_in_8_bits: float | None = None
     if in_8_bits:
@@ -132,6 +124,20 @@ def compare_onnx_with_run(
         kl_from_reference=kl_from_reference,
         max_logit_difference_in_8_bits=max_logit_difference_in_8_bits,
     )
+
+
+def _effects_of_rounding(run: MaskedRun, graph: "OnnxModel") -> list[float]:
+    """Return how far the logits of the masked model move when its products round as those of the graph do."""
+    quantised: dict[str, str] = {}
+    if graph.has_our_operators:  # a graph of standard operators has dense fp32 weights
+        for tensor in run.tensors:
+            if tensor.values:
+                quantised[tensor.name.removesuffix(".weight")] = tensor.values
+    effects: list[float] = []
+    for seed in range(DRAWS):
+        rounded = RoundedProducts(run.model, quantised, seed)
+        effects.append(run.compare(run.model, rounded).logit)
+    return effects
 
 
 class _Written(BaseModel):

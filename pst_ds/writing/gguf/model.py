@@ -40,14 +40,11 @@ def write_gguf(
     library = _library()
     jobs = [job for job in jobs if not job.outputs[0].name.endswith("rotary_emb.inv_freq")]  # computed by llama.cpp
     plan = GgufPlan(all_outputs(jobs), text, family, library)
-    num_tokens = text.vocab_size
-    for tensor in plan.tensors:
-        if tensor.name == "token_embd.weight":
-            num_tokens = tensor.shape[0]  # fewer than in the config if the vocabulary is trimmed
-    words = gguf_tokenizer(tokenizer, num_tokens)
+    words = gguf_tokenizer(tokenizer, _num_tokens(plan, text))
     tensors = plan.tensors
     factors = _llama3_factors(text)
     if factors is not None:
+        # a tensor of the file that no tensor of the model becomes
         kind = library.GGMLQuantizationType.F32
         output = TensorSpec(name="rope_freqs.weight", shape=factors.shape, dtype=torch.float32, origin="model")
         rope_factors = GgufTensor(name=output.name, shape=output.shape, kind=kind, numpy=np.float32, output=output)
@@ -78,6 +75,14 @@ def write_gguf(
         "inexact_scales": inexact,
         "bits_per_weight": round(8 * nbytes / numel, 4),
     }
+
+
+def _num_tokens(plan: GgufPlan, config: Config) -> int:
+    """Return the rows of the embedding: fewer than in the config if the vocabulary is trimmed."""
+    for tensor in plan.tensors:
+        if tensor.name == "token_embd.weight":
+            return tensor.shape[0]
+    return config.vocab_size
 
 
 def require_gguf(model: Any) -> None:

@@ -49,11 +49,7 @@ def gguf_tokenizer(tokenizer: "Tokenizer", vocab_size: int) -> _Table:
     # llama.cpp does not split text before it merges in "llama" vocabularies
     pre = "default" if falls_back else _pre_tokenizer(table)
     tokens, kinds = _tokens(table, model, vocab_size, falls_back=falls_back)
-    special: dict[str, int] = {}
-    for key in ("bos", "eos", "unk", "pad"):
-        number = getattr(tokenizer, f"{key}_token_id", None)
-        if number is not None:
-            special[key] = int(number)
+    special = _special_tokens(tokenizer)
     if "unk" in special and falls_back:
         kinds[special["unk"]] = UNKNOWN
     # whether a text starts with the bos token is written in several places of tokenizer files, so it is tried out
@@ -76,6 +72,16 @@ def gguf_tokenizer(tokenizer: "Tokenizer", vocab_size: int) -> _Table:
     described["chat_template"] = _chat_templates(tokenizer)
     # GGUFWriter cannot write an empty list, whose type it does not know
     return {key: value for key, value in described.items() if value != []}
+
+
+def _special_tokens(tokenizer: "Tokenizer") -> dict[str, int]:
+    """Return the ids of the special tokens that a tokenizer has, by the names that GGUF and transformers share."""
+    special: dict[str, int] = {}
+    for key in ("bos", "eos", "unk", "pad"):
+        number = getattr(tokenizer, f"{key}_token_id", None)
+        if number is not None:
+            special[key] = int(number)
+    return special
 
 
 def _tokens(table: _Table, model: _Table, vocab_size: int, *, falls_back: bool) -> tuple[list[str], list[int]]:
