@@ -49,6 +49,7 @@ _COLUMNS = (
     "checkpointed",
     "ranks a sequence",
     "ranks of experts",
+    "ZeRO",
     "frozen",
     "memory",
     "fits",
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     # before the imports, which take seconds, so that a wrong setting is reported at once
     config = load_run_or_folder(args)
     from pst_ds.planning.plan import PlanOptions, plan, resolve_to_plan
-    from pst_ds.planning.search import cure, search
+    from pst_ds.planning.search import against_stage_2, cure, search
 
     options = PlanOptions(
         ranks=args.ranks,
@@ -93,6 +94,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if args.search:
         choices = search(resolved, options, planned)
         print("\n".join(search_lines(choices)))
+        print(_stages_line(choices, against_stage_2(resolved.run, planned)))
         result["search"] = [choice.as_json() for choice in choices]
     # not for None, where the memory of the machine is unknown; also where it is too close to tell
     if planned.verdict.fits is False:
@@ -367,7 +369,8 @@ def search_lines(choices: Sequence[Choice]) -> Iterator[str]:
                 _recomputes(plan),
                 str(plan.run.train.sequence_parallel),
                 str(plan.run.train.expert_parallel),
-                plan.placement,
+                "none" if plan.zero_stage is None else str(plan.zero_stage),
+                plan.placement if plan.zero_stage == 3 else "whole",
                 bytes_text(plan.verdict.needed_bytes),
                 _YES_NO[plan.verdict.fits],
                 f"{plan.verdict.tokens_per_second:,.0f}",
@@ -379,6 +382,27 @@ def search_lines(choices: Sequence[Choice]) -> Iterator[str]:
     best = choices[0]
     # also those that the run file has already, so that the line says all that was compared
     yield f"the first: {' '.join(_set_flags(best.settings))}"
+
+
+def _stages_line(choices: Sequence[Choice], against: str) -> str:
+    """Return a line that compares the best choices at ZeRO stages 2 and 3, or says what is ``against`` stage 2."""
+    best: dict[int | None, Plan] = {}
+    for choice in choices:
+        best.setdefault(choice.plan.zero_stage, choice.plan)
+    if against:
+        return f"ZeRO stage 2 was not tried: {against}"
+    if 2 not in best or 3 not in best:
+        return "ZeRO stage 2 was tried: no way to run the batch is possible with it"
+    compared = []
+    for stage in (2, 3):
+        plan = best[stage]
+        fit = _YES_NO[plan.verdict.fits]
+        compared.append(
+            f"stage {stage} needs {bytes_text(plan.verdict.needed_bytes)} of a rank (fits: {fit}), receives "
+            f"{bytes_text(plan.time.step_received)} and takes {_seconds(plan.time.step)} per step, of the host "
+            f"{_seconds(plan.time.step_host)}"
+        )
+    return f"ZeRO {'; '.join(compared)}; stage 2 keeps frozen weights whole on every rank and gathers none"
 
 
 def name_across_blocks(name: str) -> str:

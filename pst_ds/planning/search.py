@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from pst_ds.config.run import RunConfig
 from pst_ds.errors import InputError
+from pst_ds.parallel.ds_config import load_deepspeed_config, zero_stage
 from pst_ds.planning.machines import machine_of
 from pst_ds.planning.plan import Plan, PlanOptions, plan_resolved
 from pst_ds.progress import Progress
@@ -18,6 +20,8 @@ AS_FAST = 1.01
 """Runs count as equally fast if they differ by at most this factor: predictions are less exact."""
 LEAST_MARGIN = 0.1
 """Share of the memory that the best ways leave: predicted peaks are off by up to a tenth."""
+STAGE_2_FILE = "zero2.json"
+"""Name of the DeepSpeed JSON, next to the run's, with which a search tries ZeRO stage 2."""
 MOST_DOUBLINGS = 6
 """How often :func:`cure` doubles the ranks."""
 
@@ -54,6 +58,8 @@ class Choice:
             "model.base_bits": str(run.model.base_bits),
             "model.embedding_bits": str(run.model.embedding_bits),
         }
+        if run.deepspeed_config:
+            settings["deepspeed_config"] = run.deepspeed_config
         if run.model.recomputed_blocks is not None:
             settings["model.recomputed_blocks"] = str(run.model.recomputed_blocks)
         return settings
@@ -74,6 +80,7 @@ class Choice:
         return {
             "settings": self.settings,
             "ranks": self.plan.ranks,
+            "zero_stage": self.plan.zero_stage,
             "micro_batch_size": self.plan.micro_batch_size,
             "peak_bytes": self.plan.memory.peak,
             "needed_bytes": judged.needed_bytes,
@@ -87,28 +94,73 @@ class Choice:
 def search(resolved: ResolvedRun, options: PlanOptions, first: Plan) -> list[Choice]:
     """Plan all :func:`ways` for the ranks of ``first``, the plan of the run; return the possible ones, best first.
 
-    The best of them is also planned with experts divided among ranks, the best of all with other placements of frozen
-    weights, and then with fewer blocks that recompute their activations.
+    A run at ZeRO stage 3 is planned at stage 2 too, unless :func:`against_stage_2` says why not. The best way at the
+    run's stage is also planned with experts divided among ranks, and then with other placements of frozen weights; the
+    best of all with fewer blocks that recompute their activations.
     The best fit with a margin, and are the fastest; of equally fast ones, they keep the network busy for the shortest
     time and then need the least memory.
     """
     planned: list[Choice] = []
     run = resolved.run
+    tries_stage_2 = not against_stage_2(run, first)
+
+    def add(changed: RunConfig, options: PlanOptions) -> None:
+        with suppress(InputError):  # such as attention heads that ranks cannot share
+            planned.append(Choice(plan_resolved(resolved.with_settings(changed), options, first.data)))
+
     wanted = list(ways(run, first, machine_of(first.machine).node_size))
     with Progress("search", len(wanted), "plans") as progress:
         for number, way in enumerate(wanted, 1):
-            with suppress(InputError):  # such as attention heads that ranks cannot share
-                changed = resolved.with_settings(_changed(run, *way))
-                planned.append(Choice(plan_resolved(changed, options, first.data)))
+            add(_changed(run, *way), options)
             progress.at(number)
-    for kind in (_dividing, _placing, _keeping):
+    for kind in (_dividing, _placing):
         best = _sorted(planned)[0].plan
-        # the micro-batch is the same, and so are its activations if as many blocks recompute theirs
-        traced = options if kind is _keeping else replace(options, trace=best.trace)
+        traced = replace(options, trace=best.trace)  # the micro-batch is the same
         for changed_run in kind(best):
-            with suppress(InputError):
-                planned.append(Choice(plan_resolved(resolved.with_settings(changed_run), traced, first.data)))
+            add(changed_run, traced)
+    if tries_stage_2:
+        for choice in _undivided(planned):
+            # operators and activations do not depend on the stage, and gathers do not count at stage 2
+            add(_at_stage_2(choice.plan.run), replace(options, trace=choice.plan.trace))
+    for changed_run in _keeping(_sorted(planned)[0].plan):
+        # traced anew, since more activations are kept
+        add(changed_run, options)
     return _sorted(planned)
+
+
+def against_stage_2(run: RunConfig, first: Plan) -> str:
+    """Return why a search does not try ZeRO stage 2 for ``run`` with the plan ``first``; "" if it does."""
+    if first.zero_stage != 3:
+        return "the run is not at stage 3"
+    if first.ranks == 1:
+        return "a single rank holds everything at any stage"
+    file = _stage_2_file(run)
+    if not file.is_file():
+        return f"{file} does not exist; copy ds_configs/zero2.json there"
+    try:
+        stage = zero_stage(load_deepspeed_config(file))
+    except InputError as error:
+        return str(error)
+    return "" if stage == 2 else f"{file} is of stage {stage}"
+
+
+def _stage_2_file(run: RunConfig) -> Path:
+    return Path(run.deepspeed_config).with_name(STAGE_2_FILE)
+
+
+def _at_stage_2(run: RunConfig) -> RunConfig:
+    return replace(run, deepspeed_config=str(_stage_2_file(run)))
+
+
+def _undivided(planned: Sequence[Choice]) -> list[Choice]:
+    """Return one choice for each way to split the batch, if stage 2 can run it: no rank shares sequences or experts."""
+    by_way: dict[tuple[int, bool], Choice] = {}
+    for choice in planned:
+        train = choice.plan.run.train
+        if train.sequence_parallel == 1 and train.expert_parallel == 1:
+            way = train.gradient_accumulation_steps, choice.plan.run.model.gradient_checkpointing
+            by_way.setdefault(way, choice)  # the placement of frozen weights is stage 3's
+    return list(by_way.values())
 
 
 def _sorted(planned: Sequence[Choice]) -> list[Choice]:

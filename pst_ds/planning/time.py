@@ -248,9 +248,14 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> Traff
     gradients = model.trainables * batch.element_size
     buckets = math.ceil(model.trainables / max(zero.reduce_bucket_size, 1))
     if zero.stage != 3:
-        # 0 all-reduces gradients; 1 and 2 reduce them to their owners, who send the parameters back
+        # 0 all-reduces gradients; 1 and 2 reduce them to their owners, who send the parameters back. Stage 2 keeps
+        # only the owners' gradients, and so reduces those of every micro-batch
+        reductions = batch.micro_batches if zero.stage == 2 else 1
+        exchanges = reductions + 1
         return Traffic(
-            reductions=everyone.gathered(2 * gradients), collectives=2 * buckets, hops=2 * buckets * everyone.hops
+            reductions=everyone.gathered(exchanges * gradients),
+            collectives=exchanges * buckets,
+            hops=exchanges * buckets * everyone.hops,
         )
     passes = 2 + batch.recomputed
     modules = sum(m.count for m in model.modules)

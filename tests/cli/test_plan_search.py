@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -41,9 +42,10 @@ def _set(settings):
 @pytest.mark.thorough
 def test_the_first_is_the_fastest_that_fits_and_each_is_what_its_settings_plan(plan):
     text, found = plan("--search")
-    lines = found["search"]
+    at_stage_2 = [line for line in found["search"] if line["zero_stage"] == 2]
+    lines = [line for line in found["search"] if line["zero_stage"] == 3]
     (whole,) = (line for line in lines if line["settings"]["model.base_placement"] == "replicated")  # of the best way
-    best, lines = lines[0], [line for line in lines if line is not whole]
+    best, lines = found["search"][0], [line for line in lines if line is not whole]
     changed = [f"train.{name}" for name in ("gradient_accumulation_steps", "sequence_parallel")]
     settings = [tuple(line["settings"][name] for name in [*changed, "model.gradient_checkpointing"]) for line in lines]
     one_rank, two_ranks = (("1",), "1"), (("1", "2"), "2")
@@ -51,12 +53,16 @@ def test_the_first_is_the_fastest_that_fits_and_each_is_what_its_settings_plan(p
         (steps, degree, checkpointed)
         for of_degree, degree in (one_rank, two_ranks) for steps in of_degree for checkpointed in ("true", "false")
     )  # fmt: skip
-    for line in (*lines[::2], whole):
+    # no stage 2 for ranks that share sequences
+    assert {line["settings"]["train.sequence_parallel"] for line in at_stage_2} == {"1"}
+    for line in (*lines[::2], whole, *at_stage_2):
         _, alone = plan(*_set(line["settings"]))
         assert line["peak_bytes"] == alone["memory_bytes_per_rank"]["peak"]
         assert line["step"] == alone["time"]["step"]
+        assert line["zero_stage"] == alone["zero_stage"]
         assert (line["fits"], line["hours"]) == (alone["verdict"]["fits"], alone["verdict"]["hours"])
-    assert best["hours"] <= 1.01 * min(line["hours"] for line in lines)
+    assert best["hours"] <= 1.01 * min(line["hours"] for line in found["search"])
+    assert "ZeRO stage 2 needs" in text
     assert f"the first: {' '.join(_set(best['settings']))}" in text
 
 
@@ -107,3 +113,24 @@ def test_heads_that_ranks_cannot_share_are_left_out(plan):
     _, found = plan("--search", "--ranks", "16", "--set", "train.batch_size=16")
     degrees = {line["settings"]["train.sequence_parallel"] for line in found["search"]}
     assert degrees == {"1", "2"}  # of two heads
+
+
+def test_stage_2_is_tried_and_why_not_is_said(plan, tmp_path):
+    small = ("--search", "--set", "data.max_length=64")
+    text, found = plan(*small)
+    best = {stage: next(line for line in found["search"] if line["zero_stage"] == stage) for stage in (2, 3)}
+    # a model so small that the host bounds every step, which has fewer hooks at stage 2
+    assert best[2]["step"] < best[3]["step"]
+    assert found["search"][0] == best[2]
+    assert best[2]["settings"]["deepspeed_config"].endswith("ds_configs/zero2.json")
+    assert "ZeRO stage 2 needs" in text
+    copied = tmp_path / "zero3.json"
+    copied.write_text(Path("ds_configs/zero3.json").read_text())
+    elsewhere = (*small, "--set", f'deepspeed_config="{copied}"')
+    text, found = plan(*elsewhere)
+    assert {line["zero_stage"] for line in found["search"]} == {3}
+    file = tmp_path / "zero2.json"
+    assert f"ZeRO stage 2 was not tried: {file} does not exist; copy ds_configs/zero2.json there" in text
+    file.write_text(copied.read_text())
+    text, _ = plan(*elsewhere)
+    assert f"ZeRO stage 2 was not tried: {file} is of stage 3" in text

@@ -114,6 +114,11 @@ def test_one_rank_receives_nothing_and_lower_stages_no_weights():
     assert update_traffic(MODEL, ZeroSettings(stage=3)).received.total == 0
     zero2 = ZeroSettings(stage=2, world_size=4, reduce_bucket_size=1 << 30)
     assert step_traffic(MODEL, zero2, BATCH).received == Received(2 * 40_000 * 2 * 3 / 4)
+    accumulated = step_traffic(MODEL, zero2, replace(BATCH, micro_batches=3))
+    assert accumulated.received == Received((3 + 1) * 40_000 * 2 * 3 / 4)  # 3 reductions, and the new values
+    assert accumulated.collectives == 4
+    at_stage_1 = replace(zero2, stage=1)
+    assert step_traffic(MODEL, at_stage_1, replace(BATCH, micro_batches=3)) == step_traffic(MODEL, at_stage_1, BATCH)
     assert update_traffic(MODEL, zero2).received.total == 0  # every rank scores all weights, alike
 
 
