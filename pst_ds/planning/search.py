@@ -166,10 +166,12 @@ def _undivided(planned: Sequence[Choice]) -> list[Choice]:
 def _sorted(planned: Sequence[Choice]) -> list[Choice]:
     least = min((one.tightness, one.plan.verdict.hours) for one in planned)[1]
 
-    def order(one: Choice) -> tuple[int, float, float, int]:
+    def order(one: Choice) -> tuple[int, bool, float, float, int]:
         judged = one.plan.verdict
+        # stage 2 needs most memory, so it is for a run that certainly fits
+        may_lack_memory = one.plan.zero_stage == 2 and not judged.fits
         slower = math.floor(math.log(judged.hours / least, AS_FAST)) if judged.hours > least else 0
-        return one.tightness, slower, one.plan.time.step_network, judged.needed_bytes
+        return one.tightness, may_lack_memory, slower, one.plan.time.step_network, judged.needed_bytes
 
     return sorted(planned, key=order)
 

@@ -175,9 +175,25 @@ def test_a_cluster_gets_the_settings_that_a_search_finds_and_a_job(made, capsys)
     text = out.read_text()
     assert "sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 launch/slurm.sbatch" in text
     assert f"pst-ds plan {out} --ranks 16 --machine h100" in text
-    assert json.loads(Path(table["deepspeed_config"]).read_text()) == deepspeed_settings(on_cpu=False)
+    # the host bounds steps of so small a model, and has fewer hooks to call at stage 2
+    assert json.loads(Path(table["deepspeed_config"]).read_text()) == deepspeed_settings(on_cpu=False, stage=2)
+    assert "# settings of DeepSpeed: ZeRO stage 2" in text
     plan = _planned(capsys, out, "--ranks", "16", "--machine", "h100")
-    assert (plan["ranks"], plan["verdict"]["fits"]) == (16, True)
+    assert (plan["ranks"], plan["zero_stage"], plan["verdict"]["fits"]) == (16, 2, True)
+    (remark,) = (remark for remark in result["remarks"] if "ZeRO stage 2" in remark)
+    assert f"{plan['time']['step']:.3g} s per step on h100" in remark
+
+
+def test_a_cluster_with_less_memory_than_the_model_has_stage_3(made, tmp_path):
+    rates = {"name": "small", "flops": 1e12, "memory_bytes": 1e12, "node_size": 8, "node_bytes": 1e12,
+             "network_bytes": 1e12, "latency": 0, "capacity": 1e6}  # fmt: skip
+    machine = tmp_path / "small.toml"
+    machine.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in rates.items()))
+    nodes = ("--nodes", "2", "--machine", str(machine))
+    _, table, result = made(LLAMA, "--train", TRAIN, "--task", "causal-lm", "--text-columns", "text", *nodes)
+    written = json.loads(Path(table["deepspeed_config"]).read_text())
+    assert written == deepspeed_settings(on_cpu=False)
+    assert any("does NOT fit" in remark for remark in result["remarks"])
 
 
 @pytest.mark.parametrize(
@@ -193,9 +209,11 @@ def test_a_cluster_has_nodes_and_a_machine(tmp_path, capsys, more, words):
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("on_cpu", "name"), [(True, "zero3_cpu"), (False, "zero3")])
-def test_the_settings_are_those_of_ds_configs(on_cpu, name):
-    assert deepspeed_settings(on_cpu=on_cpu) == json.loads((ROOT / f"ds_configs/{name}.json").read_text())
+@pytest.mark.parametrize(
+    ("on_cpu", "stage", "name"), [(True, 3, "zero3_cpu"), (False, 3, "zero3"), (False, 2, "zero2")]
+)
+def test_the_settings_are_those_of_ds_configs(on_cpu, stage, name):
+    assert deepspeed_settings(on_cpu=on_cpu, stage=stage) == json.loads((ROOT / f"ds_configs/{name}.json").read_text())
 
 
 def test_a_language_model(made, capsys):

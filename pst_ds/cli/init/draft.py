@@ -29,7 +29,7 @@ from pst_ds.errors import InputError
 from pst_ds.nn.inject import pst_layers
 from pst_ds.planning.machines import MACHINES, Machine, machine_of
 from pst_ds.planning.plan import PlanOptions, plan, start_cost
-from pst_ds.planning.search import search
+from pst_ds.planning.search import STAGE_2_FILE, search
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.text_table import bytes_text
 from pst_ds.train.one_shot.start import require_startable
@@ -78,6 +78,8 @@ class Chosen:
     has_accelerator: bool
     node_size: int
     """GPUs of a node of a cluster; 0 to train here."""
+    zero_stage: int
+    """ZeRO stage of the DeepSpeed JSON, if the run has one."""
     layers: list[str]
     """Last parts of the names of the layers to prune."""
     length_reason: str
@@ -180,11 +182,14 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     check = partial(_checked, resolved=resolved, examples=examples, ranks=ranks)
     draft, remark = _first_sound(_proposals(table, run, args=args, model=model, examples=examples), check)
     remarks = [*inputs.remarks, remark]
+    zero_stage = 3
     if place.machine:
-        table, remark = _for_cluster(draft.table, resolved, examples=examples, ranks=ranks, machine=args.machine)
+        table, zero_stage, remark = _for_cluster(
+            draft.table, resolved, examples=examples, ranks=ranks, machine=args.machine
+        )
         remarks.append(remark)
         # again: the search changed settings
-        draft = check(table)
+        draft = check(table, stage=zero_stage)
     layers = pst_layers(draft.model)
     summary = Summary(
         task=draft.run.task,
@@ -209,6 +214,7 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
         positions=inputs.positions,
         has_accelerator=place.has_accelerator,
         node_size=place.node_size,
+        zero_stage=zero_stage,
         layers=_last_parts(layers),
         length_reason=length_reason,
         pattern_reason=pattern_reason,
@@ -303,14 +309,15 @@ def _require_task_of_target(args: argparse.Namespace, task: str) -> None:
         )
 
 
-def _checked(table: Settings, resolved: ResolvedRun, examples: int, ranks: int) -> _Draft:
+def _checked(table: Settings, resolved: ResolvedRun, examples: int, ranks: int, stage: int = 3) -> _Draft:
     """Return ``table`` with its run and model, checked as ``pst-ds plan`` checks them. Raises InputError.
 
-    ``resolved`` is the run with other settings. The DeepSpeed JSON is that of :func:`deepspeed_settings`, which fits
-    every run.
+    ``resolved`` is the run with other settings. The DeepSpeed JSON is that of :func:`deepspeed_settings` for
+    ``stage``; at stage 3 it fits every run.
     """
     run = run_from_table(table)
-    stage = 3 if run.deepspeed_config else 0
+    if not run.deepspeed_config:
+        stage = 0
     resolved = resolved.with_settings(run)
     require_trainable(resolved, ranks=ranks, stage=stage)
     model = resolved.shapes.model
@@ -365,13 +372,15 @@ def _place(args: argparse.Namespace) -> _Place:
 
 def _for_cluster(
     table: Settings, resolved: ResolvedRun, *, examples: int, ranks: int, machine: str
-) -> tuple[Settings, str]:
-    """Return ``table`` with the best settings of a search, and a remark on their plan."""
+) -> tuple[Settings, int, str]:
+    """Return ``table`` with the best settings of a search, the ZeRO stage, and a remark on their plan."""
     run = run_from_table(table)
     # the run's DeepSpeed JSON is written only once all settings are chosen, and the plan reads a file
     with TemporaryDirectory() as folder:
         file = Path(folder) / "deepspeed.json"
         file.write_text(json.dumps(deepspeed_settings(on_cpu=False)))
+        # the search looks for it next to the other
+        file.with_name(STAGE_2_FILE).write_text(json.dumps(deepspeed_settings(on_cpu=False, stage=2)))
         # the plan needs a number of steps, since it does not read the data again
         train = replace(run.train, num_steps=run.num_steps(examples), num_epochs=0.0)
         run = replace(run, deepspeed_config=str(file), train=train)
@@ -380,6 +389,8 @@ def _for_cluster(
         best = search(resolved, options, plan(resolved, options))[0].plan
     for section, name in (
         ("model", "gradient_checkpointing"),
+        ("model", "recomputed_blocks"),
+        ("model", "base_placement"),
         ("train", "gradient_accumulation_steps"),
         ("train", "sequence_parallel"),
         ("train", "expert_parallel"),
@@ -392,7 +403,11 @@ def _for_cluster(
     remark = f"the search of pst-ds plan expects {needed} per rank and {best.time.step:.3g} s per step on {machine}"
     if best.verdict.fits is False:  # None: unknown
         remark += ": does NOT fit; pst-ds plan says what would"
-    return table, remark
+    stage = best.zero_stage
+    assert stage is not None, "a cluster's run has a DeepSpeed JSON"
+    if stage == 2:
+        remark += ", at ZeRO stage 2: frozen weights fit on every rank"
+    return table, stage, remark
 
 
 def _with_batches(table: Settings, args: argparse.Namespace, *, examples: int, ranks: int) -> tuple[Settings, str]:
@@ -419,20 +434,27 @@ def _remark_on_lines(data: DataConfig) -> str:
     return f'{file}: its lines are parts of longer texts, not documents: data.sample_by = "{data.sample_by}"'
 
 
-def deepspeed_settings(*, on_cpu: bool) -> dict[str, object]:
-    """Return ZeRO-3 settings for ranks on a CPU or on GPUs, as ds_configs/zero3_cpu.json and zero3.json have it."""
+def deepspeed_settings(*, on_cpu: bool, stage: int = 3) -> dict[str, object]:
+    """Return settings for ranks on a CPU or on GPUs, as ds_configs has them: zero3_cpu.json, zero3.json or zero2.json.
+
+    ``stage``: 3, or 2 on GPUs.
+    """
     zero: dict[str, object] = {
-        "stage": 3,
+        "stage": stage,
         # a CPU has no streams on which communication could overlap with computation
         "overlap_comm": not on_cpu,
         "contiguous_gradients": True,
         "reduce_bucket_size": "auto",
-        "stage3_prefetch_bucket_size": 5_000_000 if on_cpu else 50_000_000,
-        # elements up to which a parameter is not sharded
-        "stage3_param_persistence_threshold": 0 if on_cpu else 100_000,
     }
-    if not on_cpu:
-        zero |= {"stage3_max_live_parameters": 10**9, "stage3_max_reuse_distance": 10**9}
+    if stage == 2:
+        # elements of updated parameters that ranks gather at once
+        zero["allgather_bucket_size"] = 50_000_000
+    else:
+        zero["stage3_prefetch_bucket_size"] = 5_000_000 if on_cpu else 50_000_000
+        # elements up to which a parameter is not sharded
+        zero["stage3_param_persistence_threshold"] = 0 if on_cpu else 100_000
+        if not on_cpu:
+            zero |= {"stage3_max_live_parameters": 10**9, "stage3_max_reuse_distance": 10**9}
     # "auto": train_run fills in the settings of the run file
     return {
         "train_batch_size": "auto",

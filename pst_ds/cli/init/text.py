@@ -34,7 +34,7 @@ def write_files(chosen: Chosen, out: Path, deepspeed_file: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if chosen.run.deepspeed_config:
-            table = deepspeed_settings(on_cpu=not chosen.has_accelerator)
+            table = deepspeed_settings(on_cpu=not chosen.has_accelerator, stage=chosen.zero_stage)
             # before the run file, which names it
             write_text_atomic(deepspeed_file, json.dumps(table, indent=2) + "\n")
         write_text_atomic(out, text)
@@ -136,6 +136,7 @@ def _findings(chosen: Chosen) -> dict[str, str]:
     steps = chosen.length_reason if run.finetune.method == "none" else "recovers from the cut"
     patterns = '"matrix", "stack", "global", "row", N:M such as "2:4", or blocks such as "16x1"'
     comments = {
+        "deepspeed_config": f"settings of DeepSpeed: ZeRO stage {chosen.zero_stage}",
         "model.path": f"family {chosen.family}",
         "data.train": f"{summary['examples']} {summary['unit']}",
         "data.max_length": length,
