@@ -22,6 +22,8 @@ LEAST_MARGIN = 0.1
 """Share of the memory that the best ways leave: predicted peaks are off by up to a tenth."""
 STAGE_2_FILE = "zero2.json"
 """Name of the DeepSpeed JSON, next to the run's, with which a search tries ZeRO stage 2."""
+STAGE_3_FILE = "zero3.json"
+"""The same for a cure of a run at stage 2."""
 MOST_DOUBLINGS = 6
 """How often :func:`cure` doubles the ranks."""
 
@@ -130,6 +132,8 @@ def search(resolved: ResolvedRun, options: PlanOptions, first: Plan) -> list[Cho
 
 def against_stage_2(run: RunConfig, first: Plan) -> str:
     """Return why a search does not try ZeRO stage 2 for ``run`` with the plan ``first``; "" if it does."""
+    if first.zero_stage == 2:
+        return "the run has it already"
     if first.zero_stage != 3:
         return "the run is not at stage 3"
     if first.ranks == 1:
@@ -219,8 +223,9 @@ def ways(run: RunConfig, found: Plan, node_size: int) -> Iterator[tuple[int, int
 def cure(resolved: ResolvedRun, options: PlanOptions, first: Plan) -> Choice | None:
     """Return the first change with which the run of the plan ``first`` fits, planned; None if none does.
 
-    The first that suffices alone of: smaller micro-batches, checkpointing, another placement of frozen weights, shared
-    sequences and a 4-bit base; or as many of them together, in this order, as do; or else more ranks.
+    The first that suffices alone of: smaller micro-batches, checkpointing, stage 3 in place of 2, another placement of
+    frozen weights, shared sequences and a 4-bit base; or as many of them together, in this order, as do; or else more
+    ranks.
     """
     machine = machine_of(first.machine)
     run = resolved.run
@@ -267,6 +272,14 @@ def _checkpointing(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig
     return [_with(run, "model", gradient_checkpointing=True, recomputed_blocks=None)]
 
 
+def _at_stage_3(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
+    """Stage 3 in place of 2, by a ``zero3.json`` next to the run's DeepSpeed JSON."""
+    if not run.deepspeed_config or zero_stage(load_deepspeed_config(run.deepspeed_config)) != 2:
+        return []
+    file = Path(run.deepspeed_config).with_name(STAGE_3_FILE)
+    return [replace(run, deepspeed_config=str(file))] if file.is_file() else []
+
+
 def _placed(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
     return [_with(run, "model", base_placement=placement) for placement in ("node", "sharded")]
 
@@ -284,7 +297,7 @@ def _quantised(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
     return [_with(run, "model", base_bits=4, embedding_bits=bits) for bits in (run.model.embedding_bits, 4)]
 
 
-_REMEDIES = _accumulating, _checkpointing, _placed, _sharing, _quantised
+_REMEDIES = _accumulating, _checkpointing, _at_stage_3, _placed, _sharing, _quantised
 """Changes that need less memory, the mildest of a kind first."""
 
 

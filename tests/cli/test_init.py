@@ -322,7 +322,7 @@ def test_a_book_is_one_text_and_says_so(made, capsys, book):
     lines, held_out = result["remarks"]
     assert lines == f'{book}: its lines are parts of longer texts, not documents: data.sample_by = "document"'
     assert held_out.startswith(f"held out for validation: the last 10 % of {book}, ")
-    assert "# Row of a .txt file, as in datasets: " in out.read_text()
+    assert "# Row of a .txt file: " in out.read_text()
     assert _planned(capsys, out)["remarks"] == []
 
 

@@ -116,6 +116,10 @@ def test_a_plan_says_whether_it_fits_and_how_long_it_takes(capsys, llama_of_4_la
     judged, peak = plan["verdict"], plan["memory_bytes_per_rank"]["peak"]
     assert judged["fits"]
     assert "to spare" in text
+    time = plan["time"]
+    assert time["step_bound"] == "products"
+    assert time["step"] == time["step_compute"] > time["step_host"] > time["step_launching"]
+    assert "at the same time: the products bound the step" in text
     least = peak / 1e9 * 0.99
     text, plan = _plan(capsys, [*asked, "--memory", f"{least:.6f}"], code=3)
     assert not plan["verdict"]["fits"]

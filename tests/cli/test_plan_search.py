@@ -134,3 +134,25 @@ def test_stage_2_is_tried_and_why_not_is_said(plan, tmp_path):
     file.write_text(copied.read_text())
     text, _ = plan(*elsewhere)
     assert f"ZeRO stage 2 was not tried: {file} is of stage 3" in text
+
+
+@pytest.mark.thorough
+def test_stage_3_makes_a_run_fit_that_does_not_at_stage_2(plan, tmp_path):
+    # more weights than stage 3 keeps gathered
+    large = {**LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 6}
+    (tmp_path / "config.json").write_text(json.dumps(large))
+
+    def planned(stage, *more):
+        file = f'deepspeed_config="ds_configs/zero{stage}.json"'
+        return plan("--set", "model.gradient_checkpointing=true", "--set", file, *more)
+
+    _, at_3 = planned(3)
+    _, at_2 = planned(2)
+    needed = at_3["verdict"]["needed_bytes"]
+    assert needed < at_2["verdict"]["needed_bytes"]
+    text, tight = planned(2, "--memory", f"{needed / 1e9:.9f}")
+    assert tight["fix"]["zero_stage"] == 3
+    assert "to fix: --set deepspeed_config=" in text
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    text, _ = planned(2, "--search")
+    assert "ZeRO stage 2 was not tried: the run has it already" in text
