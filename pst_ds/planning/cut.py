@@ -1,13 +1,16 @@
 """Memory, time and traffic of a cut before a run, computed from shapes (docs/how-to/shapes.md)."""
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
+
+from torch import nn
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import RunConfig
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.one_shot.channels import COLUMNS_AT_ONCE
 from pst_ds.nn.model_structure import model_width
-from pst_ds.nn.targets import resolve_targets
+from pst_ds.nn.targets import Target, resolve_targets
 from pst_ds.planning.machines import Machine
 from pst_ds.planning.speedup import bare_model, met_weights
 from pst_ds.planning.start import ELEMENTWISE, FACTORISATION, FP32, READ_BYTES, RUNTIME_BYTES, Cost, StartData
@@ -27,8 +30,12 @@ class _Fitted(NamedTuple):
 
     @classmethod
     def of(cls, layout: WeightLayout, smaller: WeightLayout) -> Self:
-        one = layout.expert
-        return cls(one.out_features, one.in_features, smaller.expert.in_features, layout.num_experts)
+        return cls(
+            outputs=layout.expert.out_features,
+            inputs=layout.expert.in_features,
+            kept=smaller.expert.in_features,
+            experts=layout.num_experts,
+        )
 
     @property
     def sums(self) -> int:
@@ -56,36 +63,68 @@ def cut_plan(run: RunConfig, data: StartData, machine: Machine) -> Cost:
     model = bare_model(run, None)
     layers = resolve_targets(model, PSTConfig())
     stack, blocks = find_blocks(model, [layer.name for layer in layers])
-    smaller = {layer.name: layer.layout for layer in resolve_targets(bare_model(run, config.ffn), PSTConfig())}
+    num_blocks = len(blocks)
+    # all blocks are alike, so the first is counted for each
     first = [layer for layer in layers if block_of(layer.name, stack) == 0]
-    every = [_Fitted.of(layer.layout, smaller.get(layer.name, layer.layout)) for layer in first]
-    fitted = [one for one in every if one.kept < one.inputs]
-    number = len(blocks)
-    whole, inside = (stored * sum(p.numel() for p in part.parameters()) for part in (model, blocks))
-    tokens = data.pieces(config.samples) * data.piece_tokens
-    token = 2 * met_weights(model, layers) / machine.flops
-    sums = sum(one.sums for one in fitted)
+    fitted = _fitted(run, config.ffn, first)
+    whole = stored * _numel(model)
+    inside = stored * _numel(blocks)
     width = model_width(model)
+    tokens = data.pieces(config.samples) * data.piece_tokens
+    sums = sum(matrix.sums for matrix in fitted)
+    removals = [48 * matrix.inputs**2 + 24 * matrix.inputs * matrix.outputs for matrix in fitted]
     memory = {
-        "outside_of_blocks": whole - inside, "block": inside // number, "libraries": RUNTIME_BYTES[machine.device],
-        "hidden_states": tokens * width * size, "statistics": sums * 3 // 2,
-        "removal": max((48 * one.inputs**2 + 24 * one.inputs * one.outputs for one in fitted), default=0),
-    }  # fmt: skip
+        "outside_of_blocks": whole - inside,
+        "block": inside // num_blocks,
+        "libraries": RUNTIME_BYTES[machine.device],
+        "hidden_states": tokens * width * size,
+        "statistics": sums * 3 // 2,
+        "removal": max(removals, default=0),
+    }
+    received = num_blocks * 2.0 * sums * (data.ranks - 1) / data.ranks
     fp32 = machine.flops * FP32[machine.device]
-    seconds = dict[str, float]()
-    passes = 2 - 1 / number
-    attention = number * 4 * data.length * width / fp32
-    products = number * sum(i.inputs**2 for i in fitted) / fp32
-    seconds["statistics"] = tokens * (passes * (token + attention) + products)
-    seconds["removal"] = number * sum(-(-i.experts // data.ranks) * i.seconds(machine) for i in fitted)
-    received = number * 2.0 * sums * (data.ranks - 1) / data.ranks
-    seconds["files"] = whole / READ_BYTES + whole / machine.storage_bytes
-    seconds["network"] = machine.transfer_seconds(received, number * 20, data.ranks)
-    working = memory["hidden_states"] + max(memory["statistics"], memory["removal"]) + memory["block"]
-    host = memory["outside_of_blocks"] + working * (machine.device == "cpu")
-    peak = memory["libraries"] + (host if machine.device == "cpu" else working)
+    token = 2 * met_weights(model, layers) / machine.flops
+    attention = num_blocks * 4 * data.length * width / fp32
+    products = num_blocks * sum(matrix.inputs**2 for matrix in fitted) / fp32
+    # each block runs before its cut, and again behind it for the next one, except the last
+    passes = 2 - 1 / num_blocks
+    removal = 0.0
+    for matrix in fitted:
+        # ranks share the experts of a layer, and one of them cuts a layer without experts
+        experts_here = -(-matrix.experts // data.ranks)
+        removal += num_blocks * experts_here * matrix.seconds(machine)
+    seconds = {
+        "statistics": tokens * (passes * (token + attention) + products),
+        "removal": removal,
+        "files": whole / READ_BYTES + whole / machine.storage_bytes,
+        "network": machine.transfer_seconds(received, num_blocks * 20, data.ranks),
+    }
     return Cost(
-        memory={**memory, "peak": float(peak)},
+        memory={**memory, "peak": float(_peak(memory, machine.device))},
         time=seconds | {"all": sum(seconds.values())},
         traffic={"read": float(whole), "received": received, "written": float(whole)},
     )
+
+
+def _fitted(run: RunConfig, ffn: float | None, layers: Sequence[Target]) -> list[_Fitted]:
+    """Return the matrices of ``layers`` that lose inputs if the feed-forward channels are cut to the share ``ffn``."""
+    smaller = {layer.name: layer.layout for layer in resolve_targets(bare_model(run, ffn), PSTConfig())}
+    fitted = []
+    for layer in layers:
+        matrix = _Fitted.of(layer.layout, smaller.get(layer.name, layer.layout))
+        if matrix.kept < matrix.inputs:
+            fitted.append(matrix)
+    return fitted
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())
+
+
+def _peak(memory: Mapping[str, int], device: str) -> int:
+    """Return the peak of the GPU, or on a CPU of the process."""
+    # inputs are removed after the statistics are complete, so their temporaries are there at different times
+    working = memory["hidden_states"] + max(memory["statistics"], memory["removal"]) + memory["block"]
+    if device == "cpu":
+        working += memory["outside_of_blocks"]
+    return memory["libraries"] + working

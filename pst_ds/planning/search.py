@@ -174,7 +174,10 @@ def _sorted(planned: Sequence[Choice]) -> list[Choice]:
         judged = one.plan.verdict
         # stage 2 needs most memory, so it is for a run that certainly fits
         may_lack_memory = one.plan.zero_stage == 2 and not judged.fits
-        slower = math.floor(math.log(judged.hours / least, AS_FAST)) if judged.hours > least else 0
+        # in steps of a percent, below which predictions do not tell what is faster
+        slower = 0
+        if judged.hours > least:
+            slower = math.floor(math.log(judged.hours / least, AS_FAST))
         return one.tightness, may_lack_memory, slower, one.plan.time.step_network, judged.needed_bytes
 
     return sorted(planned, key=order)
@@ -190,11 +193,15 @@ def _dividing(found: Plan) -> Iterator[RunConfig]:
 
 def _placing(found: Plan) -> Iterator[RunConfig]:
     """Yield the run of ``found`` with other placements of frozen weights."""
-    if found.zero_stage == 3 and found.ranks > 1:
-        in_nodes = ["node"] if machine_of(found.machine).node_size < found.ranks else []
-        for placement in ("sharded", *in_nodes, "replicated"):
-            if placement != found.placement:
-                yield _with(found.run, "model", base_placement=placement)
+    if found.zero_stage != 3 or found.ranks == 1:
+        return
+    placements = ["sharded", "replicated"]
+    if machine_of(found.machine).node_size < found.ranks:
+        # in a single node, its copy would be the shards themselves
+        placements.insert(1, "node")
+    for placement in placements:
+        if placement != found.placement:
+            yield _with(found.run, "model", base_placement=placement)
 
 
 def _keeping(found: Plan) -> Iterator[RunConfig]:
@@ -211,13 +218,16 @@ def ways(run: RunConfig, found: Plan, node_size: int) -> Iterator[tuple[int, int
     They are (ranks of a node that share a sequence, accumulation steps, gradient checkpointing).
     """
     ranks = found.ranks
-    at_stage_3 = found.zero_stage == 3
     powers = _powers(run.train.batch_size)
-    shared = [n for n in powers if ranks % n == 0 and n <= node_size]
-    shared = shared if at_stage_3 and run.task_facts.predicts_tokens else [1]
-    for shared_by, steps in itertools.product(shared, reversed(powers)):
-        if shared_by <= run.data.max_length and steps * ranks // shared_by <= run.train.batch_size:
-            yield from ((shared_by, steps, checkpoints) for checkpoints in (False, True))
+    degrees = [1]
+    if found.zero_stage == 3 and run.task_facts.predicts_tokens:
+        # exchanges between nodes would take longer than the attention
+        degrees = [n for n in powers if ranks % n == 0 and n <= node_size]
+    for shared_by, steps in itertools.product(degrees, reversed(powers)):
+        if shared_by > run.data.max_length or steps * ranks // shared_by > run.train.batch_size:
+            continue
+        for checkpoints in (False, True):
+            yield shared_by, steps, checkpoints
 
 
 def cure(resolved: ResolvedRun, options: PlanOptions, first: Plan) -> Choice | None:

@@ -92,21 +92,32 @@ class Verdict:
 
 def verdict(work: Work, times: TimePlan, machine: Machine, *, memory: int = 0) -> Verdict:
     """Judge a run. ``memory``: bytes per rank instead of the machine's."""
+    # a machine file without a capacity leaves open whether the run fits
     capacity = memory or int(machine.capacity) or None
-    margin = None if capacity is None else capacity - work.need.enough
+    margin = None
+    fits = None
+    if capacity is not None:
+        margin = capacity - work.need.enough
+        fits = margin >= 0
     training = work.steps * times.step + work.mask_updates * times.update
     load = work.model_bytes / machine.storage_bytes
     hours = (load + work.start_seconds + training) / 3600
-    per_second = work.steps * work.tokens / training if training else 0.0
+    per_second = 0.0
+    if training:
+        per_second = work.steps * work.tokens / training
+    mfu = None
+    if machine.peak_flops and times.step:
+        # without mask updates and recomputation, as others count it
+        mfu = work.flops / (times.step * machine.peak_flops)
     return Verdict(
         needed_bytes=work.need.enough,
         least_bytes=work.need.least,
         capacity_bytes=capacity,
-        fits=None if margin is None else margin >= 0,
+        fits=fits,
         margin_bytes=margin,
         tokens_per_second=per_second,
         tokens_per_second_per_rank=per_second / work.ranks,
-        mfu=work.flops / (times.step * machine.peak_flops) if machine.peak_flops and times.step else None,
+        mfu=mfu,
         load_seconds=load,
         checkpoint_seconds=work.checkpoint_bytes / machine.storage_bytes,
         hours=hours,
