@@ -186,9 +186,13 @@ def _sorted(planned: Sequence[Choice]) -> list[Choice]:
 def _dividing(found: Plan) -> Iterator[RunConfig]:
     """Yield the run of ``found`` with its experts divided among more or fewer ranks."""
     numbers = {layer.experts for layer in found.layers if layer.experts > 1}
-    shared = math.gcd(found.ranks, *numbers) if numbers and found.zero_stage == 3 else 1
-    for degree in (n for n in _powers(shared) if shared % n == 0 and n != found.run.train.expert_parallel):
-        yield _with(found.run, "train", expert_parallel=degree)
+    if not numbers or found.zero_stage != 3:
+        return
+    # each rank owns equally many experts of every stack
+    most = math.gcd(found.ranks, *numbers)
+    for degree in _powers(most):
+        if most % degree == 0 and degree != found.run.train.expert_parallel:
+            yield _with(found.run, "train", expert_parallel=degree)
 
 
 def _placing(found: Plan) -> Iterator[RunConfig]:
@@ -271,9 +275,13 @@ def cure(resolved: ResolvedRun, options: PlanOptions, first: Plan) -> Choice | N
 
 
 def _accumulating(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
-    steps = run.train.gradient_accumulation_steps
+    # with more steps, a micro-batch would have less than an example
     most = run.train.batch_size // run.train.groups_of_ranks(ranks)
-    return [_with(run, "train", gradient_accumulation_steps=n) for n in _powers(most) if n > steps]
+    changes = []
+    for steps in _powers(most):
+        if steps > run.train.gradient_accumulation_steps:
+            changes.append(_with(run, "train", gradient_accumulation_steps=steps))
+    return changes
 
 
 def _checkpointing(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
@@ -296,11 +304,15 @@ def _placed(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
 
 def _sharing(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:
     """A group of n ranks has n times the examples, in as many more steps."""
-    steps = run.train.gradient_accumulation_steps
-    degree = run.train.sequence_parallel
-    shared = [n for n in _powers(node_size) if ranks % n == 0 and n > degree and run.task_facts.predicts_tokens]
-    more = [(n, steps * n // degree) for n in shared]
-    return [_with(run, "train", sequence_parallel=n, gradient_accumulation_steps=k) for n, k in more]
+    if not run.task_facts.predicts_tokens:
+        return []
+    changes = []
+    before = run.train.sequence_parallel
+    for degree in _powers(node_size):
+        if degree > before and ranks % degree == 0:
+            steps = run.train.gradient_accumulation_steps * degree // before
+            changes.append(_with(run, "train", sequence_parallel=degree, gradient_accumulation_steps=steps))
+    return changes
 
 
 def _quantised(run: RunConfig, ranks: int, node_size: int) -> list[RunConfig]:

@@ -206,12 +206,16 @@ class TimePlan:
     @property
     def over_full(self) -> float:
         """A step with a mask update, relative to a step of full fine-tuning."""
-        return (self.step + self.update) / self.full_step if self.full_step else 0.0
+        if not self.full_step:
+            return 0.0
+        return (self.step + self.update) / self.full_step
 
     def share_of_masks(self, steps: int, updates: int) -> float:
         """Return the share of a run's time that mask updates take."""
         total = steps * self.step + updates * self.update
-        return updates * self.update / total if total else 0.0
+        if not total:
+            return 0.0
+        return updates * self.update / total
 
 
 def step_flops(model: ModelNumbers, batch: Batch) -> float:
@@ -227,7 +231,9 @@ def step_flops(model: ModelNumbers, batch: Batch) -> float:
     factor_gradients = 4 * (model.score_rank + model.update_rank)
     low_rank = model.pruned_weights * (update_products + factor_gradients)
     dense = model.dense_weights * batch.tokens * 4  # forward and dX: a dense weight is frozen
-    taught = 2 if batch.teacher_weights else 0
+    taught = 0
+    if batch.teacher_weights:
+        taught = 2  # a forward pass
     teacher = batch.teacher_weights * batch.tokens * taught
     # two products: queries and keys, probabilities and values; a causal mask halves them
     attention = model.attention_width * batch.tokens * batch.sequence * 2 * (2 * forwards + 4 + taught) / 2
@@ -250,7 +256,9 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> Traff
     if zero.stage != 3:
         # 0 all-reduces gradients; 1 and 2 reduce them to their owners, who send the parameters back. Stage 2 keeps
         # only the owners' gradients, and so reduces those of every micro-batch
-        reductions = batch.micro_batches if zero.stage == 2 else 1
+        reductions = 1
+        if zero.stage == 2:
+            reductions = batch.micro_batches
         exchanges = reductions + 1
         return Traffic(
             reductions=everyone.gathered(exchanges * gradients),
@@ -263,10 +271,14 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> Traff
     # with copies of the frozen parameters, only what trains is gathered from all ranks
     among_all = collectives
     if zero.copy_ranks:
-        trained_modules = 1 if model.flat_parameters else model.num_layers
+        trained_modules = model.num_layers
+        if model.flat_parameters:
+            trained_modules = 1  # one module holds all factors
         among_all = batch.trace.trained_gathers or round(passes * trained_modules)
     copies = zero.group(max(1, zero.copy_ranks))
-    among_copies = collectives if zero.copy_ranks > 1 else 0
+    among_copies = 0
+    if zero.copy_ranks > 1:
+        among_copies = collectives
     # a divided stack's gradients are reduced among the ranks that hold the same experts
     of_owners = model.divided_bytes(trained=True) * batch.micro_batches
     degree = model.divided_by
@@ -422,7 +434,9 @@ class _StepSeconds:
         network = self.network + self.exchanges
         if self.host > max(self.compute, network):
             return "host"
-        return "network" if network > self.compute else "products"
+        if network > self.compute:
+            return "network"
+        return "products"
 
     def together(self, machine: Machine) -> float:
         """Return the seconds of the whole step: parts that overlap take as long as the slowest."""
@@ -451,8 +465,13 @@ def _step_seconds(
     ``flops``, ``moved``: FLOPs and bytes of a micro-batch without gradients and optimizer; ``launches``, ``host``:
     launches of a micro-batch that ``batch`` does not count, and the host's seconds for them.
     """
-    reduced = REDUCE_BYTES * batch.micro_batches if zero.world_size > 1 else 0
-    owners = zero.world_size if zero.stage else 1  # ranks over which ZeRO partitions the optimizer state
+    reduced = 0
+    if zero.world_size > 1:
+        reduced = REDUCE_BYTES * batch.micro_batches
+    owners = 1
+    if zero.stage:
+        # ZeRO partitions the optimizer state
+        owners = zero.world_size
     trained = model.trainables * (reduced + OPTIMIZER_BYTES / owners)
     compute = batch.micro_batches * (flops / machine.flops + moved / machine.memory_bytes)
     traced = Launches(batch.trace.launches)
@@ -484,13 +503,19 @@ def _hooks(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> Hooks:
     modules = sum(m.count for m in model.modules)
     parameters = sum(t.count for t in model.tensors)
     passes = 2 + batch.recomputed
-    trace = batch.trace
-    # a model that is its own teacher has one more forward pass
+    # a model without a trace is assumed to have a turn of every module with parameters in every pass
+    fetches = batch.trace.fetches or passes * modules
+    releases = batch.trace.releases or passes * modules
+    parameter_turns = batch.trace.parameter_turns or passes * parameters
+    if batch.own_teacher:
+        # one more forward pass
+        fetches += modules
+        releases += modules
+        parameter_turns += parameters
     return Hooks(
-        fetches=batch.micro_batches * ((trace.fetches or passes * modules) + batch.own_teacher * modules),
-        releases=batch.micro_batches * ((trace.releases or passes * modules) + batch.own_teacher * modules),
-        parameter_turns=batch.micro_batches
-        * ((trace.parameter_turns or passes * parameters) + batch.own_teacher * parameters),
+        fetches=batch.micro_batches * fetches,
+        releases=batch.micro_batches * releases,
+        parameter_turns=batch.micro_batches * parameter_turns,
         reduced_tensors=batch.micro_batches * tensors,
         optimizer_tensors=tensors,
     )
