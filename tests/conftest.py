@@ -30,6 +30,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _CACHE = tempfile.TemporaryDirectory(prefix="pst-ds-tests-")
 os.environ["PST_DS_CACHE"] = _CACHE.name
 
+# Imports and collected tests are nearly a million objects. Each full garbage collection would look at all of them.
+gc.disable()
+
 ROOT = Path(__file__).resolve().parent.parent
 RANKS_TIMEOUT_SECONDS = 240
 IMPORTED_BY_RANKS = (
@@ -57,6 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     Clusters are ``thorough``, and so are all but ``number`` cases, evenly spread, of a test marked ``few(number)``.
     """
+    _refuse_marks_from_elsewhere(items)
     for item in items:
         if item.get_closest_marker("cluster"):
             item.add_marker(pytest.mark.thorough)
@@ -75,6 +79,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not torch.cuda.is_available():
             for item in gpu_items:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; torch.cuda.is_available() is False"))
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector look at what tests make from here on, and no more at what lives until the end."""
+    gc.freeze()
+    gc.enable()
+
+
+def _refuse_marks_from_elsewhere(items: list[pytest.Item]) -> None:
+    """``tools/run_tests.py`` finds the files of some stages by these marks in their text."""
+    texts: dict[Path, str] = {}
+    for item in items:
+        for mark in item.iter_markers():
+            if mark.name in ("zero3", "launcher", "cluster"):
+                text = texts.setdefault(item.path, item.path.read_text(encoding="utf-8"))
+                if f"mark.{mark.name}" not in text:
+                    raise pytest.UsageError(
+                        f"{item.nodeid}: its mark {mark.name} comes from another file, and the stage of the mark would "
+                        f"not run it. Put pytest.mark.{mark.name} into {item.path.name}."
+                    )
 
 
 def _cases_of_tests(items: list[pytest.Item]) -> Iterable[list[pytest.Function]]:

@@ -39,6 +39,8 @@ class Stage:
     marks: str
     """pytest's expression for the marks of its tests."""
     paths: tuple[str, ...] = ("tests",)
+    one_of: tuple[str, ...] = ()
+    """Marks of which each of its tests has at least one. pytest collects only the files that name one of them."""
     workers: str | None = "unit"
     """Which option has the number of processes: "unit" or "rank"; None for no processes but pytest's."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -51,9 +53,9 @@ STAGES = (
     # triton reads the variable when it is imported
     Stage("kernels", "interpreted", paths=("tests/kernels",), environment={"TRITON_INTERPRET": "1"}),
     Stage("units", "not (zero3 or launcher or cluster or device or interpreted)"),
-    Stage("ranks", "zero3 and not (launcher or cluster or device)", workers="rank"),
+    Stage("ranks", "zero3 and not (launcher or cluster or device)", one_of=("zero3",), workers="rank"),
     # launchers take ports and look at processes: one test at a time, and last
-    Stage("launchers", "launcher or cluster", workers=None),
+    Stage("launchers", "launcher or cluster", one_of=("launcher", "cluster"), workers=None),
 )
 
 
@@ -111,10 +113,22 @@ def pytest_command(stage: Stage, scope: str, workers: dict[str, int], python: st
     """Return the command that runs the tests of ``stage`` that ``scope`` includes."""
     marks, profile = SCOPES[scope]
     expression = f"({stage.marks}) and ({marks})" if marks else stage.marks
-    command = [python, "-m", "pytest", "-m", expression, *stage.paths, "--hypothesis-profile", profile]
+    command = [python, "-m", "pytest", "-m", expression, *collected(stage), "--hypothesis-profile", profile]
     if stage.workers:
         command += ["--numprocesses", str(workers[stage.workers]), "--dist", "worksteal"]
     return command
+
+
+def collected(stage: Stage) -> list[str]:
+    """Return the folders or files that pytest collects for ``stage``: importing the other files takes seconds.
+
+    tests/conftest.py refuses a test whose file does not name the test's mark.
+    """
+    if not stage.one_of:
+        return list(stage.paths)
+    files = [path for folder in stage.paths for path in sorted(Path(folder).rglob("test_*.py"))]
+    names = [f"mark.{mark}" for mark in stage.one_of]
+    return [str(path) for path in files if any(name in path.read_text(encoding="utf-8") for name in names)]
 
 
 def run_until_end(command: list[str], environment: dict[str, str]) -> int:

@@ -9,8 +9,9 @@ import math
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pst_ds.checkpoint import adapter as pretrained
 from pst_ds.checkpoint.adapter import load_pretrained
@@ -64,7 +65,9 @@ def test_the_trainer_keeps_the_zeros_of_a_pruned_model(base, data, tmp_path):
 
 def test_a_callback_that_is_added_later_is_refused(base, data, tmp_path):
     model = pst_model(base)
-    trainer = Trainer(model, pst_arguments(tmp_path), train_dataset=data, optimizers=(pst_optimizer(model), None))
+    trainer = transformers.Trainer(
+        model, pst_arguments(tmp_path), train_dataset=data, optimizers=(pst_optimizer(model), None)
+    )
     trainer.add_callback(PSTCallback(CubicSchedule(num_steps=STEPS, **SCHEDULE)))
     with pytest.raises(InputError, match="PSTCallback came after the Trainer was made: give it in Trainer"):
         trainer.train()
@@ -221,7 +224,7 @@ def test_what_the_trainer_cannot_do_is_refused_before_training(base, data, tmp_p
 @pytest.mark.thorough
 def test_an_optimizer_of_another_model_is_refused(base, data, tmp_path):
     model, other = pst_model(base), pst_model(base)
-    trainer = Trainer(
+    trainer = transformers.Trainer(
         model, pst_arguments(tmp_path), train_dataset=data, optimizer_cls_and_kwargs=trainer_optimizer(other),
         callbacks=[PSTCallback(**SCHEDULE)],
     )  # fmt: skip
@@ -233,7 +236,7 @@ def test_an_optimizer_of_another_model_is_refused(base, data, tmp_path):
 
 
 def test_a_model_that_is_made_anew_for_training_is_refused(base, data, tmp_path):
-    trainer = Trainer(
+    trainer = transformers.Trainer(
         args=pst_arguments(tmp_path), train_dataset=data, model_init=lambda: pst_model(base),
         callbacks=[PSTCallback(**SCHEDULE)],
     )  # fmt: skip
@@ -280,7 +283,7 @@ def test_deepspeed_settings_that_masks_cannot_stand_are_refused(base, monkeypatc
 def test_the_optimizer_of_the_trainer_s_making_is_the_same(base, data, tmp_path):
     model, other = pst_model(base), pst_model(base)
     pst_trainer(model, data, tmp_path / "one", optimizer=pst_optimizer(model, update_learning_rate=3e-3)).train()
-    trainer = Trainer(
+    trainer = transformers.Trainer(
         other, pst_arguments(tmp_path / "two"), train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained("tests/data/tiny-bert"),
         optimizer_cls_and_kwargs=trainer_optimizer(other, update_learning_rate=3e-3),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+import transformers
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.schedule import CubicSchedule
@@ -21,13 +22,13 @@ def pst_model(base, dtype=torch.float32):
 
 def pst_arguments(out, **settings):
     settings = {"report_to": [], "save_strategy": "no", "use_cpu": True, **settings}
-    return TrainingArguments(
+    return transformers.TrainingArguments(
         str(out), max_steps=STEPS, per_device_train_batch_size=8, logging_steps=1, disable_tqdm=True, seed=1, **settings
     )
 
 
 def pst_trainer(model, data, out, *, callbacks=None, optimizer=None, evaluated=False, **settings):
-    return Trainer(
+    return transformers.Trainer(
         model, pst_arguments(out, **settings), train_dataset=data, eval_dataset=data[:8] if evaluated else None,
         processing_class=AutoTokenizer.from_pretrained("tests/data/tiny-bert"),
         optimizers=(optimizer or pst_optimizer(model), None), callbacks=callbacks or [PSTCallback(**SCHEDULE)],

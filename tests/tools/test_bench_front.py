@@ -15,10 +15,11 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 
 from pst_ds.errors import InputError
+from tests.lazy_module import lazy_module
 from tools.bench.front import decoders, figure, files
-from tools.bench.front.__main__ import _parser
 from tools.quality.cells import Lines
 
+program = lazy_module("tools.bench.front.__main__")
 TINY = "tests/data/tiny-llama"
 
 
@@ -31,10 +32,10 @@ def test_the_front_has_no_point_that_another_beats():
 
 def test_a_model_is_its_own_reference_unless_it_names_one():
     words = ["decoders", "--models", f"dense={TINY}", "half=runs/half@dense,other"]
-    dense, half = _parser().parse_args(words).models
+    dense, half = program.make_parser().parse_args(words).models
     assert (dense.references, half.references) == (("dense",), ("dense", "other"))
     with pytest.raises(SystemExit):
-        _parser().parse_args(["decoders", "--models", TINY])
+        program.make_parser().parse_args(["decoders", "--models", TINY])
 
 
 def test_a_finished_file_is_measured_unchanged(tmp_path):
@@ -102,7 +103,9 @@ def measured(tmp_path, monkeypatch):
 
     def measure(*more):
         words = ["decoders", "--models", f"dense={TINY}", "--folder", str(tmp_path / "files"), "--corpora", "Brown"]
-        args = _parser().parse_args([*words, "--chunks", "2", "--repeats", "1", "--only", "int8", "int4, 32", *more])
+        args = program.make_parser().parse_args(
+            [*words, "--chunks", "2", "--repeats", "1", "--only", "int8", "int4, 32", *more]
+        )
         opened.clear()
         lines = Lines(tmp_path / "front.jsonl")
         decoders.measure(args, lines)

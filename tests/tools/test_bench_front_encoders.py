@@ -12,11 +12,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
 
-from tools.bench.front import encoders, figure
-from tools.bench.front.__main__ import _parser
+from tests.lazy_module import lazy_module
+from tools.bench.front import figure
 from tools.quality.cells import Lines
 from tools.verbs import verb
 
+program = lazy_module("tools.bench.front.__main__")
+encoders = lazy_module("tools.bench.front.encoders")
 ENCODER = "tests/data/tiny-bert"
 
 
@@ -46,12 +48,14 @@ def models(tmp_path):
 
 
 def test_every_file_has_a_row_with_its_accuracy_size_and_times(models, monkeypatch, capsys):
-    monkeypatch.setattr(encoders, "seconds_in_turn", in_this_process)
-    monkeypatch.setattr(encoders, "quantize", lambda fp32, out, texts, model: written(out, fp32))
-    monkeypatch.setattr(encoders, "run_openvino", lambda file, threads: encoders.run_onnx(file, threads))
+    monkeypatch.setattr("tools.bench.front.encoders.seconds_in_turn", in_this_process)
+    monkeypatch.setattr("tools.bench.front.encoders.quantize", lambda fp32, out, texts, model: written(out, fp32))
+    monkeypatch.setattr(
+        "tools.bench.front.encoders.run_openvino", lambda file, threads: encoders.run_onnx(file, threads)
+    )
     words = ["--models", f"dense={models / 'dense'}", f"half={models / 'packed'}", "--shapes", "1x4", "2x8"]
     words += ["--texts", str(models), "--encoder", ENCODER, "--folder", str(models / "files"), "--max-length", "16"]
-    args, lines = _parser().parse_args(["encoders", *words]), Lines(models / "front.jsonl")
+    args, lines = program.make_parser().parse_args(["encoders", *words]), Lines(models / "front.jsonl")
     args.run(args, lines)
     rows = {(line["model"], line["engine"]): line for line in lines.by_id.values()}
     assert list(rows) == [

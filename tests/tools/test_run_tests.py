@@ -63,6 +63,21 @@ def test_each_test_is_in_exactly_one_stage(extra):
         assert len(stages) == 1, (marks, stages)
 
 
+def test_a_stage_with_one_of_several_marks_collects_only_the_files_that_name_one(project):
+    (project / "test_launcher.py").write_text("import pytest\n\npytestmark = pytest.mark.launcher\n")
+    stage = Stage("some", "launcher or thorough", paths=(".",), one_of=("launcher", "thorough"))
+    assert run_tests.collected(stage) == ["test_good.py", "test_launcher.py"]
+    assert run_tests.collected(replace(stage, one_of=())) == ["."]
+
+
+@pytest.mark.parametrize("name", ["ranks", "launchers"])
+def test_marks_that_choose_files_exclude_no_test_of_their_stage(name):
+    (stage,) = [one for one in STAGES if one.name == name]
+    others = {"zero3", "launcher", "cluster", "device", "interpreted", "thorough"} - set(stage.one_of)
+    subsets = [set(marks) for n in range(len(others) + 1) for marks in itertools.combinations(others, n)]
+    assert not any(Expression.compile(stage.marks).evaluate(marks.__contains__) for marks in subsets)
+
+
 def test_a_stage_that_fails_stops_no_other(project, capfd):
     assert run_tests.main([]) == 1
     printed = capfd.readouterr().out

@@ -17,6 +17,7 @@ shallow = lazy_module("tools.quality.shallow")
 ENCODER = "tests/data/tiny-bert"
 NAMES = ("cold", "dull", "fine", "plot", "scene", "story")
 """Words that are tokens of the encoder."""
+KINDS = ("bag of words", "static embeddings")
 
 
 def written(folder, name, rows):
@@ -31,9 +32,13 @@ def measured(kind, folder, train, test, columns=("text",)):
     return shallow.measure(kind, settings, {"test": files["test"]}, folder / "files", folder / "shared")
 
 
-@pytest.mark.parametrize("kind", shallow.KINDS)
+def test_every_kind_is_tested():
+    assert tuple(shallow.KINDS) == KINDS
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_words_are_learned_and_roles_in_a_pair_are_not(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(shallow, "RATE", 0.03)  # a few steps suffice
+    monkeypatch.setattr("tools.quality.shallow.RATE", 0.03)  # a few steps suffice
     said = [{"text": f"a {name} film", "label": "good" if name < "o" else "bad"} for name in NAMES] * 20
     found = measured(kind, tmp_path, said, said[:6])
     assert found["tests"]["test"]["accuracy"] == found["validation"]["accuracy"] == 1.0

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from pst_ds.cli.main import build_parser, main
+from tests.lazy_module import lazy_module, need_packages
 
-for _name in ("fastapi", "uvicorn", "openai"):
-    pytest.importorskip(_name)
+need_packages("fastapi", "uvicorn", "openai")
 
 import httpx2 as httpx  # noqa: E402
 
@@ -26,7 +26,6 @@ from pst_ds.inference.serve.app import make_app  # noqa: E402
 from pst_ds.inference.serve.batches import Batches  # noqa: E402
 from pst_ds.inference.serve.slots import Slots  # noqa: E402
 from tests.inference.serve.servers import start, stop  # noqa: E402
-from tests.lazy_module import lazy_module  # noqa: E402
 
 openai = lazy_module("openai")
 

@@ -15,8 +15,9 @@ from functools import partial
 
 import pytest
 
-for _name in ("fastapi", "uvicorn", "openai", "llguidance", "prometheus_client"):
-    pytest.importorskip(_name)
+from tests.lazy_module import lazy_module, need_packages
+
+need_packages("fastapi", "uvicorn", "openai", "llguidance", "prometheus_client")
 
 import httpx2 as httpx  # noqa: E402
 import jsonschema  # noqa: E402
@@ -31,7 +32,6 @@ from pst_ds.inference.serve.prompt_size import ReaderTokenizers  # noqa: E402
 from pst_ds.inference.serve.text import TextService  # noqa: E402
 from tests.inference.serve.byte_model import byte_model  # noqa: E402
 from tests.inference.serve.servers import start, stop  # noqa: E402
-from tests.lazy_module import lazy_module  # noqa: E402
 
 openai = lazy_module("openai")
 

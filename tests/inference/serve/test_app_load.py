@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-for _name in ("fastapi", "uvicorn", "openai"):
-    pytest.importorskip(_name)
+from tests.lazy_module import need_packages
+
+need_packages("fastapi", "uvicorn", "openai")
 
 import threading  # noqa: E402
 from dataclasses import replace  # noqa: E402

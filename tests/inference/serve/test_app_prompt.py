@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-for _name in ("fastapi", "uvicorn"):
-    pytest.importorskip(_name)
+from tests.lazy_module import need_packages
+
+need_packages("fastapi", "uvicorn")
 
 import httpx2 as httpx  # noqa: E402
 import torch  # noqa: E402

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-for _name in ("fastapi", "uvicorn", "openai"):
-    pytest.importorskip(_name)
+from tests.lazy_module import lazy_module, need_packages
+
+need_packages("fastapi", "uvicorn", "openai")
 
 import httpx2 as httpx  # noqa: E402
 import numpy as np  # noqa: E402
@@ -21,7 +22,6 @@ from pst_ds.inference.serve.encoders import Batcher  # noqa: E402
 from pst_ds.inference.serve.protocol import ProtocolError  # noqa: E402
 from tests.inference.encoder.conftest import DATA, LABELS, encoders, sentences  # noqa: E402, F401
 from tests.inference.serve.servers import start, stop  # noqa: E402
-from tests.lazy_module import lazy_module  # noqa: E402
 
 openai = lazy_module("openai")
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.lazy_module import need_packages
 from tests.pairs import every_pair
 
-for _name in ("fastapi", "uvicorn", "openai"):
-    pytest.importorskip(_name)
+need_packages("fastapi", "uvicorn", "openai")
 
 import httpx2 as httpx  # noqa: E402
 from fastapi import FastAPI  # noqa: E402

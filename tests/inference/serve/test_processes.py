@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-for _name in ("fastapi", "uvicorn", "openai"):
-    pytest.importorskip(_name)
+from tests.lazy_module import need_packages
+
+need_packages("fastapi", "uvicorn", "openai")
 
 import httpx2 as httpx  # noqa: E402
 

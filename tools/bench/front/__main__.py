@@ -23,7 +23,7 @@ ROWS = Path("tools/quality/logs/results/front.jsonl")
 
 
 def main() -> None:
-    args = _parser().parse_args()
+    args = make_parser().parse_args()
     try:
         lines = Lines(args.rows)
         args.run(args, lines)
@@ -31,7 +31,7 @@ def main() -> None:
         sys.exit(f"front: {error}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m tools.bench.front", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
