@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pst_ds.core.kernels.triton.compilation import compile_first
+
 Grid = tuple[int, ...]
 LEAST_CAPABILITY = (8, 0)
 """Required compute capability of an NVIDIA GPU: bf16 arithmetic, and the target that the tests compile for."""
@@ -51,7 +53,10 @@ def launch(kernel: Any, grid: Grid, *args: object, num_warps: int = 4, fuse: boo
     device = args[0].device
     # Triton launches on the current device, which need not be that of the tensors
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=fuse, **constants)
+        options = {"num_warps": num_warps, "enable_fp_fusion": fuse, **constants}
+        if not is_interpreted():
+            compile_first(kernel, args, options)
+        kernel[grid](*args, **options)
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
