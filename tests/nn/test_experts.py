@@ -350,4 +350,5 @@ def test_stacks_are_updated_expert_by_expert_in_any_form(family, form, tmp_path,
         assert torch.allclose(masked, stored * (masked != 0), atol=1e-6), name
     update_masks(model, 0.5)
     before = logits(model)
-    assert torch.equal(logits(merge_and_unload(model)), before)
+    # the products of transformers may add in another order than ours
+    torch.testing.assert_close(logits(merge_and_unload(model)), before, rtol=1e-5, atol=1e-6)

@@ -95,7 +95,7 @@ def _compared(case: Case, folder: Path, host_factor: float) -> dict[str, Any]:
     words = _settings(case, folder)
     rates = _rates(case)
     machine = folder / "machine.toml"
-    measured_rates = {
+    measured_rates: dict[str, Any] = {
         "flops": rates["flops"],
         "memory_bytes": rates["memory_bytes"],
         "node_bytes": rates["network_bytes"],
