@@ -57,7 +57,9 @@ class ZeroSettings:
     @property
     def shards(self) -> int:
         """Ranks that a parameter is partitioned over."""
-        return self.world_size if self.stage == 3 else 1
+        if self.stage == 3:
+            return self.world_size
+        return 1
 
     def shard_of(self, tensor: TensorGroup) -> int:
         """Return the elements of a tensor that a rank holds."""
@@ -336,7 +338,9 @@ def _trainables_here(model: ModelNumbers, zero: ZeroSettings, *, shared_from_sta
     if zero.stage == 3:
         return sum(t.count * zero.shard_of(t) for t in model.tensors if t.trainable)
     is_shared = zero.stage is not None and zero.stage >= shared_from_stage
-    return math.ceil(model.trainables / (zero.world_size if is_shared else 1))
+    if is_shared:
+        return math.ceil(model.trainables / zero.world_size)
+    return model.trainables
 
 
 def _optimizer_step_bytes(
@@ -349,9 +353,16 @@ def _optimizer_step_bytes(
     if zero.offload_optimizer:
         return 0
     if zero.stage is None and device == "cpu":
-        return 0 if element_size == 4 else 4 * model.trainables
-    largest = max(groups) if groups else model.trainables
-    return 3 * 4 * math.ceil(largest / (zero.world_size if zero.stage else 1))
+        if element_size == 4:
+            return 0
+        return 4 * model.trainables
+    # the optimizer goes through its groups one after another
+    largest = model.trainables
+    if groups:
+        largest = max(groups)
+    if zero.stage:
+        largest = math.ceil(largest / zero.world_size)
+    return 3 * 4 * largest
 
 
 class _Turn(NamedTuple):

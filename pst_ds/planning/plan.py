@@ -191,7 +191,9 @@ class Plan:
     @property
     def share_of_masks(self) -> float:
         """Share of the training time that mask updates take."""
-        mask_updates = 0 if self.schedule is None else self.schedule.mask_updates
+        mask_updates = 0
+        if self.schedule is not None:
+            mask_updates = self.schedule.mask_updates
         return self.time.share_of_masks(self.num_steps, mask_updates)
 
     def as_json(self) -> dict[str, object]:
@@ -258,24 +260,34 @@ def plan_resolved(resolved: ResolvedRun, options: PlanOptions, data: PlannedData
     run = resolved.run
     ranks = _num_ranks(options)
     require_engine(run, ranks)
-    raw = load_deepspeed_config(run.deepspeed_config) if run.deepspeed_config else None
+    raw = None
+    stage = None
+    if run.deepspeed_config:
+        raw = load_deepspeed_config(run.deepspeed_config)
+        stage = zero_stage(raw)
     micro_batch_size = run.micro_batch_size(ranks)
-    stage = None if raw is None else zero_stage(raw)
+    # masks are padded so that every rank has as many bytes; the other stages do not shard them
     resolved = resolved.with_shards(ranks if stage == 3 else 1)
     require_trainable(resolved, ranks=ranks, stage=stage or 0, reads_teacher=not options.no_data)
     model = resolved.shapes.model
-    num_steps = run.train.num_steps if data.num_examples is None else require_stages(run, data.num_examples)
+    num_steps = run.train.num_steps
+    if data.num_examples is not None:
+        num_steps = require_stages(run, data.num_examples)
     machine_name = options.machine or _machine_name(ranks)
     machine = machine_of(machine_name)
     optimizer_groups = parameter_groups(model, run)
     # as pst_ds.train.run.build has it: engines of DeepSpeed see flat factors
-    flats = flat_sizes(model, optimizer_groups) if raw is not None else []
+    flats: list[int] = []
+    if raw is not None:
+        flats = flat_sizes(model, optimizer_groups)
     numbers = model_numbers(model, device=machine.device, flats=flats)
     zero = _zero(run, raw, model, ranks, machine, options.memory)
     layers = _layers(resolved.shapes)
     embeddings = _embeddings(model)
     trained_in_full = head_names(model, run)
-    remarks = [data.remark] if data.remark else []
+    remarks = []
+    if data.remark:
+        remarks.append(data.remark)
     groups = [sum(p.numel() for p in group["params"]) for group in optimizer_groups]
     start = start_cost(run, model, numbers, ranks, machine)
     finetuning = run.finetuning()
@@ -474,7 +486,9 @@ def start_cost(run: RunConfig, model: nn.Module, numbers: ModelNumbers, ranks: i
     place = Pretrained(run.model.path, "model.path")
     dtype = getattr(place.config(), "dtype", None)
     # a config without a dtype: the files are assumed to have the run's
-    stored_size = dtype.itemsize if isinstance(dtype, torch.dtype) else size
+    stored_size = size
+    if isinstance(dtype, torch.dtype):
+        stored_size = dtype.itemsize
     data = StartData(
         config=config, ranks=ranks, length=run.data.max_length, batch=run.eval_batch_size, itemsizes=(stored_size, size)
     )
@@ -491,9 +505,10 @@ def _teacher(run: RunConfig, numbers: ModelNumbers, no_data: bool) -> tuple[int,
     """
     if not run.distillation.weight:
         return 0, 0
-    shapes = None if no_data else teacher_shapes(run)
-    if shapes is not None:
-        numbers = model_numbers(shapes)
+    if not no_data:
+        shapes = teacher_shapes(run)
+        if shapes is not None:
+            numbers = model_numbers(shapes)
     multiplied = int(numbers.multiplied_weights) + numbers.dense_weights
     if not run.distillation.teacher:
         return 0, multiplied
@@ -503,7 +518,10 @@ def _teacher(run: RunConfig, numbers: ModelNumbers, no_data: bool) -> tuple[int,
         if tensor.kind != "weight":
             continue
         # a teacher is dense: where the model stores something in place of a weight, the teacher has the weight
-        nbytes += tensor.nbytes if tensor.stands_for is None else tensor.parameters * itemsize
+        if tensor.stands_for is None:
+            nbytes += tensor.nbytes
+        else:
+            nbytes += tensor.parameters * itemsize
     return nbytes, multiplied
 
 
