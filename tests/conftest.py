@@ -12,7 +12,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _CACHE = tempfile.TemporaryDirectory(prefix="pst-ds-tests-")
 os.environ["PST_DS_CACHE"] = _CACHE.name
-
-# Imports and collected tests are nearly a million objects. Each full garbage collection would look at all of them.
-gc.disable()
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS_TIMEOUT_SECONDS = 240
@@ -81,10 +78,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; torch.cuda.is_available() is False"))
 
 
-def pytest_collection_finish() -> None:
-    """Let the collector look at what tests make from here on, and no more at what lives until the end."""
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Imports and collected tests are a million objects that stay. Garbage collections look at none of them."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _refuse_marks_from_elsewhere(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
@@ -52,6 +53,11 @@ def test_every_requirement_has_a_floor():
     """The lowest versions are installed and tested as such; without a floor that would be the oldest release."""
     for requirement in requirements(*PROJECT["optional-dependencies"]):
         assert any(clause.operator == ">=" for clause in requirement.specifier), requirement
+
+
+def test_garbage_collections_skip_what_collecting_the_tests_made():
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 0
 
 
 def test_ci_runs_the_checks_in_their_order():
