@@ -127,6 +127,7 @@ def _add_flat_parameters(model: nn.Module, sizes: Sequence[int]) -> None:
     flats = nn.Module()
     for number, size in enumerate(sizes):
         flats.register_parameter(str(number), nn.Parameter(torch.empty(size, dtype=dtype, device="meta")))
+    # a module, so that its turns are counted like those of others
     flats.forward = lambda embedded: _PassOn.apply(embedded, *flats.parameters())
     model.add_module("flat_parameters", flats)
     for embedding in input_embeddings(model):
@@ -192,15 +193,24 @@ def _count_gathers(module: nn.Module, params: list[nn.Parameter], trace: Trace) 
             turns = 1 + any(tensor.requires_grad for tensor in _tensors(output))
             fetched = params
         trained = [p for p in fetched if p.requires_grad]
-        # one gather per dtype, since a collective has one
-        trace.gathers += turns * len({p.dtype for p in fetched})
-        trace.trained_gathers += turns * len({p.dtype for p in trained})
-        trace.gathered += turns * sum(p.nbytes for p in fetched)
-        trace.trained += turns * sum(p.nbytes for p in trained)
+        fetched_bytes = turns * _bytes_of(fetched)
+        trace.gathered += fetched_bytes
+        trace.gathers += turns * _num_dtypes(fetched)
+        trace.trained += turns * _bytes_of(trained)
+        trace.trained_gathers += turns * _num_dtypes(trained)
         if isinstance(module, PSTExpertStack):
-            trace.in_stacks += turns * sum(p.nbytes for p in fetched)
+            trace.in_stacks += fetched_bytes
 
     module.register_forward_hook(count)
+
+
+def _bytes_of(params: list[nn.Parameter]) -> int:
+    return sum(param.nbytes for param in params)
+
+
+def _num_dtypes(params: list[nn.Parameter]) -> int:
+    """Count the collectives that gather ``params``: one per dtype, since a collective has one."""
+    return len({param.dtype for param in params})
 
 
 def _run(model: nn.Module, *, batch: int, sequence: int, distilled: bool, device: str) -> "_Operators":
@@ -444,6 +454,7 @@ def operator_traffic(
         read = read[1:]
     elif name in ("index", "index_select", "embedding", "gather"):  # they read as much of the first as they write
         read = [*read[1:], *_tensors(result)]
+    # caches are assumed to keep nothing between two operators
     return 1, sum(map(_nbytes, read)) + sum(map(_nbytes, _tensors(result)))
 
 

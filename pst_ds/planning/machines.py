@@ -59,12 +59,16 @@ class Machine:
     @property
     def device(self) -> str:
         """Type of the device that ranks compute on."""
-        return "cpu" if self.code == "native" else "cuda"
+        if self.code == "native":
+            return "cpu"
+        return "cuda"
 
     @property
     def backend(self) -> str:
         """Backend of the collectives."""
-        return "gloo" if self.code == "native" else "nccl"
+        if self.code == "native":
+            return "gloo"
+        return "nccl"
 
     def link_seconds(self, received: Received) -> float:
         """Time collectives that use both kinds of links at once, each at its own rate."""
@@ -75,6 +79,7 @@ class Machine:
         if ranks == 1:
             return 0.0
         group = Group.of_neighbours(ranks, self.node_size)
+        # a group's gather counts the whole tensor, of which a rank has one part already
         by_link = group.gathered(received * ranks / (ranks - 1))
         return self.link_seconds(by_link) + collectives * group.hops * self.latency
 
@@ -99,6 +104,7 @@ def machine_of(name: str) -> Machine:
 def read_machine(path: Path) -> Machine:
     """Read a Machine, its fields as keys, from a TOML file. Raises InputError with the file, key, value and fix."""
     try:
+        # editors on Windows write a byte order mark, which TOML rejects
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(

@@ -40,7 +40,7 @@ class TensorGroup:
         if not self.in_stack:
             return self
         stands_for = self.stands_for
-        if stands_for is not None:
+        if stands_for is not None:  # None follows numel
             stands_for //= degree
         return replace(self, numel=self.numel // degree, stands_for=stands_for, divided_by=degree)
 
@@ -82,6 +82,7 @@ class ModuleNumbers:
             work_bytes=work_bytes,
             bands=self.bands // degree,
             experts=self.experts // degree,
+            # rounded up: a part of a group is computed like a group
             groups=-(-self.groups // degree),
         )
 
@@ -190,6 +191,7 @@ class ModelNumbers:
 
     def weights_here(self, shards: int) -> float:
         """Return the pruned weights of a rank's shards."""
+        # the count of a divided stack is one rank's
         return sum(m.numel * m.count * m.divided_by for m in self.matrices) / shards
 
     def num_cut(self, shards: int) -> int:
@@ -202,6 +204,7 @@ class ModelNumbers:
 
     @property
     def parameters(self) -> int:
+        # masks and scales are not parameters to a user
         return sum(t.parameters for t in self.tensors if t.kind in ("weight", "factor"))
 
     @property

@@ -260,6 +260,7 @@ def plan_resolved(resolved: ResolvedRun, options: PlanOptions, data: PlannedData
     run = resolved.run
     ranks = _num_ranks(options)
     require_engine(run, ranks)
+    # without DeepSpeed, a single process trains
     raw = None
     stage = None
     if run.deepspeed_config:
@@ -293,6 +294,7 @@ def plan_resolved(resolved: ResolvedRun, options: PlanOptions, data: PlannedData
     finetuning = run.finetuning()
     before: Plan | None = None
     if finetuning is not None:
+        # it trains other parameters, so its micro-batch has another trace
         before = plan_resolved(resolved.with_settings(finetuning), replace(options, trace=None), data)
     # tracing changes the model, and the shapes are shared with other plans of this run
     trace = options.trace or _trace(copy.deepcopy(model), run, ranks, zero.persistence_threshold, machine.device, flats)
@@ -389,26 +391,29 @@ def _cost(
     blocks that recompute their activations; ``extra_tokens``: positions that additions take in every sequence.
     """
     teacher_bytes, teacher_weights = _teacher(run, numbers, options.no_data)
+    # every expert is read from the files, on whichever rank it is then
     model_bytes = numbers.whole_bytes
     numbers = numbers.divided(run.train.experts_divided_by(zero.world_size))
     ranks = zero.world_size
     accumulation = run.train.gradient_accumulation_steps
+    # a model that cannot be traced has no activations in its plan, which says so
+    batch = _batch(run, ranks, teacher_weights, trace or Trace(), recomputed=recomputed, extra_tokens=extra_tokens)
     memory = memory_plan(
         numbers,
         zero,
-        activations=trace.activations if trace else 0,
+        activations=batch.trace.activations,
         element_size=DTYPES[run.train.precision].itemsize,
         device=machine.device,
         trainable_groups=groups,
         teacher=teacher_bytes,
         solves=run.schedule.solves > 0,
     )
-    batch = _batch(run, ranks, teacher_weights, trace or Trace(), recomputed=recomputed, extra_tokens=extra_tokens)
     schedule = run.make_schedules(num_steps).masks
     times = time_plan(numbers, zero, batch, machine)
     peak = memory.peak
     seconds_before = 0.0  # of the stages before the first step
     if start is not None:
+        # the start has freed its memory before training allocates any
         peak = max(peak, int(start.memory["peak"]))
         seconds_before += start.time["all"]
     kept = round((1.0 - recomputed) * memory.activations)
@@ -428,6 +433,7 @@ def _cost(
         steps=num_steps,
         mask_updates=mask_updates,
         tokens=run.train.batch_size * run.data.max_length,
+        # model FLOPs utilisation does not count recomputation
         flops=accumulation * step_flops(numbers, replace(batch, recomputed=0.0)),
         start_seconds=seconds_before,
         need=need,
@@ -440,6 +446,7 @@ def _cost(
 
 def _machine_name(ranks: int) -> str:
     """Return the machine to plan for if none is named: this one only if it has a core for every rank."""
+    # with more ranks than cores, this host is where the run is planned, not where it trains
     if not torch.accelerator.is_available() and ranks <= (os.cpu_count() or 1):
         return "cpu"
     return "h100"
@@ -455,8 +462,9 @@ def _num_ranks(options: PlanOptions) -> int:
 
 def _layers(shapes: RunShapes) -> list[PlannedLayer]:
     layers = pst_layers(shapes.model)
-    return [
-        PlannedLayer(
+    planned = []
+    for target in shapes.targets:
+        layer = PlannedLayer(
             name=target.name,
             out_features=target.layout.out_features,
             in_features=target.layout.in_features,
@@ -464,8 +472,8 @@ def _layers(shapes: RunShapes) -> list[PlannedLayer]:
             experts=target.layout.num_experts,
             factor_parameters=sum(p.numel() for _, p in layers[target.name].factor_parameters()),
         )
-        for target in shapes.targets
-    ]
+        planned.append(layer)
+    return planned
 
 
 def _embeddings(model: nn.Module) -> list[PlannedEmbedding]:

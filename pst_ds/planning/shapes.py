@@ -46,12 +46,14 @@ def model_numbers(model: nn.Module, *, device: str = "cpu", flats: Sequence[int]
     dense_weights = sliced_weights
     modules: list[ModuleNumbers] = []
     for module in model.modules():
+        # modules without parameters gather nothing
         if module._parameters:
             modules.append(_module_numbers(module, device, flattened))
         if is_linear(module):
             dense_weights += math.prod(linear_shape(module))
     flat_tensors: list[TensorGroup] = []
     if flats:
+        # all factors have the precision of the run
         itemsize = next(iter(flattened)).element_size()
         flat_tensors = [TensorGroup(size, itemsize, trainable=True, kind="factor") for size in flats]
         flat_bytes = sum(flats) * itemsize
@@ -68,6 +70,7 @@ def model_numbers(model: nn.Module, *, device: str = "cpu", flats: Sequence[int]
         if _has_kernels(layer):
             update_rank = max(update_rank, _rank(layer, "V"))
         else:
+            # without kernels, a mask update makes a copy of the updated weight
             updated_weights += layer.layout.numel
         products += layer.layout.in_features**2
     return ModelNumbers(
@@ -91,6 +94,7 @@ def _matrix_group(model: nn.Module, name: str, layer: PSTLayer) -> MatrixGroup:
     """Return one matrix of ``layer``; the layer has ``num_matrices`` of them."""
     per_layer = 1
     if layer.layout.num_experts > 1:
+        # most experts lie within one shard, so that a rank selects them alone
         per_layer = layer.layout.num_matrices
     return MatrixGroup(
         layer.layout.matrix_numel,

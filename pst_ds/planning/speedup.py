@@ -44,7 +44,7 @@ def share_for(run: RunConfig, speedup: float, target: str) -> tuple[float, float
         if found >= speedup:
             return part / STEPS, found
         fastest = found
-    if fastest == 1.0 and refused:
+    if fastest == 1.0 and refused:  # no width divides, which says more than the speed-up
         raise refused
     raise InputError(
         f"speedup = {speedup} for {target}: fewer feed-forward channels make {run.model.path} at most {fastest:.2f} "
@@ -59,7 +59,9 @@ def _work(run: RunConfig, share: float | None, target: str) -> float:
     text = text_config(model)
     _, blocks = find_blocks(model, [layer.name for layer in layers])
     width = model_width(model)
-    outputs = text.vocab_size if run.task_facts.predicts_tokens else 0
+    outputs = 0
+    if run.task_facts.predicts_tokens:
+        outputs = text.vocab_size  # a classifier has a few outputs only
     return met_weights(model, layers) + width * (outputs + OVERHEADS[target] * len(blocks))
 
 
@@ -77,5 +79,10 @@ def bare_model(run: RunConfig, share: float | None) -> nn.Module:
 def met_weights(model: nn.Module, layers: Sequence[Target]) -> float:
     """Return the weights of ``layers`` that a token is multiplied with: k of E experts."""
     chosen = experts_per_token(text_config(model))
-    shares = {layer.name: min(1.0, chosen / layer.layout.num_experts) if layer.is_stack else 1.0 for layer in layers}
-    return sum(layer.layout.numel * shares[layer.name] for layer in layers)
+    met = 0.0
+    for layer in layers:
+        share = 1.0
+        if layer.is_stack:
+            share = min(1.0, chosen / layer.layout.num_experts)
+        met += layer.layout.numel * share
+    return met

@@ -100,6 +100,7 @@ def verdict(work: Work, times: TimePlan, machine: Machine, *, memory: int = 0) -
         margin = capacity - work.need.enough
         fits = margin >= 0
     training = work.steps * times.step + work.mask_updates * times.update
+    # all ranks read from one file system, so the ranks do not make it faster
     load = work.model_bytes / machine.storage_bytes
     hours = (load + work.start_seconds + training) / 3600
     per_second = 0.0
