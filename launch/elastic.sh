@@ -19,7 +19,8 @@ while [[ ${1:-} == --* && $# -gt 1 ]]; do
   shift 2
 done
 [[ $# -gt 0 && $1 != --* ]] || refuse "the run file is missing"
-need torchrun "activate the Python environment of pst-ds"
+engine=${PST_DS_ENGINE:-torchrun} # or ft_launcher of nvidia-resiliency-ext, which takes the same options
+need "$engine" "activate the Python environment of pst-ds"
 # Hosts join within 15 seconds after the first ones, and later by a new start of all ranks.
 export PET_RDZV_BACKEND=c10d PET_RDZV_ENDPOINT=${PET_RDZV_ENDPOINT:-localhost:0} PET_RDZV_ID=${PET_RDZV_ID:-pst-ds}
 export PET_MAX_RESTARTS=${PET_MAX_RESTARTS:-20} PET_RDZV_CONF=${PET_RDZV_CONF:-last_call_timeout=15}
@@ -31,7 +32,7 @@ PST_DS_EXIT_CODES=$(mktemp -d) && export PST_DS_EXIT_CODES && trap 'rm -rf "$PST
 stopped='' code=0
 # shellcheck disable=SC2317 # called by run_stoppable; a second signal would end torchrun before its ranks
 stop_torchrun() { [[ $stopped ]] || kill -TERM "$1" && stopped=1; }
-run_stoppable stop_torchrun torchrun -m pst_ds train "$@" --resume || code=$?
+run_stoppable stop_torchrun "$engine" -m pst_ds train "$@" --resume || code=$?
 grep -qsx 2 "$PST_DS_EXIT_CODES"/* && exit 2
 [[ $code -eq 0 ]] && exit 0
 [[ $stopped ]] && code=75 || code=1

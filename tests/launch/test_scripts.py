@@ -43,6 +43,7 @@ def _job(tmp_path: Path, script: str, *arguments: str, **variables: str) -> tupl
     programs.mkdir()
     record.mkdir()
     texts = {"srun": SRUN, "scontrol": RECORD.format(name="scontrol"), "pst-ds": PST_DS, "torchrun": TORCHRUN}
+    texts["ft_launcher"] = TORCHRUN.replace("$RECORD/torchrun", "$RECORD/ft_launcher")
     for name, text in texts.items():
         (programs / name).write_text(text, encoding="utf-8")
         (programs / name).chmod(0o755)
@@ -142,6 +143,13 @@ def test_an_elastic_job_starts_a_torchrun_on_each_node(tmp_path, least, fewest):
     assert " --wait=0 --ntasks-per-node=1 --ntasks=2 --gpu-bind=none bash " in records["srun"]
     assert records["submitted"] == (FOLDER / "slurm_elastic.sbatch").read_text(encoding="utf-8")
     assert "scontrol" not in records
+
+
+def test_an_elastic_run_takes_another_engine_with_the_options_of_torchrun(tmp_path):
+    code, records = _job(tmp_path, "slurm_elastic.sbatch", "1", RUN_FILE, PST_DS_ENGINE="ft_launcher", **ELASTIC)
+    assert code == 0
+    assert records["ft_launcher"].splitlines() == [f"1:2 8 c10d n1:10041 20: -m pst_ds train {RUN_FILE} --resume"] * 2
+    assert "torchrun" not in records
 
 
 @pytest.mark.parametrize("least", ["3", "0", "one"])

@@ -42,6 +42,8 @@ NUM_RANKS = 2
 FIRST_STEP = 8
 LAST_STEP = 13
 """Profiled steps, before the first mask update: ZeRO-3 records the order of modules in the first ones."""
+OF_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Settings of a model's config that come with the tokenizer."""
 Interval = tuple[float, float]
 
 
@@ -80,7 +82,7 @@ def main() -> None:
         progress(name)
         with tempfile.TemporaryDirectory() as folder:
             models[name] = _compared(CASES[name], Path(folder), arguments.host_factor)
-    print_result({**conditions(ranks=NUM_RANKS, dtype="float32"), "models": models}, as_json=arguments.json)
+    print_result({**conditions(ranks=NUM_RANKS, dtype="bfloat16"), "models": models}, as_json=arguments.json)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,10 +123,10 @@ def _fields(machine: Any) -> dict[str, Any]:
 def _settings(case: Case, folder: Path) -> list[str]:
     """Write the model of a case, and return the settings that replace those of its run file."""
     source = load_run(case.run_file, []).model.path
-    settings = AutoConfig.from_pretrained(source).to_dict() | case.settings
-    model_type = settings.pop("model_type")
-    for name in ("architectures", "dtype", "transformers_version"):
-        settings.pop(name, None)
+    of_source = AutoConfig.from_pretrained(source)
+    model_type = case.settings.get("model_type", of_source.model_type)
+    settings = {name: getattr(of_source, name) for name in OF_TOKENIZER if hasattr(of_source, name)} | case.settings
+    settings.pop("model_type", None)
     torch.manual_seed(0)
     model = case.model_class.from_config(AutoConfig.for_model(model_type, **settings))
     model.save_pretrained(folder / "model")
@@ -133,6 +135,7 @@ def _settings(case: Case, folder: Path) -> list[str]:
         f"model.path={json.dumps(str(folder / 'model'))}",
         f"output_dir={json.dumps(str(folder / 'run'))}",
         "deepspeed_config=ds_configs/zero3_cpu.json",
+        'train.precision="bf16"',  # that of the measured rates
         "train.num_steps=16",
         "schedule.warmup_fraction=0.9",  # so that the first mask update comes after the profiled steps
         "schedule.cooldown_fraction=0.0",
