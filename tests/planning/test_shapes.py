@@ -138,6 +138,8 @@ def _received(cases):
         groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}]
         if is_flat:
             flatten_factors(model, groups)
+        # by itself DeepSpeed takes the dtype of the first parameter, and refuses that of codes
+        partition_parameters.Init(module=model, config_dict_or_path=ds_config, dtype=torch.bfloat16)
         engine = build_engine(model, groups, ds_config=ds_config)
         ids, head = torch.arange(16).view(1, 16), language_head(engine.module)
         for _ in range(3):  # DeepSpeed records the order of modules first, and keeps nothing until it has
