@@ -338,6 +338,7 @@ def test_a_dumped_run_reads_back_equal(run):
 
 def test_every_setting_is_written_out(tmp_path):
     set_here = ("model.dropout=0.25", "model.base_bits=4", "model.base_group=32", "data.document_mask=true")
+    set_here += ("model.gradient_checkpointing=true", "model.recomputed_blocks=2")
     run = _load(tmp_path, MINIMAL, *set_here, "pst.preset=paper", "pst.modules_to_save=[]", "pst.seed=3")
     run = run.with_rates(width=384, num_steps=600, num_examples=10**6, num_labels=2)
     (tmp_path / "dumped.toml").write_text(dump_run(run), encoding="utf-8")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from pst_ds.cli.main import main
 from pst_ds.parallel import stop_signals
 from tools.chaos import replay
 from tools.chaos.elastic import ranks_of_steps
@@ -30,6 +31,7 @@ def test_a_stretch_has_its_steps_and_the_next_one_follows(tmp_path, monkeypatch,
     def train(most):
         monkeypatch.setattr(stop_signals, "asked_by", stop_signals.asked_by)  # undone after the test
         monkeypatch.setattr(sys, "argv", ["replay", str(most), *words])
+        monkeypatch.setattr(replay, "program", lambda: sys.exit(main()))  # that of a rank ends the process
         with pytest.raises(SystemExit) as ended:
             replay.main()
         return ended.value.code
