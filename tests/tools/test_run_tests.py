@@ -78,6 +78,15 @@ def test_marks_that_choose_files_exclude_no_test_of_their_stage(name):
     assert not any(Expression.compile(stage.marks).evaluate(marks.__contains__) for marks in subsets)
 
 
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage.one_of], ids=lambda stage: stage.name)
+def test_no_stage_names_a_file_of_the_emulated_device(stage, monkeypatch):
+    """pytest would import it, and a backward pass would then end all forks of ranks."""
+    monkeypatch.chdir(ROOT)
+    files = run_tests.collected(stage)
+    assert len(files) > 5
+    assert not [path for path in files if path.startswith("tests/device/")]
+
+
 def test_a_stage_that_fails_stops_no_other(project, capfd):
     assert run_tests.main([]) == 1
     printed = capfd.readouterr().out
