@@ -124,9 +124,9 @@ def pytest_command(stage: Stage, scope: str, workers: dict[str, int], python: st
 def collected(stage: Stage) -> list[str]:
     """Return the folders or files that pytest collects for ``stage``: importing the other files takes seconds.
 
-    tests/conftest.py refuses a test whose file does not name the test's mark. Files on the emulated device are left out:
-    their import makes it the machine's device, and pytest collects a file that is named even where its conftest.py says
-    not to.
+    tests/conftest.py refuses a test whose file does not name the test's mark. Files on the emulated device are left
+    out: their import makes it the machine's device, and pytest collects a file that is named even where its conftest.py
+    says not to.
     """
     if not stage.one_of:
         return list(stage.paths)
