@@ -25,8 +25,8 @@ from types import FrameType
 PYTEST_NO_TESTS = 5
 """Exit code of pytest where no test has the marks of a stage: its marks or its files are wrong."""
 INTERRUPTED = 130
-DEVICE_TESTS = Path("tests/device")
-"""Tests that only processes of their own may import."""
+APART = (Path("tests/device"), Path("tests/kernels"))
+"""Folders of stages that have processes of their own, which alone may import the emulated device."""
 FAILED_BEFORE = Path(".pytest_cache/v/cache/lastfailed")
 """Where pytest keeps the names of failed tests, over all processes since the file was removed."""
 SCOPES = {"quick": ("not thorough", "quick"), "all": ("", "thorough")}
@@ -124,14 +124,14 @@ def pytest_command(stage: Stage, scope: str, workers: dict[str, int], python: st
 def collected(stage: Stage) -> list[str]:
     """Return the folders or files that pytest collects for ``stage``: importing the other files takes seconds.
 
-    tests/conftest.py refuses a test whose file does not name the test's mark. Files on the emulated device are left
-    out: their import makes it the machine's device, and pytest collects a file that is named even where its conftest.py
-    says not to.
+    tests/conftest.py refuses a test whose file does not name the test's mark. Files in the folders APART are left out:
+    their import makes the emulated device the machine's, and pytest collects a file that is named even where its
+    conftest.py says not to.
     """
     if not stage.one_of:
         return list(stage.paths)
     files = [path for folder in stage.paths for path in sorted(Path(folder).rglob("test_*.py"))]
-    files = [path for path in files if not path.is_relative_to(DEVICE_TESTS)]
+    files = [path for path in files if not any(map(path.is_relative_to, APART))]
     names = [f"mark.{mark}" for mark in stage.one_of]
     return [str(path) for path in files if any(name in path.read_text(encoding="utf-8") for name in names)]
 
