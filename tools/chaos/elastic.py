@@ -93,9 +93,9 @@ class Soak:
             self._findings.stretches.append(stretches)
             replayed = self._out / f"replay-{self._findings.runs}"
             replay(replayed, self._words(replayed), stretches)
-            found = differences(folder, replayed)
-            self._findings.problems += [f"{folder.name}: {difference}" for difference in found[:10]]
-            print(f"{folder.name}: {len(found)} differences in {len(stretches)} stretches {stretches}", flush=True)
+            unequal = differences(folder, replayed)
+            self._findings.problems += [f"{folder.name}: {difference}" for difference in unequal[:10]]
+            print(f"{folder.name}: {len(unequal)} differences in {len(stretches)} stretches {stretches}", flush=True)
 
     def _words(self, folder: Path) -> list[str]:
         settings = [*SETTINGS, f"train.num_steps={self._arguments.steps}", f"output_dir={folder}"]
@@ -201,15 +201,9 @@ def replay(folder: Path, words: Sequence[str], stretches: Sequence[tuple[int, in
     """Train a run on the ranks of each stretch, without faults. Raises RuntimeError if a stretch does not end so."""
     for number, (ranks, count) in enumerate(stretches, start=1):
         is_last = number == len(stretches)
-        torchrun = [
-            str(Path(sys.executable).with_name("torchrun")),
-            "--standalone",
-            "--local-addr",
-            "127.0.0.1",
-            "--max-restarts",
-            "0",
-        ]
-        command = [*torchrun, "--nproc-per-node", str(ranks), "-m", "tools.chaos.replay"]
+        command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--local-addr", "127.0.0.1"]
+        # torchrun would start the ranks again after exit code 75
+        command += ["--max-restarts", "0", "--nproc-per-node", str(ranks), "-m", "tools.chaos.replay"]
         most = 0 if is_last else count
         log = folder.with_name(f"{folder.name}.log")
         stretch = Background(log, *command, str(most), *words, "--resume", env=environment())

@@ -17,7 +17,7 @@ def main() -> None:
     asked = 0
 
     def asked_by() -> int:
-        """Count steps: each asks once whether a signal came."""
+        """Return SIGTERM in the last step of the stretch: each step asks once whether a signal came."""
         nonlocal asked
         asked += 1
         return int(signal.SIGTERM) if asked == most else 0

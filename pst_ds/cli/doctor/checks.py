@@ -49,7 +49,7 @@ def _version(requirement: Requirement) -> Iterator[Finding]:
     """Compare a requirement with what is installed. Yield nothing for an extra that is not, or that meets it."""
     name = requirement.name
     wanted = requirement.specifier
-    # an empty extra makes markers such as extra == "test" false, and those of the platform what they are here
+    # with an empty extra, markers such as extra == "test" are false; markers of the platform keep their value
     is_extra = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
     is_python = name == "python"
     fix = f"pip install '{name}{wanted}'"

@@ -294,7 +294,7 @@ def _refilled(layers: Sequence[Layer]) -> list[str]:
 def _counted(name: str, tensor: Tensor) -> Layer:
     """Describe a tensor by its values: its zeros, and the sparsity pattern of a matrix of floats."""
     pattern = ""
-    # bits of rows are those of floats that are as wide as an integer
+    # the bits of a row are those of a float, stored as an integer of the same width
     if tensor.dim() == 2 and tensor.is_floating_point() and tensor.element_size() in INT_OF_SIZE:
         bits = row_bits(tensor)
         nonzero = int(row_counts(bits).sum())
