@@ -18,6 +18,7 @@
 #include <memory>
 
 #include "activations.hpp"
+#include "packing/pack.hpp"
 #include "pool.hpp"
 
 namespace pst {

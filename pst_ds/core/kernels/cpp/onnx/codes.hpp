@@ -11,6 +11,7 @@
 #include <memory>
 
 #include "../decoder/kernels.hpp"
+#include "../decoder/packing/pack.hpp"
 #include "weight.hpp"
 
 namespace pst {

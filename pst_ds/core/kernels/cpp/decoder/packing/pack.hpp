@@ -1,0 +1,52 @@
+// pack() chooses the layout of a matrix and packs it.
+#pragma once
+
+#include "pairs.hpp"
+#include "windows.hpp"
+#include "words.hpp"
+
+namespace pst {
+
+// Pack codes (rows, columns) with bf16 scales (rows, groups), groups of `group` columns; 0: one group. `words`: for
+// instructions that expand bits. If so many weights are kept that places save less than a quarter, all codes are
+// packed.
+inline Matrix* pack(const int8_t* codes, const uint16_t* scales, int64_t rows, int64_t columns, int bits, int64_t group,
+                    bool words) {
+    std::unique_ptr<Matrix> m(new Matrix());
+    const Codes from{codes, rows, columns};
+    m->rows = rows;
+    m->columns = columns;
+    m->bits = bits;
+    m->chunk = group ? group : std::max<int64_t>(1, std::min(columns, MOST_COLUMNS));
+    m->word = m->chunk % WORD && m->chunks() > 1 ? 32 : WORD;
+    const int64_t groups = group ? (columns + group - 1) / group : 1;
+    const int64_t largest = bits == 4 ? 8 : 127;
+    m->levels = int32_t(std::min<int64_t>(32767, 2147483647 / (largest * std::min(m->chunk, std::max<int64_t>(columns, 1)))));
+    m->height = words ? WORD_ROWS : ROWS;
+    for (int64_t block = 0; block < m->blocks(); ++block)
+        for (int64_t c = 0; c < m->chunks(); ++c)
+            for (int64_t row = block * m->height; row < (block + 1) * m->height; ++row)
+                m->scales.push_back(row < rows ? scales[row * groups + (group ? c : 0)] : 0);
+    const int64_t kept = rows * columns - std::count(codes, codes + rows * columns, int8_t(0));
+    m->has_bits = words && kept * 8 < rows * columns * 7;
+    m->layout = words ? WORDS : kept * 8 < rows * columns * 5 ? WINDOWS : PAIRS;
+    std::vector<uint8_t> data;
+    if (m->layout == WORDS) data = pack_words(*m, from);
+    if (m->layout == WINDOWS) data = pack_windows(*m, from);
+    if (m->layout == WINDOWS && int64_t(data.size() + m->moves.size()) * 4 > rows * columns * bits / 8 * 3) {
+        m->moves.clear();
+        m->steps.clear();
+        m->first_byte.clear();
+        m->first_move.clear();
+        m->layout = PAIRS;
+    }
+    if (m->layout == PAIRS) data = pack_pairs(*m, from);
+    m->data = InHugePages<uint8_t>(data, CODE_PADDING);
+    m->moves.shrink_to_fit();
+    m->scales.shrink_to_fit();
+    m->offsets.shrink_to_fit();
+    m->steps.shrink_to_fit();
+    return m.release();
+}
+
+}  // namespace pst
