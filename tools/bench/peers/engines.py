@@ -42,6 +42,9 @@ class Engine(Protocol):
         Later positions of these sequences are dropped.
         """
 
+    def spread(self, length: int) -> None:
+        """Replace the tokens of all other sequences with the first ``length`` ones of the first sequence."""
+
     def all_logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Empty the cache, append ``ids`` and return the logits of each: (len(ids), vocabulary)."""
 
@@ -73,6 +76,10 @@ class PstDs:
         for number in range(sequences):
             self._decoder.reset(position, number)
         self._decoder.step([token] * sequences)
+
+    def spread(self, length: int) -> None:
+        for number in range(1, SEQUENCES):
+            self._decoder.copy(0, number, length)
 
     def all_logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         self._decoder.reset(0)
@@ -135,6 +142,13 @@ class LlamaCpp:
             self._library.llama_memory_seq_rm(self._memory, number, position, -1)
         with self._batch([(token, position, number) for number in range(sequences)]) as batch:
             self._decode(batch)
+
+    def spread(self, length: int) -> None:
+        self.reset(length)
+        for number in range(1, SEQUENCES):
+            self._library.llama_memory_seq_rm(self._memory, number, -1, -1)
+            # llama.cpp copies only whole sequences
+            self._library.llama_memory_seq_cp(self._memory, 0, number, -1, -1)
 
     def all_logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         self.reset(0)
