@@ -17,7 +17,7 @@ the result depends only on the weights of the group, not on their order, the dev
 """
 
 from collections.abc import Callable
-from ctypes import CDLL
+from ctypes import CDLL, c_float
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -107,6 +107,7 @@ SOURCE = NativeSource(
         "pst_expand_codes": ([TENSOR, TENSOR, TENSOR, INT, TENSOR, TENSOR, *([INT] * 5)], None),
         "pst_whole_weights": ([TENSOR, INT, INT, TENSOR, TENSOR, INT], None),
         "pst_grid_losses": ([TENSOR, INT, INT, TENSOR, INT, INT, TENSOR, TENSOR, INT], None),
+        "pst_search_scales": ([TENSOR, *([INT] * 4), TENSOR, *([INT] * 2), c_float, TENSOR, INT], None),
         "pst_grid_moments": ([TENSOR, TENSOR, *([INT] * 2), TENSOR, *([INT] * 2), TENSOR, TENSOR, INT], None),
     },
     "quantisation",
@@ -153,9 +154,17 @@ def group_scales(grouped: Tensor, grid: Grid, dtype: torch.dtype = torch.float32
 
     ``grouped``: finite, fp32, 0 where pruned. ``dtype``: the dtype in which a quantised weight must be finite.
     """
+    grouped = grouped.contiguous()
+    native = native_for(grouped)
+    if native is not None and grouped.numel():
+        scales = torch.empty(len(grouped), dtype=SCALE_DTYPE)
+        divisors = torch.tensor([grid.largest, *_DIVISORS[grid.bits]], dtype=torch.float32)
+        tried = (divisors, len(divisors), _REFITS, largest_scale(grid, dtype))
+        threads = threads_for(grouped.numel())
+        native.pst_search_scales(grouped, *grouped.shape, grid.least, grid.largest, *tried, scales, threads)
+        return scales
     least, most = torch.aminmax(grouped, dim=1)
     extremes = larger_end(least, most)
-    grouped = grouped.contiguous()
     whole = whole_weights(grouped, extremes)
     return search_scales(extremes, lambda scales: group_moments(grouped, whole, scales, grid), grid, dtype)
 

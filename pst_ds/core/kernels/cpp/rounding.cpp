@@ -20,6 +20,7 @@
 #include <cstring>
 
 #include "bf16.hpp"
+#include "scale_search.hpp"
 
 namespace {
 
@@ -212,6 +213,15 @@ void pst_grid_moments(const float* weights, const int32_t* whole, int64_t groups
         by_weight[g] = double(weight_sum);
         by_code[g] = double(code_sum);
     }
+}
+
+// The bf16 scale of least squared error of every group. `divisors`: what the largest magnitude is divided by for the
+// scales that are tried; the least-squares scales of `refits` rounds follow. `limit`: the largest scale.
+void pst_search_scales(const float* weights, int64_t groups, int64_t size, int64_t least, int64_t largest,
+                       const float* divisors, int64_t count, int64_t refits, float limit, uint16_t* scales,
+                       int64_t threads) {
+    const pst::scale_search::Settings settings{least, largest, limit, divisors, count, refits};
+    pst::scale_search::scales_of_groups(weights, groups, size, settings, scales, threads);
 }
 
 }  // extern "C"
