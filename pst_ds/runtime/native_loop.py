@@ -39,7 +39,7 @@ SOURCE = NativeSource(
     {
         "pst_decoder_level": ([], c_int),
         "pst_decoder_supports": ([c_int], c_int),
-        "pst_matrix_of_codes": ([POINTER, POINTER, INT, INT, c_int, INT, c_int], POINTER),
+        "pst_matrix_of_codes": ([POINTER, POINTER, INT, INT, c_int, INT, c_int, c_int], POINTER),
         "pst_matrix_of_floats": ([POINTER, INT, INT, c_int], POINTER),
         "pst_matrix_bytes": ([POINTER], INT),
         "pst_matrix_free": ([POINTER], None),
@@ -123,7 +123,7 @@ class Matrix:
     def of_codes(cls, codes: Tensor, scales: Tensor, bits: int, group: int, level: int | None = None) -> Self:
         """Pack ``codes`` (O, I) int8, 0 where pruned, with bf16 ``scales`` (O, groups).
 
-        ``group``: columns per group, a multiple of 32; 0 for per-row scales.
+        ``group``: columns per group, a multiple of 32; 0 for per-row scales. Uses torch's number of threads.
         """
         if level is None:
             level = best_level()
@@ -140,7 +140,7 @@ class Matrix:
         codes = codes.contiguous()
         scales = scales.contiguous()
         handle = require_library().pst_matrix_of_codes(
-            codes.data_ptr(), scales.data_ptr(), rows, columns, bits, group, level
+            codes.data_ptr(), scales.data_ptr(), rows, columns, bits, group, level, torch.get_num_threads()
         )
         return cls(handle, (rows, columns), level)
 

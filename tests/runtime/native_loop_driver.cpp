@@ -32,7 +32,7 @@ struct Weight {
         for (int64_t i = 0; i < rows * columns; ++i)
             dense.push_back(codes[size_t(i)] * pst::widen(scales[size_t(i / columns * groups + (group ? i % columns / group : 0))]));
         if (between(0, 4)) {
-            matrix.reset(pst::pack(codes.data(), scales.data(), rows, columns, bits, group, pst::functions(level).words));
+            matrix.reset(pst::pack(codes.data(), scales.data(), rows, columns, bits, group, pst::functions(level).words, 1));
             return;
         }
         matrix.reset(new pst::Matrix());

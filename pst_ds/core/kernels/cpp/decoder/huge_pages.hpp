@@ -54,6 +54,9 @@ template <class T> class InHugePages {
         : bytes_(huge_page_bytes(from.size() * sizeof(T) + padding)), size_(from.size()) {
         if (size_) std::memcpy(bytes_.get(), from.data(), size_ * sizeof(T));
     }
+    // values are not initialised
+    InHugePages(size_t size, size_t padding) : bytes_(huge_page_bytes(size * sizeof(T) + padding)), size_(size) {}
+    T* writable() { return reinterpret_cast<T*>(bytes_.get()); }
     const T* data() const { return reinterpret_cast<const T*>(bytes_.get()); }
     size_t size() const { return size_; }
 

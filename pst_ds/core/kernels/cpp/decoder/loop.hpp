@@ -461,8 +461,8 @@ PST_API int pst_decoder_level() { return pst::best_level(); }
 PST_API int pst_decoder_supports(int level) { return pst::supports(level); }
 
 PST_API void* pst_matrix_of_codes(const int8_t* codes, const uint16_t* scales, int64_t rows, int64_t columns, int bits,
-                                  int64_t group, int level) try {
-    return pst::pack(codes, scales, rows, columns, bits, group, pst::functions(level).words);
+                                  int64_t group, int level, int threads) try {
+    return pst::pack(codes, scales, rows, columns, bits, group, pst::functions(level).words, threads);
 } catch (const std::bad_alloc&) {
     return nullptr;
 }

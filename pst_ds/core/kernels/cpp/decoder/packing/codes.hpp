@@ -10,6 +10,7 @@ struct Codes {
     const int8_t* codes;
     int64_t rows;
     int64_t columns;
+    int threads = 1;  // that may pack
     int at(int64_t row, int64_t column) const {
         return row < rows && column < columns ? codes[row * columns + column] : 0;
     }

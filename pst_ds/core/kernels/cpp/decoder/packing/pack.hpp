@@ -7,13 +7,30 @@
 
 namespace pst {
 
+// Count the codes that are not 0.
+inline int64_t count_kept(const Codes& from) {
+    std::atomic<int64_t> kept{0};
+    in_parallel_blocks((from.rows + ROWS - 1) / ROWS, from.threads, [&](int64_t block) {
+        const int8_t* const end = from.codes + std::min(from.rows, (block + 1) * ROWS) * from.columns;
+        int64_t count = 0;
+        for (const int8_t* at = from.codes + block * ROWS * from.columns; at < end;) {
+            const int8_t* const part_end = at + std::min<int64_t>(end - at, 255);
+            uint8_t part = 0;  // compilers add bytes in vectors of bytes
+            for (; at < part_end; ++at) part = uint8_t(part + (*at != 0));
+            count += part;
+        }
+        kept += count;
+    });
+    return kept;
+}
+
 // Pack codes (rows, columns) with bf16 scales (rows, groups), groups of `group` columns; 0: one group. `words`: for
 // instructions that expand bits. If so many weights are kept that places save less than a quarter, all codes are
-// packed.
+// packed. `threads` share the work.
 inline Matrix* pack(const int8_t* codes, const uint16_t* scales, int64_t rows, int64_t columns, int bits, int64_t group,
-                    bool words) {
+                    bool words, int threads) {
     std::unique_ptr<Matrix> m(new Matrix());
-    const Codes from{codes, rows, columns};
+    const Codes from{codes, rows, columns, threads};
     m->rows = rows;
     m->columns = columns;
     m->bits = bits;
@@ -23,15 +40,16 @@ inline Matrix* pack(const int8_t* codes, const uint16_t* scales, int64_t rows, i
     const int64_t largest = bits == 4 ? 8 : 127;
     m->levels = int32_t(std::min<int64_t>(32767, 2147483647 / (largest * std::min(m->chunk, std::max<int64_t>(columns, 1)))));
     m->height = words ? WORD_ROWS : ROWS;
+    m->scales.reserve(size_t(m->blocks() * m->chunks() * m->height));
     for (int64_t block = 0; block < m->blocks(); ++block)
         for (int64_t c = 0; c < m->chunks(); ++c)
             for (int64_t row = block * m->height; row < (block + 1) * m->height; ++row)
                 m->scales.push_back(row < rows ? scales[row * groups + (group ? c : 0)] : 0);
-    const int64_t kept = rows * columns - std::count(codes, codes + rows * columns, int8_t(0));
+    const int64_t kept = count_kept(from);
     m->has_bits = words && kept * 8 < rows * columns * 7;
     m->layout = words ? WORDS : kept * 8 < rows * columns * 5 ? WINDOWS : PAIRS;
     std::vector<uint8_t> data;
-    if (m->layout == WORDS) data = pack_words(*m, from);
+    if (m->layout == WORDS) pack_words(*m, from);
     if (m->layout == WINDOWS) data = pack_windows(*m, from);
     if (m->layout == WINDOWS && int64_t(data.size() + m->moves.size()) * 4 > rows * columns * bits / 8 * 3) {
         m->moves.clear();
@@ -41,7 +59,7 @@ inline Matrix* pack(const int8_t* codes, const uint16_t* scales, int64_t rows, i
         m->layout = PAIRS;
     }
     if (m->layout == PAIRS) data = pack_pairs(*m, from);
-    m->data = InHugePages<uint8_t>(data, CODE_PADDING);
+    if (m->layout != WORDS) m->data = InHugePages<uint8_t>(data, CODE_PADDING);
     m->moves.shrink_to_fit();
     m->scales.shrink_to_fit();
     m->offsets.shrink_to_fit();

@@ -2,51 +2,71 @@
 #pragma once
 
 #include "codes.hpp"
+#include "parallel.hpp"
 
 namespace pst {
 
-// A word is 4 columns of 16 rows. 4-bit codes: a word in the lower halves of bytes, the next in the upper.
-inline std::vector<uint8_t> pack_words(Matrix& m, const Codes& from) {
-    std::vector<uint8_t> data;
-    std::vector<uint64_t> masks;
-    for (int64_t block = 0; block < m.blocks(); ++block) {
-        m.first_byte.push_back(int64_t(data.size()));
-        for (int64_t c = 0; c < m.chunks(); ++c)
-            for (int64_t row = block * WORD_ROWS; row < (block + 1) * WORD_ROWS; ++row) {
-                uint32_t sum = 0;
-                for (int64_t column = c * m.chunk; column < m.chunk_end(c); ++column) sum += uint32_t(from.at(row, column));
-                m.offsets.push_back(int32_t(sum << 15));
-            }
-        m.list_vectors.push_back(0);
-        for (int64_t column = 0; m.has_bits && column < m.columns; column += WORD) {
-            int most = 0;
-            for (int64_t row = block * WORD_ROWS; row < (block + 1) * WORD_ROWS; ++row) {
-                int kept = 0;
-                for (int64_t i = column; i < column + WORD; ++i) kept += from.at(row, i) != 0;
-                most = std::max(most, kept);
-            }
-            m.list_vectors.back() += (most + 3) / 4;
-        }
-        std::vector<int> held[2];
-        for (int64_t column = 0; column < m.words() * m.word; column += 4) {
-            const bool is_second = m.bits == 4 && column % 8;
-            uint64_t mask = 0;
-            for (int64_t i = 0; i < 64; ++i) {
-                const int code = from.at(block * WORD_ROWS + i / 4, column + i % 4);
-                if (code) mask |= uint64_t(1) << i;
-                if (code || !m.has_bits) held[is_second].push_back(code);
-            }
-            if (m.has_bits) masks.push_back(mask);
-            if (m.bits == 4 && !is_second) continue;
-            for (auto& codes : held) codes.resize(std::max(held[0].size(), held[1].size()));
-            for (size_t i = 0; i < held[0].size(); ++i)
-                data.push_back(m.bits == 4 ? nibbles(held[0][i], held[1][i]) : uint8_t(held[0][i]));
-            for (auto& codes : held) codes.clear();
-        }
+namespace words_plain {
+#define PST_WIDE 0
+#include "word_loops.hpp"
+#undef PST_WIDE
+}  // namespace words_plain
+
+// PST_PLAIN_PACKING: a build for tests.
+#if PST_X86 && !PST_PLAIN_PACKING
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")
+namespace words_wide {
+#define PST_WIDE 1
+#include "word_loops.hpp"
+#undef PST_WIDE
+}  // namespace words_wide
+#pragma GCC pop_options
+#endif
+
+inline bool packs_words_wide() {
+#if PST_X86 && !PST_PLAIN_PACKING
+    static const bool wide = [] {
+        __builtin_cpu_init();
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt");
+    }();
+    return wide;
+#else
+    return false;
+#endif
+}
+
+// A word is 4 columns of 16 rows. 4-bit codes: a word in the lower halves of bytes, the next in the upper. Two passes,
+// so that codes are written once, to their place: the first writes masks, from which the place of each block follows.
+inline void pack_words(Matrix& m, const Codes& from) {
+    auto* masks_of = words_plain::pack_masks;
+    auto* codes_of = words_plain::pack_codes;
+#if PST_X86 && !PST_PLAIN_PACKING
+    if (packs_words_wide()) {
+        masks_of = words_wide::pack_masks;
+        codes_of = words_wide::pack_codes;
     }
-    m.first_byte.push_back(int64_t(data.size()));
-    m.masks = InHugePages<uint64_t>(masks, CODE_PADDING);
-    return data;
+#endif
+    const int64_t blocks = m.blocks();
+    const int64_t words = m.has_bits ? m.words() * m.word / 4 : 0;  // masks of a block
+    const int64_t offsets = m.chunks() * WORD_ROWS;
+    m.masks = InHugePages<uint64_t>(size_t(blocks * words), CODE_PADDING);
+    m.offsets.resize(size_t(blocks * offsets));
+    m.list_vectors.resize(size_t(blocks));
+    m.first_byte.resize(size_t(blocks + 1));
+    uint64_t* const masks = m.masks.writable();
+    in_parallel_blocks(blocks, from.threads, [&](int64_t block) {
+        m.first_byte[size_t(block + 1)] =
+            masks_of(m, from, block, masks + block * words, m.offsets.data() + block * offsets, &m.list_vectors[size_t(block)]);
+    });
+    for (int64_t block = 0; block < blocks; ++block) m.first_byte[size_t(block + 1)] += m.first_byte[size_t(block)];
+    m.data = InHugePages<uint8_t>(size_t(m.first_byte.back()), CODE_PADDING);
+    uint8_t* const data = m.data.writable();
+    in_parallel_blocks(blocks, from.threads, [&](int64_t block) {
+        codes_of(m, from, block, masks + block * words, data + m.first_byte[size_t(block)],
+                 data + m.first_byte[size_t(block + 1)]);
+    });
 }
 
 }  // namespace pst
