@@ -93,8 +93,8 @@ def as_asked(level: int) -> int:
 def best_level() -> int:
     """Return the index in :data:`LEVELS` of this processor's best instruction set, or of the environment's choice.
 
-    AMX is only used if the environment sets it: with 8 to 11 vectors it is slower than AVX-512. Raises InputError if it
-    is not supported.
+    With AMX, few vectors are multiplied by AVX-512, which is faster for them. Raises InputError if the environment's
+    choice is not supported.
     """
     return as_asked(int(require_library().pst_decoder_level()))
 

@@ -123,7 +123,8 @@ def test_vectors_of_zeros_and_of_the_smallest_numbers():
 
 
 needs_bytes = pytest.mark.skipif(
-    LEVELS[best_level()] != "avx512", reason="vectors of 8 bits are multiplied by AVX-512 with VBMI2 and VNNI alone"
+    LEVELS[best_level()] not in ("avx512", "amx"),
+    reason="vectors of 8 bits are multiplied by AVX-512 with VBMI2 and VNNI, and by AMX, alone",
 )
 
 

@@ -100,7 +100,7 @@ def test_prompts_of_8_bits(folders, ids):
     exact, coarse = (Decoder.from_pretrained(folders / "int8", threads=1, prompt_bits=bits) for bits in (16, 8))
     expected, got = (decoder.forward(ids, all_logits=True) for decoder in (exact, coarse))
     assert torch.cosine_similarity(got.double(), expected.double(), dim=-1).min() > 0.999
-    assert torch.equal(got, expected) == (LEVELS[best_level()] != "avx512")
+    assert torch.equal(got, expected) == (LEVELS[best_level()] not in ("avx512", "amx"))
     exact.reset(), coarse.reset()
     few = ids[: PROMPT_TOKENS - 1]
     assert torch.equal(coarse.forward(few), exact.forward(few))

@@ -110,14 +110,14 @@ inline bool supports(int level) {
     return false;
 }
 
-// The level that PST_DS_INSTRUCTIONS names, if it is supported; otherwise the best that has been timed, which excludes
-// AMX.
+// The level that PST_DS_INSTRUCTIONS names, if it is supported; otherwise the best. AMX multiplies only as many vectors as
+// gain by it (least_vectors), and leaves the others to AVX-512.
 inline int best_level() {
     static const int best = [] {
         const char* asked = std::getenv("PST_DS_INSTRUCTIONS");
         for (int level = 0; asked && level < LEVELS; ++level)
             if (!std::strcmp(asked, NAMES[level]) && supports(level)) return level;
-        int level = AVX512;
+        int level = LEVELS - 1;
         while (!supports(level)) --level;
         return level;
     }();
