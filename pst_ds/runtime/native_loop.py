@@ -18,8 +18,9 @@ from torch import Tensor
 from pst_ds.core.kernels import INT, POINTER, NativeSource, load
 from pst_ds.errors import InputError
 
-LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "amx")
-"""Plain C++; AVX2 with FMA; the same with AVX-VNNI; AVX-512 with VBMI2 and VNNI; the same with int8 AMX."""
+LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "amx", "neon_dotprod", "neon_i8mm")
+"""Plain C++. On x86: AVX2 with FMA; the same with AVX-VNNI; AVX-512 with VBMI2 and VNNI; the same with int8 AMX. On
+arm64: NEON with dot products of bytes; the same with matrix products of bytes."""
 VARIABLE = "PST_DS_INSTRUCTIONS"
 """Environment variable with one of :data:`LEVELS`. Libraries read it once, on first use."""
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh", "relu2", "xielu")
@@ -82,9 +83,11 @@ def as_asked(level: int) -> int:
     """Return ``level``, which a library chose. Raises InputError if the environment asks for another one."""
     asked = os.environ.get(VARIABLE)
     if asked and asked != LEVELS[level]:
+        of_arm = LEVELS[level].startswith("neon")
+        available = [name for name in LEVELS[: level + 1] if name == "portable" or name.startswith("neon") == of_arm]
         raise InputError(
             f"the environment sets {VARIABLE} = {asked!r}, which this processor, its system or the compiler of our "
-            f"native code does not have. Unset it for {LEVELS[level]!r}, or set one of {', '.join(LEVELS[: level + 1])}"
+            f"native code does not have. Unset it for {LEVELS[level]!r}, or set one of {', '.join(available)}"
         )
     return level
 

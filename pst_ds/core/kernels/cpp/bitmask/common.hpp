@@ -28,6 +28,16 @@
 #include <cpuid.h>
 #include <immintrin.h>
 #endif
+#if defined(__aarch64__) && defined(__GNUC__) && !defined(__ARM_BIG_ENDIAN)
+#include <arm_neon.h>
+// GCC compiles a region for instructions that the rest may not use; clang only has those of its command line.
+#if (!defined(__clang__) && __GNUC__ >= 10) || defined(__ARM_FEATURE_DOTPROD)
+#define PST_COMPILES_DOTPROD 1
+#endif
+#if PST_COMPILES_DOTPROD && (!defined(__clang__) || defined(__ARM_FEATURE_MATMUL_INT8))
+#define PST_COMPILES_I8MM 1
+#endif
+#endif
 #define PST_COMPILES_AVX_VNNI (PST_X86 && __GNUC__ >= 11)  // clang reports version 4
 // PST_PRETENDED_TILES: a build for tests, with arrays in place of the AMX registers, see decoder/tiles.hpp.
 #if PST_X86 && defined(__linux__) && (__GNUC__ >= 11 || PST_PRETENDED_TILES)

@@ -76,15 +76,49 @@ namespace pst::decoder_avx512 {
 #pragma GCC pop_options
 #endif
 
+#if PST_COMPILES_DOTPROD
+#include "arm.hpp"
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod")
+namespace pst::decoder_neon_dotprod {
+constexpr bool WORDS_FIRST = false;
+#include "../lanes/portable.hpp"
+#include "neon.hpp"
+#include "attention.hpp"
+#include "update.hpp"
+#include "glue.hpp"
+}  // namespace pst::decoder_neon_dotprod
+#pragma GCC pop_options
+#endif
+
+#if PST_COMPILES_I8MM
+#define PST_I8MM
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod+i8mm")
+namespace pst::decoder_neon_i8mm {
+constexpr bool WORDS_FIRST = false;
+#include "../lanes/portable.hpp"
+#include "neon.hpp"
+#include "attention.hpp"
+#include "update.hpp"
+#include "glue.hpp"
+}  // namespace pst::decoder_neon_i8mm
+#pragma GCC pop_options
+#undef PST_I8MM
+#endif
+
 namespace pst {
 
+// The best of a kind of processor comes last.
 constexpr int PORTABLE = 0;
 constexpr int AVX2 = 1;
 constexpr int AVX_VNNI = 2;
 constexpr int AVX512 = 3;
 constexpr int AMX = 4;
-constexpr int LEVELS = 5;
-constexpr const char* NAMES[LEVELS] = {"portable", "avx2", "avx_vnni", "avx512", "amx"};
+constexpr int NEON_DOTPROD = 5;
+constexpr int NEON_I8MM = 6;
+constexpr int LEVELS = 7;
+constexpr const char* NAMES[LEVELS] = {"portable", "avx2", "avx_vnni", "avx512", "amx", "neon_dotprod", "neon_i8mm"};
 
 inline bool supports(int level) {
     if (level == PORTABLE) return true;
@@ -106,6 +140,12 @@ inline bool supports(int level) {
         return holds;
     }
 #endif
+#endif
+#if PST_COMPILES_DOTPROD
+    if (level == NEON_DOTPROD) return has_dotprod();
+#endif
+#if PST_COMPILES_I8MM
+    if (level == NEON_I8MM) return has_dotprod() && has_i8mm();
 #endif
     return false;
 }
@@ -142,6 +182,12 @@ inline const Functions& functions(int level) {
 #if PST_COMPILES_TILES
         case AMX: return made<decoder_avx512::tile_table>();
 #endif
+#endif
+#if PST_COMPILES_DOTPROD
+        case NEON_DOTPROD: return made<decoder_neon_dotprod::table>();
+#endif
+#if PST_COMPILES_I8MM
+        case NEON_I8MM: return made<decoder_neon_i8mm::table>();
 #endif
         default: return made<decoder_portable::table>();
     }
