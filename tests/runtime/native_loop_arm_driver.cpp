@@ -37,7 +37,7 @@ bool product_differs(int level) {
     if (extreme)
         for (float& value : x) value = value < 0 && between(0, 1) ? -1.0f : 1.0f;
     if (between(0, 9) == 0) x[size_t(between(0, tokens * columns - 1))] = INFINITY;
-    const std::unique_ptr<pst::Matrix> matrix(pst::pack(codes.data(), scales.data(), rows, columns, bits, group, false));
+    const std::unique_ptr<pst::Matrix> matrix(pst::pack(codes.data(), scales.data(), rows, columns, bits, group, false, 1));
     std::vector<float> expected(static_cast<size_t>(tokens * rows), -1.0f), y = expected;
     pst_matrix_multiply(matrix.get(), x.data(), tokens, expected.data(), 1, pst::PORTABLE, 0);
     pst_matrix_multiply(matrix.get(), x.data(), tokens, y.data(), int(between(1, 3)), level, 0);

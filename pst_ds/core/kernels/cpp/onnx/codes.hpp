@@ -41,7 +41,7 @@ class CodeProduct {
         if (at != parts.count) return false;
         const int bits = parts.kind == Parts::CODES8 ? 8 : 4;
         matrix_.reset(pack(codes.data(), parts.scales, parts.rows, parts.cols, bits, parts.groups == 1 ? 0 : parts.group_size(),
-                           kernels().words));
+                           kernels().words, 1));
         return true;
     }
     explicit operator bool() const { return bool(matrix_); }
