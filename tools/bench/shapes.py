@@ -141,7 +141,7 @@ class Memory:
     def _copy(self, at: int, size: int) -> None:
         ctypes.memmove(self._starts[1] + at, self._starts[0] + at, size)
 
-    def _passes_per_second(self, threads: int, work: Callable[[int, int], None]) -> float:
+    def _passes_per_second(self, threads: int, work: Callable[..., None]) -> float:
         # ctypes releases the interpreter's lock
         part = self._size // threads
         with ThreadPoolExecutor(threads) as pool:
