@@ -16,13 +16,14 @@
 //
 // Sums
 //   whole = high 2^14 + low, where both fit 16 bits. Products with codes are added in pairs in 32 bits, for at most
-//   WEIGHTS_PER_SUM weights, then in 64 bits. All sums are exact.
+//   WEIGHTS_PER_SUM weights, then in doubles, whose integers are exact below 2^53. All sums are exact.
 //
 // Needs -ffp-contract=off: products and sums are rounded separately, as in torch.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "bf16.hpp"
@@ -59,28 +60,41 @@ inline float stored_scale(float scale, float limit) {
 
 inline float larger_end(float least, float most) { return most >= -least ? most : least; }
 
-// The unit of weights as integers: a power of two, about 2^-28 of the largest magnitude of a group.
+// The unit of weights as integers: a power of two, about 2^-28 of the largest magnitude of a group, which is not 0.
 inline double unit_of(float extreme) {
-    int exponent;
-    std::frexp(double(extreme), &exponent);
-    return std::ldexp(1.0, exponent - WEIGHT_BITS);
+    const double wide = extreme;  // normal, even if the weight is denormal in fp32
+    uint64_t bits;
+    std::memcpy(&bits, &wide, 8);
+    bits = ((bits >> 52 & 0x7ff) - (WEIGHT_BITS - 1)) << 52;  // an extreme of 1/2 to 1 has the exponent 0
+    double unit;
+    std::memcpy(&unit, &bits, 8);
+    return unit;
 }
 
-// The best scale so far of each of LANES groups.
+// The best scale so far of each of LANES groups. All numbers are doubles, so that the compiler vectorises the loops.
 template <int LANES> struct Best {
     double unit[LANES];
-    float scale[LANES];
+    double per_unit[LANES];  // 1 / unit
+    double scale[LANES];
     double error[LANES];  // without the sum of squared weights
     double by_weight[LANES];
     double by_code[LANES];
 
+    void start(int lane, double its_unit) {
+        unit[lane] = its_unit;
+        per_unit[lane] = 1.0 / its_unit;
+        scale[lane] = UNUSED_SCALE;
+        error[lane] = INFINITY;
+        by_weight[lane] = by_code[lane] = 0.0;
+    }
+
     // Keep those of `scales` whose errors are smaller. Sums are in `unit`.
-    void judge(const float* scales, const double* weight_sums, const double* code_sums, bool is_first) {
+    void judge(const float* scales, const double* weight_sums, const double* code_sums) {
         for (int l = 0; l < LANES; ++l) {
-            const double in_units = double(scales[l]) / unit[l];
+            const double in_units = double(scales[l]) * per_unit[l];
             const double new_error = in_units * (in_units * code_sums[l] - 2.0 * weight_sums[l]);
-            const bool wins = is_first || new_error < error[l];  // of equal errors, the scale that was tried first
-            scale[l] = wins ? scales[l] : scale[l];
+            const bool wins = new_error < error[l];  // of equal errors, the scale that was tried first
+            scale[l] = wins ? double(scales[l]) : scale[l];
             error[l] = wins ? new_error : error[l];
             by_weight[l] = wins ? weight_sums[l] : by_weight[l];
             by_code[l] = wins ? code_sums[l] : by_code[l];
@@ -91,9 +105,10 @@ template <int LANES> struct Best {
     void fit(float limit, float* fitted) const {
         for (int l = 0; l < LANES; ++l) {
             const double divisor = by_code[l] < 1.0 ? 1.0 : by_code[l];
-            const float exact = float(by_weight[l] / divisor * unit[l]);
-            fitted[l] = stored_scale(by_code[l] > 0.0 ? exact : scale[l], limit);
+            const double exact = by_weight[l] / divisor * unit[l];
+            fitted[l] = float(by_code[l] > 0.0 ? exact : scale[l]);
         }
+        for (int l = 0; l < LANES; ++l) fitted[l] = stored_scale(fitted[l], limit);
     }
 };
 
@@ -113,13 +128,12 @@ inline float scale_of_group(const float* weights, int64_t size, const Settings& 
     const float extreme = larger_end(least, most);
     if (extreme == 0.0f) return UNUSED_SCALE;
     Best<1> best;
-    best.unit[0] = unit_of(extreme);
-    const double factor = 1.0 / best.unit[0];
-    for (int64_t i = 0; i < size; ++i) whole[i] = int32_t(std::rint(double(weights[i]) * factor));
+    best.start(0, unit_of(extreme));
+    for (int64_t i = 0; i < size; ++i) whole[i] = int32_t(std::rint(double(weights[i]) * best.per_unit[0]));
     const float lowest = float(s.least);
     const float highest = float(s.largest);
 
-    auto judge = [&](float scale, bool is_first) {
+    auto judge = [&](float scale) {
         int64_t weight_sum = 0;
         int64_t code_sum = 0;
         for (int64_t i = 0; i < size; ++i) {
@@ -131,16 +145,16 @@ inline float scale_of_group(const float* weights, int64_t size, const Settings& 
         }
         const double by_weight = double(weight_sum);
         const double by_code = double(code_sum);
-        best.judge(&scale, &by_weight, &by_code, is_first);
+        best.judge(&scale, &by_weight, &by_code);
     };
     const float numerator = numerator_of(extreme, s);
-    for (int64_t i = 0; i < s.count; ++i) judge(stored_scale(numerator / s.divisors[i], s.limit), i == 0);
+    for (int64_t i = 0; i < s.count; ++i) judge(stored_scale(numerator / s.divisors[i], s.limit));
     for (int64_t i = 0; i < s.refits; ++i) {
         float fitted;
         best.fit(s.limit, &fitted);
-        judge(fitted, false);
+        judge(fitted);
     }
-    return best.scale[0];
+    return float(best.scale[0]);
 }
 
 #if PST_SEARCH_LANES
@@ -235,8 +249,8 @@ inline void transpose(const float* groups, int64_t count, int64_t size, Floats* 
 }
 
 template <int COUNT>
-void add_moments(const Block& block, const Settings& s, const Floats* scales, int64_t (*by_weight)[LANES],
-                 int64_t (*by_code)[LANES]) {
+void add_moments(const Block& block, const Settings& s, const Floats* scales, double (*by_weight)[LANES],
+                 double (*by_code)[LANES]) {
     const int32_t least = int32_t(s.least) & 0xffff;
     const Ints lowest = Ints{} + (least | int32_t(uint32_t(least) << 16));
     const Ints highest = Ints{} + int32_t(s.largest | s.largest << 16);
@@ -267,31 +281,24 @@ void add_moments(const Block& block, const Settings& s, const Floats* scales, in
             }
         }
         for (int c = 0; c < COUNT; ++c) {
-            for (int l = 0; l < LANES; ++l) {
-                by_weight[c][l] += int64_t(high[c][l]) * (1 << LOW_BITS) + low[c][l];
-                by_code[c][l] += squares[c][l];
-            }
+            int32_t sums[3][LANES];
+            std::memcpy(sums[0], &high[c], sizeof high[c]);
+            std::memcpy(sums[1], &low[c], sizeof low[c]);
+            std::memcpy(sums[2], &squares[c], sizeof squares[c]);
+            for (int l = 0; l < LANES; ++l) by_weight[c][l] += double(sums[0][l]) * (1 << LOW_BITS) + double(sums[1][l]);
+            for (int l = 0; l < LANES; ++l) by_code[c][l] += double(sums[2][l]);
         }
     }
 }
 
-// Judge up to BATCH candidates in one pass.
-template <int COUNT>
-void judge(const Block& block, const Settings& s, const float (*scales)[LANES], Best<LANES>& best, bool is_first) {
-    int64_t by_weight[COUNT][LANES] = {};
-    int64_t by_code[COUNT][LANES] = {};
+// Judge COUNT candidates in one pass.
+template <int COUNT> void judge(const Block& block, const Settings& s, const float (*scales)[LANES], Best<LANES>& best) {
+    double by_weight[COUNT][LANES] = {};
+    double by_code[COUNT][LANES] = {};
     Floats vectors[COUNT];
     std::memcpy(vectors, scales, sizeof vectors);
     add_moments<COUNT>(block, s, vectors, by_weight, by_code);
-    for (int c = 0; c < COUNT; ++c) {
-        double weight_sums[LANES];
-        double code_sums[LANES];
-        for (int l = 0; l < LANES; ++l) {
-            weight_sums[l] = double(by_weight[c][l]);
-            code_sums[l] = double(by_code[c][l]);
-        }
-        best.judge(scales[c], weight_sums, code_sums, is_first && c == 0);
-    }
+    for (int c = 0; c < COUNT; ++c) best.judge(scales[c], by_weight[c], by_code[c]);
 }
 
 // Scales of `count` groups, at most LANES.
@@ -316,8 +323,8 @@ inline void scales_of_block(const float* groups, int64_t count, int64_t size, co
         are_plain = are_plain && plain[l];
         const float used = plain[l] && extreme[l] != 0.0f ? extreme[l] : 1.0f;
         numerator[l] = numerator_of(used, s);
-        best.unit[l] = unit_of(used);
-        factors[l] = float(1.0 / best.unit[l]);
+        best.start(l, unit_of(used));
+        factors[l] = float(best.per_unit[l]);
     }
     if (!are_plain)
         for (int64_t i = 0; i < size; ++i)
@@ -335,17 +342,17 @@ inline void scales_of_block(const float* groups, int64_t count, int64_t size, co
         float tried[BATCH][LANES];
         for (int64_t c = 0; c < in_batch; ++c)
             for (int l = 0; l < LANES; ++l) tried[c][l] = stored_scale(numerator[l] / s.divisors[first + c], s.limit);
-        if (in_batch == BATCH) judge<BATCH>(block, s, tried, best, first == 0);
+        if (in_batch == BATCH) judge<BATCH>(block, s, tried, best);
         else
-            for (int64_t c = 0; c < in_batch; ++c) judge<1>(block, s, tried + c, best, first + c == 0);
+            for (int64_t c = 0; c < in_batch; ++c) judge<1>(block, s, tried + c, best);
     }
     for (int64_t i = 0; i < s.refits; ++i) {
         float fitted[1][LANES];
         best.fit(s.limit, fitted[0]);
-        judge<1>(block, s, fitted, best, false);
+        judge<1>(block, s, fitted, best);
     }
     for (int64_t l = 0; l < count; ++l) {
-        float scale = extreme[l] != 0.0f ? best.scale[l] : UNUSED_SCALE;
+        float scale = extreme[l] != 0.0f ? float(best.scale[l]) : UNUSED_SCALE;
         if (!plain[l]) scale = scale_of_group(groups + l * size, size, s, whole);
         narrow(scale, scales + l);
     }
