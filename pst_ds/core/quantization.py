@@ -106,6 +106,8 @@ SOURCE = NativeSource(
         "pst_round_to_grid": ([TENSOR, *([INT] * 4), TENSOR, TENSOR, *([INT] * 3)], None),
         "pst_expand_codes": ([TENSOR, TENSOR, TENSOR, INT, TENSOR, TENSOR, *([INT] * 5)], None),
         "pst_whole_weights": ([TENSOR, INT, INT, TENSOR, TENSOR, INT], None),
+        "pst_kept_weights": ([TENSOR, *([INT] * 4), TENSOR, TENSOR, INT], INT),
+        "pst_group_codes": ([TENSOR, *([INT] * 2), TENSOR, *([INT] * 2), TENSOR, INT], None),
         "pst_grid_losses": ([TENSOR, INT, INT, TENSOR, INT, INT, TENSOR, TENSOR, INT], None),
         "pst_search_scales": ([TENSOR, *([INT] * 4), TENSOR, *([INT] * 2), c_float, TENSOR, INT], None),
         "pst_grid_moments": ([TENSOR, TENSOR, *([INT] * 2), TENSOR, *([INT] * 2), TENSOR, TENSOR, INT], None),
@@ -361,16 +363,43 @@ def quantize(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | N
     step = _rows_at_a_time(columns, weight.device)
     for first in range(0, rows, step):
         band = slice(first, min(first + step, rows))
-        part = weight[band].detach().float()
+        kept_band = None
         if keep is not None:
-            part = torch.where(keep[band], part, 0.0)
-        grouped = part.reshape(-1, columns // groups)  # (rows * groups, weights per group)
-        if not bool(torch.isfinite(grouped).all()):
+            kept_band = keep[band]
+        kept, is_finite = _kept_weights(weight[band].detach(), kept_band)
+        if not is_finite:
             raise ValueError(f"a weight of rows {band.start} to {band.stop - 1} is not finite in fp32")
+        grouped = kept.reshape(-1, columns // groups)  # (rows * groups, weights per group)
         if scales is None:
             used_scales[band] = group_scales(grouped, grid, weight.dtype).view(-1, groups)
-        codes[band] = nearest_codes(grouped, used_scales[band].reshape(-1, 1), grid).view(-1, columns)
+        _write_codes(grouped, used_scales[band], grid, codes[band])
     return codes, used_scales
+
+
+def _kept_weights(weight: Tensor, keep: Tensor | None) -> tuple[Tensor, bool]:
+    """Return a matrix as fp32, with 0 where ``keep`` is false, and whether that is finite."""
+    native = native_for(weight)
+    if native is None or weight.dtype not in NATIVE_DTYPES or weight.stride(1) != 1:
+        kept = weight.float()
+        if keep is not None:
+            kept = torch.where(keep, kept, 0.0)
+        return kept, bool(torch.isfinite(kept).all())
+    if keep is not None:
+        keep = keep.to("cpu", torch.bool).contiguous()
+    kept = torch.empty(weight.shape, dtype=torch.float32)
+    source = (weight, NATIVE_DTYPES[weight.dtype], weight.stride(0), *weight.shape)
+    return kept, bool(native.pst_kept_weights(*source, keep, kept, threads_for(weight.numel())))
+
+
+def _write_codes(grouped: Tensor, scales: Tensor, grid: Grid, codes: Tensor) -> None:
+    """Write the codes of groups, fp32 rows, to ``codes``, contiguous int8, in the same order. ``scales``: bf16."""
+    native = native_for(grouped, codes)
+    if native is None:
+        codes.copy_(nearest_codes(grouped, scales.reshape(-1, 1), grid).view(codes.shape))
+        return
+    grouped = grouped.contiguous()
+    threads = threads_for(grouped.numel())
+    native.pst_group_codes(grouped, *grouped.shape, scales.contiguous(), grid.least, grid.largest, codes, threads)
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

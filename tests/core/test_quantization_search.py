@@ -1,10 +1,10 @@
-"""The native search for scales, against the same search in torch: bit-identical for any finite weights."""
+"""Native quantisation, above all the search for scales, against torch: bit-identical for any finite weights."""
 
 import pytest
 import torch
 
 from pst_ds.core import quantization
-from pst_ds.core.quantization import Grid, group_scales
+from pst_ds.core.quantization import Grid, group_scales, quantize
 
 GRIDS = [Grid(bits, group) for bits in (8, 4) for group in (None, 32, 64, 128)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -94,3 +94,23 @@ def test_all_weights_of_a_large_group_are_of_the_largest_magnitude():
         grouped = torch.full((16, 1 << 14), 1.0 - 2.0**-24)
         grouped[1::2] *= -1
         require_same(grouped, grid)
+
+
+@each_grid
+@each_dtype
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_codes_of_a_matrix(grid, dtype, transposed, masked):
+    weight = (random_groups(128, 256, 7) * 0.02).to(dtype)
+    keep = None
+    if masked:
+        keep = random_groups(128, 256, 8) > 0.3
+        weight = weight.masked_fill(~keep, torch.nan)  # pruned weights may be anything
+    if transposed:
+        weight, keep = weight.t(), keep if keep is None else keep.t()
+    codes, scales = quantize(weight, keep, grid)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantization, "native_for", lambda *_: None)
+        expected = quantize(weight, keep, grid)
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(scales, expected[1])

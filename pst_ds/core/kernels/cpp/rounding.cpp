@@ -83,6 +83,27 @@ void round_rows(T* weight, int64_t stride, int64_t rows, int64_t cols, const Gro
     for (int64_t row = 0; row < rows; ++row) round_row(weight + row * stride, row, cols, g);
 }
 
+// Copy a row, with 0 where `keep` is 0, and return whether what is copied is finite.
+template <class T, bool HAS_MASK> bool keep_row(const T* weight, int64_t cols, const uint8_t* __restrict keep,
+                                                float* __restrict out) {
+    uint32_t largest = 0;  // magnitude, as bits, which have the order of the numbers
+    for (int64_t i = 0; i < cols; ++i) {
+        const float wide = widen(weight[i]);
+        uint32_t bits;
+        std::memcpy(&bits, &wide, 4);
+        if (HAS_MASK) bits &= 0u - uint32_t(keep[i]);  // 0 or 1: without a branch, which a random mask would mispredict
+        std::memcpy(out + i, &bits, 4);
+        const uint32_t magnitude = bits & 0x7fffffffu;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest < 0x7f800000u;
+}
+
+template <class T> bool keep_row(const T* weight, int64_t cols, const uint8_t* keep, float* out) {
+    if (keep) return keep_row<T, true>(weight, cols, keep, out);
+    return keep_row<T, false>(weight, cols, nullptr, out);
+}
+
 // Weights of `count` codes from code `first` on, which share a scale.
 template <class T> void expand_run(const uint8_t* codes, int64_t bits, int64_t first, int64_t count, float scale, T* out) {
     if (bits == 8) {
@@ -163,6 +184,34 @@ void pst_whole_weights(const float* weights, int64_t groups, int64_t size, const
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t g = 0; g < groups; ++g)
         for (int64_t i = g * size; i < (g + 1) * size; ++i) whole[i] = int32_t(std::rint(double(weights[i]) * factors[g]));
+}
+
+// Copy a rectangle (rows, cols) as fp32, contiguous, with 0 where `keep` is 0, and return whether all copied weights are
+// finite. `keep`: (rows, cols), a byte per weight that is 0 or 1, or null to keep all.
+int64_t pst_kept_weights(const void* weight, int64_t is_bf16, int64_t stride, int64_t rows, int64_t cols,
+                         const uint8_t* keep, float* out, int64_t threads) {
+    int64_t infinite = 0;  // rows with such a weight
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : infinite) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row) {
+        const uint8_t* kept = keep ? keep + row * cols : nullptr;
+        float* to = out + row * cols;
+        bool is_finite;
+        if (is_bf16) is_finite = keep_row(static_cast<const uint16_t*>(weight) + row * stride, cols, kept, to);
+        else is_finite = keep_row(static_cast<const float*>(weight) + row * stride, cols, kept, to);
+        infinite += !is_finite;
+    }
+    return infinite == 0;
+}
+
+// The code of every weight for the bf16 scale of its group.
+void pst_group_codes(const float* weights, int64_t groups, int64_t size, const uint16_t* scales, int64_t least,
+                     int64_t largest, int8_t* codes, int64_t threads) {
+    const Range range{float(least), float(largest)};
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t g = 0; g < groups; ++g) {
+        const float scale = widen(scales[g]);
+        for (int64_t i = g * size; i < (g + 1) * size; ++i) codes[i] = int8_t(code_of(weights[i], scale, range));
+    }
 }
 
 // For every group the sums of (w - code * scale)^2 and of w^2, in no particular order.
