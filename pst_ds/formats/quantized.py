@@ -24,7 +24,7 @@ from pst_ds.core.quantization import (
     unpack_nibbles,
 )
 from pst_ds.formats.parts import FormatError, PackedFormat, Part
-from pst_ds.formats.rows import as_bools, bytes_of_row, gather, row_counts, scatter
+from pst_ds.formats.rows import as_bools, bytes_of_row, gather, row_counts, scatter, scatter_nibbles
 from pst_ds.formats.sparse import BitmaskFormat, TwoFourFormat, filled_groups
 
 
@@ -149,6 +149,9 @@ class QuantizedFormat(PackedFormat):
         columns = int(parts["shape"].flatten()[1])
         bits = parts["bitmask"].detach().cpu().contiguous()
         if self.grid.bits == 4 and columns:
+            unpacked = scatter_nibbles(codes, bits, rows=bits.shape[0], columns=columns)
+            if unpacked is not None:
+                return unpacked
             codes = unpack_nibbles(codes, 2 * codes.shape[-1])
             if self.pads_rows:
                 codes = without_padding(codes, row_counts(bits))
@@ -181,9 +184,10 @@ class QuantizedFormat(PackedFormat):
         flat = codes.flatten()
         if self.grid.bits == 8:
             # quantisation is symmetric: codes go as far down as up
-            bad = flat == -128
-            if bad.any():
-                place = int(bad.to(torch.uint8).argmax())
+            # numpy compares vectors of bytes, where torch's comparison first writes a byte per code
+            lowest = flat.numpy().min(initial=0) if flat.is_cpu else int(flat.amin())
+            if lowest == -128:
+                place = int((flat == -128).to(torch.uint8).argmax())
                 raise FormatError(f"{name}: codes has -128 in byte {place}; int8 codes go from -127 to 127")
             return
         odd_rows = (counts & 1).nonzero().flatten()
@@ -224,7 +228,11 @@ class QuantizedDense(QuantizedFormat):
         codes = parts["codes"].detach().cpu().contiguous()
         if self.grid.bits == 8:
             return codes
-        return unpack_nibbles(codes, int(parts["shape"].flatten()[1])).contiguous()
+        columns = int(parts["shape"].flatten()[1])
+        unpacked = scatter_nibbles(codes, None, rows=codes.shape[0], columns=columns)
+        if unpacked is not None:
+            return unpacked
+        return unpack_nibbles(codes, columns).contiguous()
 
     def _shape_of_codes(self, shape: tuple[int, int], nonzero: int) -> tuple[int, ...]:
         return shape

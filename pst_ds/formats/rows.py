@@ -21,6 +21,7 @@ SOURCE = NativeSource(
         "pst_row_counts": ([POINTER, INT, INT, POINTER], None),
         "pst_gather": ([POINTER, POINTER, INT, INT, INT, POINTER, INT], None),
         "pst_scatter": ([POINTER, POINTER, INT, INT, INT, POINTER, INT], None),
+        "pst_scatter_nibbles": ([POINTER, POINTER, INT, INT, POINTER, POINTER], None),
         "pst_columns": ([POINTER, INT, INT, INT, POINTER, INT], None),
     },
     "packed formats",
@@ -118,6 +119,21 @@ def scatter(values: Tensor, bits: Tensor, columns: int) -> Tensor:
         size = as_int.element_size()
         native.pst_scatter(as_int.data_ptr(), bits.data_ptr(), size, rows, columns, dense.data_ptr(), count)
     return dense.view(values.dtype)
+
+
+def scatter_nibbles(packed: Tensor, bits: Tensor | None, rows: int, columns: int) -> Tensor | None:
+    """Return the (O, I) int8 codes of ``packed`` 4-bit codes, 0 where no bit is set; None without native code.
+
+    Every row of ``packed`` starts with a new byte. ``bits``: of the kept positions; None if all are kept.
+    """
+    native = library()
+    if native is None or not rows * columns:
+        return None
+    codes = torch.empty(rows, columns, dtype=torch.int8)
+    row_codes = torch.empty(columns + 1, dtype=torch.int8)
+    bits_pointer = 0 if bits is None else bits.data_ptr()
+    native.pst_scatter_nibbles(packed.data_ptr(), bits_pointer, rows, columns, row_codes.data_ptr(), codes.data_ptr())
+    return codes
 
 
 def columns_of(bits: Tensor, columns: int, count: int, dtype: torch.dtype) -> Tensor:

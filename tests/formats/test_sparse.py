@@ -19,6 +19,7 @@ from pst_ds.core.bits import INT_OF_SIZE, pack_mask
 from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.kernels import load
 from pst_ds.core.layout import WeightLayout
+from pst_ds.core.quantization import pack_nibbles
 from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.formats import FORMATS, FormatError, mask_row_bits, row_bits, rows
 from tests.pairs import every_pair
@@ -359,6 +360,16 @@ def move_between_guards(native, size, height, width, density):
     dense = Guarded(np.full_like(weight, -1))
     native.pst_scatter(values.address, bits.address, size, height, width, dense.address, count)
     assert np.array_equal(dense.array(), np.where(keep, weight, 0).flatten())
+    codes = np.where(keep, generator.integers(-7, 8, (height, width)), 0).astype(np.int8)
+    for kept in (keep, np.ones_like(keep)):
+        packed = [
+            pack_nibbles(torch.from_numpy(row[kept_of_row])) for row, kept_of_row in zip(codes, kept, strict=True)
+        ]
+        halves = Guarded(torch.cat(packed).numpy())
+        row_codes, out = Guarded(np.zeros(width + 1, np.int8)), Guarded(np.full_like(codes, 1))
+        pointer = bits.address if kept is keep else 0
+        native.pst_scatter_nibbles(halves.address, pointer, height, width, row_codes.address, out.address)
+        assert np.array_equal(out.array(), codes.flatten())
     found = Guarded(np.zeros_like(np.packbits(keep, axis=1)))
     native.pst_row_bits(dense.address, size, height, width, found.address)
     assert np.array_equal(found.array(), bits.array())

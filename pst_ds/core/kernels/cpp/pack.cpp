@@ -80,6 +80,13 @@ void pst_scatter(const void* values, const uint8_t* bits, int64_t size, int64_t 
     PST_BEST(scatter(values, bits, size, rows, columns, out, total));
 }
 
+// As pst_scatter, to int8, from signed 4-bit codes, two per byte, the first in its lower half; every row starts with a new
+// byte. bits: null if all weights are kept. row_codes: working memory of columns + 1 bytes.
+void pst_scatter_nibbles(const uint8_t* packed, const uint8_t* bits, int64_t rows, int64_t columns, uint8_t* row_codes,
+                         uint8_t* out) {
+    PST_BEST(scatter_nibbles(packed, bits, rows, columns, row_codes, out));
+}
+
 // Write the column of each set bit. size: bytes of a column number in `out`.
 void pst_columns(const uint8_t* bits, int64_t rows, int64_t columns, int64_t size, void* out, int64_t total) {
     PST_BEST(columns_of(bits, rows, columns, size, out, total));

@@ -125,6 +125,46 @@ void scatter(const T* values, const uint8_t* bits, int64_t rows, int64_t columns
     }
 }
 
+// Bits of each row, eight bytes per step.
+inline void row_counts(const uint8_t* bits, int64_t rows, int64_t row_bytes, int64_t* counts) {
+    for (int64_t row = 0; row < rows; ++row, bits += row_bytes) {
+        int64_t count = 0;
+        int64_t at = 0;
+        for (; at + 8 <= row_bytes; at += 8) {
+            uint64_t word;
+            std::memcpy(&word, bits + at, 8);
+            count += __builtin_popcountll(word);
+        }
+        for (; at < row_bytes; ++at) count += __builtin_popcount(bits[at]);
+        counts[row] = count;
+    }
+}
+
+// Write the `count` signed 4-bit codes of a row as bytes; `to` has room for count + 1 of them.
+inline void unpack_nibbles(const uint8_t* from, int64_t count, uint8_t* to) {
+    for (int64_t i = 0; i < (count + 1) / 2; ++i) {
+        to[2 * i] = uint8_t(int8_t(uint8_t(from[i] << 4)) >> 4);
+        to[2 * i + 1] = uint8_t(int8_t(from[i]) >> 4);
+    }
+}
+
+// `row_codes` has room for columns + 1 bytes.
+inline void scatter_nibbles(const uint8_t* packed, const uint8_t* bits, int64_t rows, int64_t columns, uint8_t* row_codes,
+                            uint8_t* out) {
+    for (int64_t row = 0; row < rows; ++row, out += columns) {
+        int64_t count = columns;
+        if (bits) row_counts(bits, 1, bytes_of_row(columns), &count);
+        unpack_nibbles(packed, count, row_codes);
+        packed += (count + 1) / 2;
+        if (bits) {
+            scatter<uint8_t>(row_codes, bits, 1, columns, out, count);
+            bits += bytes_of_row(columns);
+        } else {
+            std::memcpy(out, row_codes, size_t(columns));
+        }
+    }
+}
+
 template <class C> void columns_of(const uint8_t* bits, int64_t rows, int64_t columns, C* out, int64_t total) {
     const C* end = out + total;
     (void)end;  // read in wide loops only
@@ -145,21 +185,6 @@ template <class C> void columns_of(const uint8_t* bits, int64_t rows, int64_t co
         }
 #endif
         each_set(bits, col, columns, [&](int64_t at) { *out++ = C(at); });
-    }
-}
-
-// Bits of each row, eight bytes per step.
-inline void row_counts(const uint8_t* bits, int64_t rows, int64_t row_bytes, int64_t* counts) {
-    for (int64_t row = 0; row < rows; ++row, bits += row_bytes) {
-        int64_t count = 0;
-        int64_t at = 0;
-        for (; at + 8 <= row_bytes; at += 8) {
-            uint64_t word;
-            std::memcpy(&word, bits + at, 8);
-            count += __builtin_popcountll(word);
-        }
-        for (; at < row_bytes; ++at) count += __builtin_popcount(bits[at]);
-        counts[row] = count;
     }
 }
 
