@@ -82,6 +82,29 @@ def test_every_instruction_set_gives_the_same_bits(bits, group, sparsity):
         assert torch.equal(first, other)
 
 
+@every_pair
+@pytest.mark.parametrize(("bits", "group"), BITS_AND_GROUPS)
+@pytest.mark.parametrize("kept", [2, 4, 8])
+@pytest.mark.parametrize("shape", [(13, 100), (24, 576), (9, 4500)])
+def test_patterns_of_16_columns(bits, group, kept, shape):
+    """At most `kept` weights of every 16 columns of a row: the product, and its bits with any instructions and vectors."""
+    rows, columns = shape
+    codes, scales = _codes(rows, columns, bits, group, 0.02)
+    of_16 = torch.rand(rows, -(-columns // 16), 16, generator=torch.Generator().manual_seed(4))
+    ranks = of_16.argsort(-1).argsort(-1).view(rows, -1)[:, :columns]
+    codes[ranks >= kept] = 0
+    x = torch.randn(7, columns, generator=torch.Generator().manual_seed(5))
+    weight = codes.double() * scales.double().repeat_interleave(group or columns, 1)[:, :columns]
+    expected = _rounded(x, group or 2048, 127 if bits == 8 else 7) @ weight.T
+    matrices = [Matrix.of_codes(codes, scales, bits, group, level) for level in AVAILABLE]
+    first = matrices[0].multiply(x)
+    torch.testing.assert_close(first.double(), expected, rtol=1e-5, atol=1e-6)
+    for matrix in matrices:
+        assert torch.equal(first, matrix.multiply(x))
+        for count in (1, 2, 3):
+            assert torch.equal(first[:count], matrix.multiply(x[:count])), count
+
+
 @given(st.integers(1, 40), st.integers(1, 400), st.floats(0, 1), st.integers(0, 1000))
 def test_any_pattern_of_zeros(rows, columns, sparsity, seed):
     codes, scales = _codes(rows, columns, 8, 0, sparsity, seed)
@@ -181,6 +204,13 @@ def test_zeros_make_a_matrix_smaller():
     assert sizes[0] < 8.2
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[2] < 4.2
+
+
+@pytest.mark.parametrize(("bits", "kept", "most"), [(8, 8, 6.1), (8, 4, 3.1), (4, 4, 2.1)])
+def test_patterns_of_16_columns_make_a_matrix_smaller(bits, kept, most):
+    codes, scales = _codes(64, 2048, bits, 0, 0.0)
+    codes.view(64, -1, 16)[:, :, kept:] = 0
+    assert Matrix.of_codes(codes, scales, bits, 0, 0).nbytes * 8 / codes.numel() < most
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 // Products with codes for AVX2 and AVX-VNNI: a byte shuffle looks up places in a window, for the low and high bytes of
 // q.
 //
-// Layout: WINDOWS and PAIRS of matrix.hpp, blocks of 8 rows. A step of WINDOWS takes two windows of 16 columns: 16 bytes of
-// places, then 32 codes, two per row and window. The shuffle fetches bytes of q within halves of a register, one window
-// in each; low and high bytes are interleaved to int16, and madd (or vpdpwssd) adds the two products of a row to its
-// int32 sum. PAIRS multiplies all columns, two per int32.
+// Layout: WINDOWS, PLACES and PAIRS of matrix.hpp, blocks of 8 rows. A step of WINDOWS takes two windows of 16 columns:
+// 16 bytes of places, then 32 codes, two per row and window. The shuffle fetches bytes of q within halves of a register,
+// one window in each; low and high bytes are interleaved to int16, and madd (or vpdpwssd) adds the two products of a row
+// to its int32 sum. A step of PLACES takes 4 codes per row from one window, which both halves hold: 16 bytes of places,
+// then 32 codes. PAIRS multiplies all columns, two per int32.
 //
 // Sums of a chunk are exact integers, so any order gives the same bits; floats are added chunk by chunk (Sums::add),
 // one product and one sum each. Loads are unaligned and may pass a vector's end by PADDING bytes.
@@ -176,8 +177,55 @@ template <int BITS, int TOKENS> inline void pair_rows(const ProductJob& job, int
     sums.store(job, block, token);
 }
 
+// STEPS of 4 codes per row and window.
+template <int BITS, int STEPS, int TOKENS> inline void place_rows(const ProductJob& job, int64_t block, int64_t token) {
+    constexpr int CHAINS = TOKENS == 4 ? 2 : 2 * STEPS;  // independent sums
+    const Matrix& m = job.m;
+    const uint8_t* data = m.data.data() + m.first_byte[size_t(block)];
+    const __m256i halves = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);
+    const __m256i nibble = _mm256_set1_epi8(15);
+    Sums<TOKENS> sums(job, block, token);
+    for (int64_t c = 0; c < m.chunks(); ++c) {
+        __m256i chain[TOKENS][CHAINS];
+        for (auto& of_token : chain)
+            for (__m256i& sum : of_token) sum = _mm256_setzero_si256();
+        const uint8_t* low = job.q.low_of(token);
+        const uint8_t* high = job.q.high_of(token);
+        const int64_t end = m.chunk_end(c);
+        for (int64_t first = c * m.chunk; first < end; first += WINDOW) {
+#pragma GCC unroll 2
+            for (int step = 0; step < STEPS; ++step, data += 16 + 4 * BITS) {
+                const __m256i places = _mm256_and_si256(_mm256_srlv_epi32(twice(data), halves), nibble);
+                __m256i codes;
+                __m256i others;
+                if (TOKENS == 1) fetch_ahead(data);
+                codes_at<BITS>(data + 16, codes, others);
+#pragma GCC unroll 8
+                for (int t = 0; t < TOKENS; ++t) {
+                    const __m256i l = _mm256_shuffle_epi8(twice(low + t * job.q.stride + first), places);
+                    const __m256i h = _mm256_shuffle_epi8(twice(high + t * job.q.stride + first), places);
+                    __m256i* to = chain[t] + 2 * step % CHAINS;
+                    to[0] = add_products(to[0], codes, _mm256_unpacklo_epi8(l, h));
+                    to[1] = add_products(to[1], others, _mm256_unpackhi_epi8(l, h));
+                }
+            }
+        }
+        __m256i chunk[TOKENS];
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) {
+            chunk[t] = chain[t][0];
+            for (int i = 1; i < CHAINS; ++i) chunk[t] = _mm256_add_epi32(chunk[t], chain[t][i]);
+        }
+        sums.add(chunk);
+    }
+    sums.store(job, block, token);
+}
+
 template <int BITS, int TOKENS> inline void rows_of(const ProductJob& job, int64_t block, int64_t token) {
-    if (job.m.layout == WINDOWS) return window_rows<BITS, TOKENS>(job, block, token);
+    const Matrix& m = job.m;
+    if (m.layout == WINDOWS) return window_rows<BITS, TOKENS>(job, block, token);
+    if (m.layout == PLACES && m.slots == 8) return place_rows<BITS, 2, TOKENS>(job, block, token);
+    if (m.layout == PLACES) return place_rows<BITS, 1, TOKENS>(job, block, token);
     pair_rows<BITS, TOKENS>(job, block, token);
 }
 

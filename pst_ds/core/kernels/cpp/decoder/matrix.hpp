@@ -36,6 +36,7 @@ enum Layout {
     FLOATS,  // unchanged in memory: rows of fp32 or bf16
     PAIRS,  // all codes; 2 columns of 8 rows are adjacent
     WINDOWS,  // kept codes; 2 per row from each of two windows of 16 columns, for 8 rows, followed by their places
+    PLACES,  // kept codes; 4 or 8 per row from every 16 columns, for 8 rows; 4 per row follow their places
     WORDS,  // kept codes of 4 columns of 16 rows, [row][column], and a word of their bits; or all codes without bits
 };
 
@@ -56,6 +57,7 @@ struct Matrix {
     std::vector<uint8_t> moves;          // WINDOWS: columns from one window to the next
     std::vector<int64_t> first_move;     // of every block in moves, and the end
     std::vector<uint16_t> steps;         // WINDOWS: [block][chunk], pairs of windows in a chunk
+    int64_t slots = 0;                   // PLACES: codes per row of 16 columns, 4 or 8
     InHugePages<uint64_t> masks;         // WORDS: [block][4 columns]
     std::vector<int32_t> list_vectors;   // WORDS: per block, 64 kept codes each if every 64 columns of a row are padded alike
     std::vector<int32_t> offsets;        // WORDS: [block][chunk][row], 2^15 times the sum of a row's codes, modulo 2^32

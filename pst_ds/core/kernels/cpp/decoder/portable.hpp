@@ -1,4 +1,4 @@
-// Products with codes in plain C++, for PAIRS and WINDOWS.
+// Products with codes in plain C++, for all layouts except WORDS.
 //
 // Reads the layouts of matrix.hpp byte by byte, and is the shortest description of them. Sums of a chunk are int32 and
 // exact; the chunks of a row are added in fp32 in increasing order, by the same operations as with other instructions.
@@ -25,6 +25,15 @@ inline void code_rows(const ProductJob& job, int64_t block, int64_t token) {
                     }
                 }
             }
+        } else if (m.layout == PLACES) {
+            for (int64_t first = c * m.chunk; first < m.chunk_end(c); first += WINDOW)
+                for (int64_t slot = 0; slot < m.slots; slot += 4, data += 16 + 4 * m.bits)
+                    for (int i = 0; i < 32; ++i) {  // code i % 2 of row i / 2 % 8, and two codes later
+                        const uint8_t place = data[i / 16 * 8 + i % 8];
+                        const uint8_t byte = data[16 + (m.bits == 8 ? i : i % 16)];
+                        add(i / 2 % 8, first + (i % 16 >= 8 ? place >> 4 : place & 15),
+                            m.bits == 8 ? int8_t(byte) : nibble(byte, i >= 16));
+                    }
         } else if (m.bits == 4) {
             for (int64_t column = c * m.chunk; column < m.chunk_end(c); column += 8, data += 32)
                 for (int i = 0; i < 64; ++i) {  // word i / 4, nibble i % 4

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "pairs.hpp"
+#include "places.hpp"
 #include "windows.hpp"
 #include "words.hpp"
 
@@ -22,6 +23,17 @@ inline int64_t count_kept(const Codes& from) {
         kept += count;
     });
     return kept;
+}
+
+// The layout for instructions that shuffle bytes, of a matrix that keeps `kept` codes. Patterns such as 2:4, 4:8 and
+// 8:16 fill the slots of PLACES; others would leave many of them empty. At most 8 slots for 8 bits and 4 for 4 bits,
+// because with more, codes and places are as many bits as all codes, or more.
+inline Layout layout_of_bytes(Matrix& m, const Codes& from, int64_t kept) {
+    const int64_t all = m.rows * m.columns;
+    if (kept * 8 >= all * 5) return PAIRS;
+    m.slots = slots_of(m, from);
+    const bool fills_slots = kept * WINDOW * 4 >= all * m.slots * 3;
+    return fills_slots && m.slots <= m.bits ? PLACES : WINDOWS;
 }
 
 // Pack codes (rows, columns) with bf16 scales (rows, groups), groups of `group` columns; 0: one group. `words`: for
@@ -47,9 +59,10 @@ inline Matrix* pack(const int8_t* codes, const uint16_t* scales, int64_t rows, i
                 m->scales.push_back(row < rows ? scales[row * groups + (group ? c : 0)] : 0);
     const int64_t kept = count_kept(from);
     m->has_bits = words && kept * 8 < rows * columns * 7;
-    m->layout = words ? WORDS : kept * 8 < rows * columns * 5 ? WINDOWS : PAIRS;
+    m->layout = words ? WORDS : layout_of_bytes(*m, from, kept);
     std::vector<uint8_t> data;
     if (m->layout == WORDS) pack_words(*m, from);
+    if (m->layout == PLACES) data = pack_places(*m, from);
     if (m->layout == WINDOWS) data = pack_windows(*m, from);
     if (m->layout == WINDOWS && int64_t(data.size() + m->moves.size()) * 4 > rows * columns * bits / 8 * 3) {
         m->moves.clear();
