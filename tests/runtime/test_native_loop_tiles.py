@@ -21,7 +21,7 @@ from tests.runtime.test_native_loop import _codes, supported_levels
 
 AVX512, AMX = LEVELS.index("avx512"), LEVELS.index("amx")
 TOKENS = [8, 15, 16, 17, 32, 33, 50]
-SHAPES = [(1, 1), (13, 100), (56, 576), (41, 2530), (33, 4200)]
+SHAPES = [(1, 1), (13, 100), (56, 576), (41, 2530), (33, 4200), (135, 200)]
 
 
 @pytest.fixture(scope="module")

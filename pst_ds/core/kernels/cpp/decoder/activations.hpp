@@ -63,9 +63,16 @@ struct Activations {
     const float* scales_of(int64_t token) const { return scales.data() + token * chunks; }
 };
 
-// Bytes of 16 expanded rows; and the bytes that a thread needs for a product.
+// Bytes of 16 expanded rows; vectors that are copied for tiles at a time, at most; and the bytes that a thread needs for a
+// product.
 inline int64_t panel_bytes(int64_t columns) { return 16 * (round_up(columns, WORD) + WORD) + PADDING; }
-inline int64_t room_for(int64_t columns) { return 2 * panel_bytes(columns) + columns; }
+inline int64_t vectors_copied(int64_t columns) {
+    constexpr int64_t BYTES = 1 << 20;  // half of an L2 cache
+    return std::clamp<int64_t>(BYTES / (2 * round_up(columns, WORD) + 1), 64, 256) / 32 * 32;
+}
+inline int64_t room_for(int64_t columns) {
+    return 2 * panel_bytes(columns) + round_up(columns, WORD) + vectors_copied(columns) * 2 * round_up(columns, WORD) + WORD;
+}
 
 // Write products with rows of the blocks from `first` to `last` to y (tokens, y_width). `room`: room_for(m) bytes of
 // this thread.

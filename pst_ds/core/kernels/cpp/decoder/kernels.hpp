@@ -151,7 +151,7 @@ inline bool supports(int level) {
 }
 
 // The level that PST_DS_INSTRUCTIONS names, if it is supported; otherwise the best. AMX multiplies only as many vectors as
-// gain by it (least_vectors), and leaves the others to AVX-512.
+// gain by it (LEAST_VECTORS), and leaves the others to AVX-512.
 inline int best_level() {
     static const int best = [] {
         const char* asked = std::getenv("PST_DS_INSTRUCTIONS");
