@@ -414,9 +414,12 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
     step = _rows_at_a_time(columns, codes.device)
     for first in range(0, rows, step):
         band = slice(first, first + step)
-        codes_by_group = codes[band].float().unflatten(1, (scales.shape[1], -1))  # (rows, groups, weights per group)
-        grouped = codes_by_group * scales[band].float().unsqueeze(2)
-        dense[band] = grouped.add_(0.0).flatten(1)  # turns -0 into +0
+        # in place for fp32, which is several times as fast as temporary arrays
+        exact = dense[band] if dtype == torch.float32 else torch.empty(codes[band].shape, device=codes.device)
+        grouped = exact.copy_(codes[band]).unflatten(1, (scales.shape[1], -1))  # (rows, groups, weights per group)
+        grouped.mul_(scales[band].float().unsqueeze(2)).add_(0.0)  # the sum turns -0 into +0
+        if dtype != torch.float32:
+            dense[band] = exact
     return dense
 
 
