@@ -82,7 +82,7 @@ namespace pst::decoder_avx512 {
 #pragma GCC target("arch=armv8.2-a+dotprod")
 namespace pst::decoder_neon_dotprod {
 constexpr bool WORDS_FIRST = false;
-#include "../lanes/portable.hpp"
+#include "../lanes/neon.hpp"
 #include "neon.hpp"
 #include "attention.hpp"
 #include "update.hpp"
@@ -97,7 +97,7 @@ constexpr bool WORDS_FIRST = false;
 #pragma GCC target("arch=armv8.2-a+dotprod+i8mm")
 namespace pst::decoder_neon_i8mm {
 constexpr bool WORDS_FIRST = false;
-#include "../lanes/portable.hpp"
+#include "../lanes/neon.hpp"
 #include "neon.hpp"
 #include "attention.hpp"
 #include "update.hpp"

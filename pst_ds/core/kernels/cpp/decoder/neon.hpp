@@ -4,7 +4,8 @@
 // Layout: PAIRS and WINDOWS of matrix.hpp, blocks of 8 rows. A dot product adds four products of bytes to each int32 of a
 // vector, so codes are put in the order [row][4 columns], and the two bytes of q are multiplied apart: the high one is
 // signed, the low one is not. dotprod has no products of signed and unsigned bytes: the low byte is made signed by
-// subtracting 128, and 128 times the sum of the codes is added. 4 bits of PAIRS are unsigned, and need neither.
+// subtracting 128, and 128 times the sum of the codes is added. 4 bits of PAIRS are unsigned, and need neither. i8mm has
+// such products, and multiplies PAIRS with two vectors at once.
 //
 // Sums of a chunk are exact modulo 2^32, so any order gives the same bits; floats are added chunk by chunk (Sums::add),
 // one product and one sum each. A step may pass a vector's end, where q is 0, and the end of a block's codes.
@@ -180,6 +181,83 @@ inline void add_columns(EightRows& low_sum, EightRows& high_sum, const int8x16_t
     }
 }
 
+#ifdef PST_I8MM
+// A matrix product of bytes multiplies eight columns of two vectors and two rows, to [vector][row]; rows are put together
+// afterwards. `low` and `high` are bytes of the first vector's columns.
+template <int BITS, int TOKENS>
+inline void add_matrices(const uint8_t* data, const uint8_t* low, const uint8_t* high, int64_t stride, int64_t count,
+                         EightRows (&low_sum)[TOKENS], EightRows (&high_sum)[TOKENS]) {
+    int32x4_t low_of[TOKENS / 2][4];
+    int32x4_t high_of[TOKENS / 2][4];
+    for (int pair = 0; pair < TOKENS / 2; ++pair)
+        for (int rows = 0; rows < 4; ++rows) low_of[pair][rows] = high_of[pair][rows] = vdupq_n_s32(0);
+    for (int64_t i = 0; i < count; i += 16, data += 16 * BITS) {
+        int8x16_t codes[4][2];
+        columns_at<BITS>(data, codes);
+        int8x16_t matrices[2][4];  // of 8 columns and two rows each
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; ++part) {
+            const int32x4_t first = vreinterpretq_s32_s8(codes[part / 2 * 2][part % 2]);
+            const int32x4_t second = vreinterpretq_s32_s8(codes[part / 2 * 2 + 1][part % 2]);
+            matrices[part / 2][part % 2 * 2] = vreinterpretq_s8_s32(vzip1q_s32(first, second));
+            matrices[part / 2][part % 2 * 2 + 1] = vreinterpretq_s8_s32(vzip2q_s32(first, second));
+        }
+#pragma GCC unroll 2
+        for (int pair = 0; pair < TOKENS / 2; ++pair) {
+            const int64_t at = 2 * pair * stride + i;
+            const uint64x2_t low_first = vreinterpretq_u64_u8(q_in_order<BITS>(low + at));
+            const uint64x2_t low_second = vreinterpretq_u64_u8(q_in_order<BITS>(low + at + stride));
+            const uint64x2_t high_first = vreinterpretq_u64_u8(q_in_order<BITS>(high + at));
+            const uint64x2_t high_second = vreinterpretq_u64_u8(q_in_order<BITS>(high + at + stride));
+            const uint64x2_t lows[2] = {vzip1q_u64(low_first, low_second), vzip2q_u64(low_first, low_second)};
+            const uint64x2_t highs[2] = {vzip1q_u64(high_first, high_second), vzip2q_u64(high_first, high_second)};
+#pragma GCC unroll 8
+            for (int part = 0; part < 8; ++part) {
+                int32x4_t& of_low = low_of[pair][part % 4];
+                int32x4_t& of_high = high_of[pair][part % 4];
+                of_low = vusmmlaq_s32(of_low, vreinterpretq_u8_u64(lows[part / 4]), matrices[part / 4][part % 4]);
+                of_high = vmmlaq_s32(of_high, vreinterpretq_s8_u64(highs[part / 4]), matrices[part / 4][part % 4]);
+            }
+        }
+    }
+    const auto split = [](int32x4_t a, int32x4_t b, int32x4_t& first, int32x4_t& second) {
+        first = vreinterpretq_s32_s64(vzip1q_s64(vreinterpretq_s64_s32(a), vreinterpretq_s64_s32(b)));
+        second = vreinterpretq_s32_s64(vzip2q_s64(vreinterpretq_s64_s32(a), vreinterpretq_s64_s32(b)));
+    };
+    for (int t = 0; t < TOKENS; t += 2)
+        for (int h = 0; h < 2; ++h) {
+            split(low_of[t / 2][2 * h], low_of[t / 2][2 * h + 1], low_sum[t].half[h], low_sum[t + 1].half[h]);
+            split(high_of[t / 2][2 * h], high_of[t / 2][2 * h + 1], high_sum[t].half[h], high_sum[t + 1].half[h]);
+        }
+}
+#endif
+
+// The products of `count` columns, byte by byte of q; and of signed codes their sums if low bytes are made signed.
+template <int BITS, int TOKENS>
+inline void add_dots(const uint8_t* data, const uint8_t* low, const uint8_t* high, int64_t stride, int64_t count,
+                     EightRows (&low_sum)[TOKENS], EightRows (&high_sum)[TOKENS], EightRows& code_sum) {
+    for (int64_t i = 0; i < count; i += 16, data += 16 * BITS) {
+        if (TOKENS == 1) fetch_ahead(data);
+        int8x16_t codes[4][2];
+        columns_at<BITS>(data, codes);
+#ifdef PST_I8MM
+        (void)code_sum;
+#else
+        for (int j = 0; BITS == 8 && j < 8; ++j)
+            code_sum.half[j % 2] = vdotq_s32(code_sum.half[j % 2], codes[j / 2][j % 2], vdupq_n_s8(1));
+#endif
+#pragma GCC unroll 4
+        for (int t = 0; t < TOKENS; ++t) {
+            const uint8x16_t l = q_in_order<BITS>(low + t * stride + i);
+            const uint8x16_t g = q_in_order<BITS>(high + t * stride + i);
+            add_columns<BITS, 0>(low_sum[t], high_sum[t], codes[0], l, g);
+            add_columns<BITS, 1>(low_sum[t], high_sum[t], codes[1], l, g);
+            add_columns<BITS, 2>(low_sum[t], high_sum[t], codes[2], l, g);
+            add_columns<BITS, 3>(low_sum[t], high_sum[t], codes[3], l, g);
+        }
+    }
+}
+
 template <int BITS, int TOKENS> inline void pair_rows(const ProductJob& job, int64_t block, int64_t token) {
     const Matrix& m = job.m;
     const uint8_t* data = m.data.data() + m.first_byte[size_t(block)];
@@ -188,26 +266,15 @@ template <int BITS, int TOKENS> inline void pair_rows(const ProductJob& job, int
         EightRows low_sum[TOKENS];
         EightRows high_sum[TOKENS];
         EightRows code_sum;
-        const uint8_t* low = job.q.low_of(token);
-        const uint8_t* high = job.q.high_of(token);
-        for (int64_t i = c * m.chunk; i < m.chunk_end(c); i += 16, data += 16 * BITS) {
-            if (TOKENS == 1) fetch_ahead(data);
-            int8x16_t codes[4][2];
-            columns_at<BITS>(data, codes);
-#ifndef PST_I8MM
-            for (int j = 0; BITS == 8 && j < 8; ++j)
-                code_sum.half[j % 2] = vdotq_s32(code_sum.half[j % 2], codes[j / 2][j % 2], vdupq_n_s8(1));
+        const uint8_t* low = job.q.low_of(token) + c * m.chunk;
+        const uint8_t* high = job.q.high_of(token) + c * m.chunk;
+        const int64_t count = m.chunk_end(c) - c * m.chunk;
+#ifdef PST_I8MM
+        if constexpr (TOKENS > 1) add_matrices<BITS, TOKENS>(data, low, high, job.q.stride, count, low_sum, high_sum);
+        else
 #endif
-#pragma GCC unroll 4
-            for (int t = 0; t < TOKENS; ++t) {
-                const uint8x16_t l = q_in_order<BITS>(low + t * job.q.stride + i);
-                const uint8x16_t g = q_in_order<BITS>(high + t * job.q.stride + i);
-                add_columns<BITS, 0>(low_sum[t], high_sum[t], codes[0], l, g);
-                add_columns<BITS, 1>(low_sum[t], high_sum[t], codes[1], l, g);
-                add_columns<BITS, 2>(low_sum[t], high_sum[t], codes[2], l, g);
-                add_columns<BITS, 3>(low_sum[t], high_sum[t], codes[3], l, g);
-            }
-        }
+            add_dots<BITS, TOKENS>(data, low, high, job.q.stride, count, low_sum, high_sum, code_sum);
+        data += round_up(count, 16) * BITS;
         EightRows chunk[TOKENS];
         for (int t = 0; t < TOKENS; ++t) {
             chunk[t] = of_bytes(low_sum[t], high_sum[t], code_sum);
