@@ -87,7 +87,7 @@ def test_every_instruction_set_gives_the_same_bits(bits, group, sparsity):
 @pytest.mark.parametrize("kept", [2, 4, 8])
 @pytest.mark.parametrize("shape", [(13, 100), (24, 576), (9, 4500)])
 def test_patterns_of_16_columns(bits, group, kept, shape):
-    """At most `kept` weights of every 16 columns of a row: the product, and its bits with any instructions and vectors."""
+    """At most `kept` weights of every 16 columns of a row: the product, with the same bits for all instructions."""
     rows, columns = shape
     codes, scales = _codes(rows, columns, bits, group, 0.02)
     of_16 = torch.rand(rows, -(-columns // 16), 16, generator=torch.Generator().manual_seed(4))
