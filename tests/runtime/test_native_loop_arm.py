@@ -11,7 +11,7 @@ import pytest
 from pst_ds.runtime.native_loop import LEVELS, SOURCE, VARIABLE
 
 DRIVER = Path(__file__).with_name("native_loop_arm_driver.cpp")
-COMPILER, EMULATOR = map(shutil.which, ("aarch64-linux-gnu-g++", "qemu-aarch64"))
+COMPILER, EMULATOR = (shutil.which(name) or "" for name in ("aarch64-linux-gnu-g++", "qemu-aarch64"))
 pytestmark = [
     pytest.mark.thorough,
     pytest.mark.skipif(not COMPILER or not EMULATOR, reason="needs g++-aarch64-linux-gnu and qemu-user"),
@@ -32,7 +32,7 @@ def compared(driver, processor, cases, asked=""):
     command = [EMULATOR, "-cpu", processor, driver, str(cases), "1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     *sets, summary = done.stdout.splitlines()
-    best, wrong = re.fullmatch(r"(\w+) is the best, (\d+) wrong", summary).groups()
+    ((best, wrong),) = re.findall(r"^(\w+) is the best, (\d+) wrong$", summary)
     return [line.split()[0] for line in sets], best, int(wrong)
 
 
