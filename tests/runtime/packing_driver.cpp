@@ -125,11 +125,40 @@ struct Expected {
         }
     }
 
+    // A step has the places of 4 codes of 8 rows, rows 4 to 7 in upper halves, and then the codes.
+    void pack_places(int64_t block) {
+        for (int64_t first = 0; first < m.columns; first += 16)
+            for (int64_t slot = 0; slot < m.slots; slot += 4) {
+                int places[8][4] = {};
+                int values[8][4] = {};
+                for (int64_t row = 0; row < 8; ++row) {
+                    int64_t kept = 0;
+                    for (int place = 0; place < 16; ++place) {
+                        const int code = at(block * 8 + row, first + place);
+                        if (!code) continue;
+                        if (kept >= slot && kept < slot + 4) {
+                            places[row][kept - slot] = place;
+                            values[row][kept - slot] = code;
+                        }
+                        ++kept;
+                    }
+                }
+                for (int pair = 0; pair < 4; pair += 2)
+                    for (int row = 0; row < 4; ++row)
+                        for (int i = pair; i < pair + 2; ++i) data.push_back(two(places[row][i], places[row + 4][i]));
+                for (int pair = 0; pair < (m.bits == 4 ? 2 : 4); pair += 2)
+                    for (int row = 0; row < 8; ++row)
+                        for (int i = pair; i < pair + 2; ++i)
+                            data.push_back(m.bits == 4 ? two(values[row][i], values[row][i + 2]) : uint8_t(values[row][i]));
+            }
+    }
+
     Expected(const pst::Matrix& matrix, const std::vector<int8_t>& from) : m(matrix), codes(from) {
         for (int64_t block = 0; block < m.blocks(); ++block) {
             first_byte.push_back(int64_t(data.size()));
             if (m.layout == pst::WORDS) pack_words(block);
             if (m.layout == pst::PAIRS) pack_pairs(block);
+            if (m.layout == pst::PLACES) pack_places(block);
             if (m.layout == pst::WINDOWS) pack_windows(block);
         }
         first_byte.push_back(int64_t(data.size()));
@@ -146,13 +175,20 @@ bool is_wrong() {
     const int64_t rows = between(1, 150), columns = between(1, between(0, 3) ? 300 : 4500), kept = between(0, 120);
     const int bits = between(0, 1) ? 8 : 4, largest = bits == 8 ? 127 : 7;
     const int64_t group = 32 * (between(0, 1) ? between(0, 4) : 0), groups = group ? (columns + group - 1) / group : 1;
+    // codes at random places, or only in the first columns of every 16; none at all is a pattern too
+    const bool has_pattern = between(0, 2) == 0;
+    const int64_t columns_kept = between(0, 9);
     std::vector<int8_t> codes;
-    for (int64_t i = 0; i < rows * columns; ++i)
-        codes.push_back(int8_t(between(1, 100) <= kept ? between(-largest, largest) : 0));
+    for (int64_t i = 0; i < rows * columns; ++i) {
+        const bool is_kept = has_pattern ? i % columns % 16 < columns_kept : between(1, 100) <= kept;
+        codes.push_back(int8_t(is_kept ? between(-largest, largest) : 0));
+    }
     std::vector<uint16_t> scales;
     for (int64_t i = 0; i < rows * groups; ++i) scales.push_back(uint16_t(between(0x3c00, 0x3d00)));
     const std::unique_ptr<pst::Matrix> matrix(
         pst::pack(codes.data(), scales.data(), rows, columns, bits, group, between(0, 1), int(between(1, 3))));
+    // kernels take whole steps of 4 codes
+    if (matrix->layout == pst::PLACES && matrix->slots != 4 && matrix->slots != 8) return true;
     return !Expected(*matrix, codes).is_packed();
 }
 

@@ -27,13 +27,12 @@ inline int64_t count_kept(const Codes& from) {
 
 // The layout for instructions that shuffle bytes, of a matrix that keeps `kept` codes. Patterns such as 2:4, 4:8 and
 // 8:16 fill the slots of PLACES; others would leave many of them empty. At most 8 slots for 8 bits and 4 for 4 bits,
-// because with more, codes and places are as many bits as all codes, or more.
+// because with more, codes and places are as many bits as all codes, or more. A matrix of zeros has no slots, and its
+// WINDOWS take no bytes.
 inline Layout layout_of_bytes(Matrix& m, const Codes& from, int64_t kept) {
     const int64_t all = m.rows * m.columns;
     if (kept * 8 >= all * 5) return PAIRS;
-#if !PST_X86
-    return WINDOWS;  // the kernels of arm64 do not read PLACES
-#endif
+    if (!READS_PLACES || !kept) return WINDOWS;
     m.slots = slots_of(m, from);
     const bool fills_slots = kept * WINDOW * 4 >= all * m.slots * 3;
     return fills_slots && m.slots <= m.bits ? PLACES : WINDOWS;

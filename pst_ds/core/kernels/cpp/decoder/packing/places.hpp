@@ -5,6 +5,13 @@
 
 namespace pst {
 
+// Whether all kernels of this kind of processor read PLACES: those of NEON do not.
+#if PST_X86
+constexpr bool READS_PLACES = true;
+#else
+constexpr bool READS_PLACES = false;
+#endif
+
 // The most codes that a row keeps of any WINDOW columns, rounded up to whole steps of 4.
 inline int64_t slots_of(const Matrix& m, const Codes& from) {
     int64_t most = 0;
