@@ -414,11 +414,14 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
     step = _rows_at_a_time(columns, codes.device)
     for first in range(0, rows, step):
         band = slice(first, first + step)
-        # in place for fp32, which is several times as fast as temporary arrays
-        exact = dense[band] if dtype == torch.float32 else torch.empty(codes[band].shape, device=codes.device)
+        # fp32 is computed in place, which saves a temporary array; other dtypes are rounded from fp32
+        is_exact = dtype == torch.float32
+        exact = dense[band]
+        if not is_exact:
+            exact = torch.empty(codes[band].shape, device=codes.device)
         grouped = exact.copy_(codes[band]).unflatten(1, (scales.shape[1], -1))  # (rows, groups, weights per group)
         grouped.mul_(scales[band].float().unsqueeze(2)).add_(0.0)  # the sum turns -0 into +0
-        if dtype != torch.float32:
+        if not is_exact:
             dense[band] = exact
     return dense
 

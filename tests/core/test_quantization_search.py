@@ -21,9 +21,9 @@ def in_torch(grouped: torch.Tensor, grid: Grid, dtype: torch.dtype) -> torch.Ten
 
 
 def require_same(grouped: torch.Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> None:
-    found = group_scales(grouped, grid, dtype)
+    scales = group_scales(grouped, grid, dtype)
     expected = in_torch(grouped, grid, dtype)
-    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+    assert torch.equal(scales.view(torch.int16), expected.view(torch.int16))
 
 
 def random_groups(count: int, size: int, seed: int = 0) -> torch.Tensor:
@@ -69,7 +69,7 @@ def test_sparse_constant_and_empty_groups(grid, dtype):
 
 @each_grid
 def test_weights_halfway_between_two_codes(grid):
-    """Exact ties of bf16 weights, whose codes must be even, and their neighbours in fp32, which are no ties."""
+    """Weights halfway between two codes, of which the even one is right, and the next fp32 numbers on both sides."""
     generator = torch.Generator().manual_seed(5)
     codes = torch.randint(-2 * grid.largest, 2 * grid.largest + 1, (3000, 64), generator=generator)
     scales = (torch.rand(3000, 1, generator=generator) + 0.5).bfloat16().float()

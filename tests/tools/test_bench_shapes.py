@@ -35,10 +35,10 @@ def test_its_object_has_a_row_per_task_and_the_share_of_the_bandwidth(monkeypatc
     shapes.main()
     printed = capsys.readouterr()
     assert "only pst-ds is measured: llama.cpp needs" in printed.err
-    found = json.loads(printed.out.splitlines()[-1])
-    assert {"hardware", "instructions", "prompt_tokens"} <= set(found["conditions"])
-    assert found["memory"][0]["copy_gb_per_second"] > 0
-    rows = {row["task"]: row for row in found["rows"]}
+    report = json.loads(printed.out.splitlines()[-1])
+    assert {"hardware", "instructions", "prompt_tokens"} <= set(report["conditions"])
+    assert report["memory"][0]["copy_gb_per_second"] > 0
+    rows = {row["task"]: row for row in report["rows"]}
     assert list(rows) == ["prompt", "decode", "decode8"]
     assert {(row["contestant"], row["layers"]) for row in rows.values()} == {("pst-ds 50 % int4", 2)}
     assert "gb_per_second" not in rows["prompt"]

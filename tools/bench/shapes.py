@@ -57,8 +57,8 @@ def main() -> None:
             shape, layers=arguments.layers or shape.layers, vocabulary=arguments.vocabulary or shape.vocabulary
         )
         with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="shapes-") as folder:
-            found, bandwidths = measure(shape, kinds, Path(folder), arguments)
-        rows += [{"model": name, "layers": shape.layers, **row} for row in found]
+            speeds, bandwidths = measure(shape, kinds, Path(folder), arguments)
+        rows += [{"model": name, "layers": shape.layers, **row} for row in speeds]
         memory += [{"model": name, **row} for row in bandwidths]
     stated = conditions(
         instructions=LEVELS[best_level()],
@@ -186,27 +186,26 @@ def measure(
             for (name, task), rate in medians.items():
                 if name == MEMORY:
                     continue
-                held, weight_bytes = bytes_of[name]
-                row = {
-                    "contestant": name,
-                    "threads": threads,
-                    "task": task,
-                    "tokens_per_second": rate,
-                    "megabytes": held / 1e6,
-                }
+                row = _row(shape, task, rate, bytes_of[name], arguments)
                 if task in SEQUENCES:
-                    sequences = SEQUENCES[task]
-                    # keys and values of the mean position
-                    cached = sequences * shape.position_bytes * (arguments.prompt_tokens + arguments.new_tokens / 2)
-                    per_second = (weight_bytes + cached) * rate / sequences
-                    row |= {
-                        "megabytes_per_pass": (weight_bytes + cached) / 1e6,
-                        "gb_per_second": per_second / 1e9,
-                        "share_of_read": per_second / read,
-                        "share_of_copy": per_second / copy,
-                    }
-                rows.append(row)
+                    row["share_of_read"] = row["gb_per_second"] * 1e9 / read
+                    row["share_of_copy"] = row["gb_per_second"] * 1e9 / copy
+                rows.append({"contestant": name, "threads": threads, **row})
     return rows, bandwidths
+
+
+def _row(shape: Shape, task: str, rate: float, held_and_read: tuple[int, int], arguments: Any) -> dict[str, Any]:
+    """Describe the speed of a task, ``rate`` tokens per second, and for decoding the bytes that it reads."""
+    held, weight_bytes = held_and_read
+    row: dict[str, Any] = {"task": task, "tokens_per_second": rate, "megabytes": held / 1e6}
+    if task in SEQUENCES:
+        sequences = SEQUENCES[task]
+        # positions differ from pass to pass: their mean
+        positions = arguments.prompt_tokens + arguments.new_tokens / 2
+        pass_bytes = weight_bytes + sequences * shape.position_bytes * positions
+        row["megabytes_per_pass"] = pass_bytes / 1e6
+        row["gb_per_second"] = pass_bytes * rate / sequences / 1e9
+    return row
 
 
 def _held_and_read(model: RandomModel) -> tuple[int, int]:
@@ -220,7 +219,7 @@ def _in_turn(workers: dict[str, Worker], threads: int, arguments: Any) -> dict[t
     ids = torch.randint(0, most, (arguments.prompt_tokens + arguments.new_tokens,), generator=generator).tolist()
     prompt = ids[: arguments.prompt_tokens]
     following = ids[arguments.prompt_tokens :]
-    found: dict[tuple[str, str], list[float]] = {}
+    measured: dict[tuple[str, str], list[float]] = {}
     for counted in range(arguments.repeats + 1):
         for name, worker in workers.items():
             if name == MEMORY:
@@ -230,9 +229,9 @@ def _in_turn(workers: dict[str, Worker], threads: int, arguments: Any) -> dict[t
             for task, rate in rates.items():
                 # the first round only warms up
                 if counted:
-                    found.setdefault((name, task), []).append(rate)
+                    measured.setdefault((name, task), []).append(rate)
             time.sleep(REST_SECONDS)
-    return {key: statistics.median(rates) for key, rates in found.items()}
+    return {key: statistics.median(rates) for key, rates in measured.items()}
 
 
 def _bandwidths(memory: Memory, threads: int) -> dict[str, float]:

@@ -27,7 +27,7 @@ pruning had damaged, is a cosine of 1 - 7e-5, which corresponds to 0.012.
 PROBE_TOKENS = 24
 """Tokens whose logits are compared with the model's when a decoder opens."""
 _SINGLE_PROBE_TOKENS = 4
-"""Those of them that are processed one by one. Each reads all weights, as the others do together."""
+"""The last of these tokens, which are processed one by one. They are few, because each reads all weights once more."""
 TOKENS_IN_A_PASS = 128
 """Most tokens of a pass with fewer sequences than this; the loop's buffers have this many rows."""
 PROMPT_TOKENS = 16

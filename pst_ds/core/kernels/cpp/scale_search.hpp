@@ -255,10 +255,10 @@ void add_moments(const Block& block, const Settings& s, const Floats* scales, do
     const Ints lowest = Ints{} + (least | int32_t(uint32_t(least) << 16));
     const Ints highest = Ints{} + int32_t(s.largest | s.largest << 16);
     Floats inverse[COUNT];
-    Floats rest[COUNT];  // of the inverse, beyond fp32
+    Floats inverse_rest[COUNT];  // what fp32 rounds off
     for (int c = 0; c < COUNT; ++c) {
         inverse[c] = 1.0f / scales[c];
-        rest[c] = fused(-inverse[c], scales[c], Floats{} + 1.0f) * inverse[c];
+        inverse_rest[c] = fused(-inverse[c], scales[c], Floats{} + 1.0f) * inverse[c];
     }
     for (int64_t first = 0; first < block.pairs; first += WEIGHTS_PER_SUM / 2) {
         const int64_t stop = first + WEIGHTS_PER_SUM / 2 < block.pairs ? first + WEIGHTS_PER_SUM / 2 : block.pairs;
@@ -272,8 +272,8 @@ void add_moments(const Block& block, const Settings& s, const Floats* scales, do
             const Ints low_pair = block.low[p];
 #pragma GCC unroll 4
             for (int c = 0; c < COUNT; ++c) {
-                const Ints of_even = nearest(fused(even, inverse[c], even * rest[c]));
-                const Ints of_odd = nearest(fused(odd, inverse[c], odd * rest[c]));
+                const Ints of_even = nearest(fused(even, inverse[c], even * inverse_rest[c]));
+                const Ints of_odd = nearest(fused(odd, inverse[c], odd * inverse_rest[c]));
                 const Ints codes = limited(in_pairs(of_even, of_odd), lowest, highest);
                 high[c] = add_products(high[c], high_pair, codes);
                 low[c] = add_products(low[c], low_pair, codes);

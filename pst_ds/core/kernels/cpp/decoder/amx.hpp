@@ -1,12 +1,12 @@
 // Products of many vectors with Intel AMX. 16 rows of codes, expanded as for AVX-512, form tiles of a word of columns,
-// and so do 16 vectors in place. Sums are the same integers, and floats are added in the same order. Included after
+// and so do 16 vectors, which are read where they are or copied tile by tile (Inputs). Sums are the same integers, and floats are added in the same order. Included after
 // avx512.hpp and what follows it in its namespace.
 //
 // Tiles: 4 and 5 are inputs, the low and the high plane of 16 vectors, or 32 vectors of bytes; 6 and 7 are the codes of
 // a panel each. Input i and panel p are summed in tile 2 p + i.
-// A tile of inputs has a row per vector, of `word` bytes, `stride` apart in Activations. A tile of codes is 64 bytes per
-// row, 4 columns of 16 rows of W: the layout of a panel (avx512.hpp). Sums are int32 [vector][row of W], stored to the
-// aligned sums_ of a TileSums, which lives on the stack of its thread. The tile registers belong to that thread while
+// A tile of inputs has a row per vector, of `word` bytes, Inputs::stride apart. A tile of codes is 64 bytes per
+// row, 4 columns of 16 rows of W: the layout of a panel (avx512.hpp). Sums are int32 [vector][row of W], stored to a
+// TileSums::Stored on the stack of their thread. The tile registers belong to that thread while
 // a Tiles object exists.
 
 constexpr int64_t TILE_ROWS = 16;
@@ -261,7 +261,8 @@ inline void vectors_in_tiles(const TileJob& job, int64_t block, int panels) {
         (job.of.q.are_bytes ? bytes_in_tiles : planes_in_tiles)(tiles, {job, block, panels, token});
 }
 
-constexpr int64_t LEAST_BLOCKS = 8;  // for which vectors are copied
+// Blocks from which vectors are copied: with fewer, a copy is read too few times to pay.
+constexpr int64_t LEAST_BLOCKS = 8;
 
 template <int BITS, bool MASKED> inline void tile_product_of(const ProductJob& job) {
     const int64_t most = job.q.are_bytes ? 2 * TILE_ROWS : TILE_ROWS;
@@ -271,9 +272,9 @@ template <int BITS, bool MASKED> inline void tile_product_of(const ProductJob& j
     for (int64_t token = 0; token < job.tokens; token += step) {
         const int64_t last = std::min(job.tokens, token + step);
         const int64_t whole = token + (last - token) / most * most;
-        uint8_t* const rest = room + (whole - token) * job.m.words() * job.m.word * (job.q.are_bytes ? 1 : 2);
+        uint8_t* const behind = room + (whole - token) * job.m.words() * job.m.word * (job.q.are_bytes ? 1 : 2);
         const TileJob parts[] = {{job, token, whole, most, copies ? room : nullptr},
-                                 {job, whole, last, last - whole, copies ? rest : nullptr}};
+                                 {job, whole, last, last - whole, copies ? behind : nullptr}};
         for (const TileJob& part : parts)
             if (copies && part.token < part.last) part.copy();
         for (int64_t block = job.first; block < job.last; block += 2) {
@@ -291,7 +292,7 @@ inline void tile_product(const ProductJob& job) {
 }
 
 inline Functions tile_table() {
-    Functions found = table();
-    found.product = tile_product;
-    return found;
+    Functions functions = table();
+    functions.product = tile_product;
+    return functions;
 }

@@ -15,9 +15,9 @@ inline bool has_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }
 inline bool has_i8mm() { return getauxval(AT_HWCAP2) >> 13 & 1; }
 #elif defined(__APPLE__)
 inline bool has_feature(const char* name) {
-    int found = 0;
-    size_t size = sizeof found;
-    return !sysctlbyname(name, &found, &size, nullptr, 0) && found;
+    int has = 0;
+    size_t size = sizeof has;
+    return !sysctlbyname(name, &has, &size, nullptr, 0) && has;
 }
 inline bool has_dotprod() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
 inline bool has_i8mm() { return has_feature("hw.optional.arm.FEAT_I8MM"); }

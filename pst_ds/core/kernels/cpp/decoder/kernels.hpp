@@ -31,6 +31,7 @@ namespace pst::decoder_avx2 {
 constexpr bool WORDS_FIRST = false;
 #include "../lanes/avx2.hpp"
 #include "avx2.hpp"
+#include "vectors.hpp"
 #include "attention.hpp"
 #include "update.hpp"
 #include "glue.hpp"
@@ -45,6 +46,7 @@ namespace pst::decoder_avx_vnni {
 constexpr bool WORDS_FIRST = false;
 #include "../lanes/avx2.hpp"
 #include "avx2.hpp"
+#include "vectors.hpp"
 #include "attention.hpp"
 #include "update.hpp"
 #include "glue.hpp"
@@ -84,6 +86,7 @@ namespace pst::decoder_neon_dotprod {
 constexpr bool WORDS_FIRST = false;
 #include "../lanes/neon.hpp"
 #include "neon.hpp"
+#include "vectors.hpp"
 #include "attention.hpp"
 #include "update.hpp"
 #include "glue.hpp"
@@ -99,6 +102,7 @@ namespace pst::decoder_neon_i8mm {
 constexpr bool WORDS_FIRST = false;
 #include "../lanes/neon.hpp"
 #include "neon.hpp"
+#include "vectors.hpp"
 #include "attention.hpp"
 #include "update.hpp"
 #include "glue.hpp"

@@ -60,14 +60,7 @@ inline void store_sums(const Floats (&of)[4], float* to) {
     }
     vst1q_f32(to, vpaddq_f32(two_sums_each(four[0], four[1]), two_sums_each(four[2], four[3])));
 }
-inline void transpose(Floats (&square)[LANES]) {
-    for (int i = 0; i < LANES; ++i)
-        for (int j = 0; j < i; ++j) {
-            const float other = square[i][j];
-            square[i][j] = square[j][i];
-            square[j][i] = other;
-        }
-}
+#include "transpose.hpp"
 // sum + the products of the 16-bit halves of a and b.
 inline Ints add_pairs(Ints sum, Ints a, Ints b) {
     const auto x = Halves<int16x8_t>::in(a);

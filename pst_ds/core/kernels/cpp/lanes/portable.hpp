@@ -35,13 +35,6 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 inline void store_sums(const Floats (&of)[4], float* to) {
     for (int i = 0; i < 4; ++i) to[i] = sum_of(of[i]);
 }
-inline void transpose(Floats (&square)[LANES]) {
-    for (int i = 0; i < LANES; ++i)
-        for (int j = 0; j < i; ++j) {
-            const float other = square[i][j];
-            square[i][j] = square[j][i];
-            square[j][i] = other;
-        }
-}
+#include "transpose.hpp"
 // sum + the products of the 16-bit halves of a and b. Shifting left and right extends the sign of the lower half.
 inline Ints add_pairs(Ints sum, Ints a, Ints b) { return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16); }

@@ -40,8 +40,9 @@ class CodeProduct {
         }
         if (at != parts.count) return false;
         const int bits = parts.kind == Parts::CODES8 ? 8 : 4;
+        constexpr int THREADS = 1;  // a session opens its nodes one after the other, and its threads are not ours to use
         matrix_.reset(pack(codes.data(), parts.scales, parts.rows, parts.cols, bits, parts.groups == 1 ? 0 : parts.group_size(),
-                           kernels().words, 1));
+                           kernels().words, THREADS));
         return true;
     }
     explicit operator bool() const { return bool(matrix_); }
