@@ -86,6 +86,9 @@ struct ProductJob {
     float* y;
     int64_t y_width;
     uint8_t* room;
+    // for kernels that apply them (Functions::finishes): of all rows, or null; one of lanes/functions.hpp
+    const float* bias = nullptr;
+    int64_t activation = 0;
     int64_t panel = panel_bytes(m.columns);  // distance of 16 expanded rows in room
 };
 
@@ -135,6 +138,7 @@ constexpr int64_t XIELU = 7;  // an activation with parameters, after those of l
 
 struct Functions {
     bool words;  // layout that it needs from pack()
+    bool finishes;  // product() adds the job's bias and applies its activation, except for FLOATS
     void (*quantize)(const Matrix&, const float* x, int64_t token, Activations&);
     void (*quantize_to_bytes)(const Matrix&, const float* x, int64_t token, Activations&);  // null if not supported
     void (*product)(const ProductJob&);

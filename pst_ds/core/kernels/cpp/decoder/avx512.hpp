@@ -86,12 +86,18 @@ inline __m512 with_planes(__m512 total, __m512i high, __m512i low, __m512i offse
     return _mm512_add_ps(total, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scales, _mm512_set1_ps(x_scale))));
 }
 
-// Store a block of rows for TOKENS vectors.
+// Store a block of rows for TOKENS vectors, with the job's bias and activation.
 template <int TOKENS> inline void store_block(const ProductJob& job, int64_t block, int64_t token, const __m512* total) {
+    const int64_t first = block * WORD_ROWS;
+    const int64_t left = job.m.rows - first;
+    const __mmask16 rows = left >= WORD_ROWS ? 0xffff : __mmask16((1 << left) - 1);
+    const __m512 bias = job.bias ? _mm512_maskz_loadu_ps(rows, job.bias + first) : _mm512_setzero_ps();
+    float* y = job.y + token * job.y_width + first;
+#pragma GCC unroll 8
     for (int t = 0; t < TOKENS; ++t) {
-        float rows[WORD_ROWS];
-        _mm512_storeu_ps(rows, total[t]);
-        store_rows(rows, job.m, block, job.y + (token + t) * job.y_width);
+        __m512 value = job.bias ? _mm512_add_ps(total[t], bias) : total[t];
+        if (job.activation != NONE) value = (__m512)activate(job.activation, (Floats)value);
+        _mm512_mask_storeu_ps(y + t * job.y_width, rows, value);
     }
 }
 
@@ -216,57 +222,100 @@ template <int TOKENS, int PANELS> inline void panel_rows(const ProductJob& job, 
     for (int p = 0; p < PANELS; ++p) store_block<TOKENS>(job, block + p, token, total[p]);
 }
 
-// The same for vectors of bytes: codes are unsigned, and each sum starts with the correction for it.
-template <int TOKENS, int PANELS> inline void byte_rows(const ProductJob& job, int64_t block, int64_t token) {
-    const Matrix& m = job.m;
-    const int64_t chunks = m.chunks();
-    const int64_t words = m.words();
-    const int64_t words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
-    const uint8_t* x = job.q.low_of(token);
-    const uint8_t* ahead = after<PANELS>(job, block, token);
-    const float* x_scales = job.q.scales_of(token);
-    const int32_t* sums = job.q.sums_of(token);
-    __m512 total[PANELS][TOKENS];
-    for (auto& of_panel : total)
-        for (__m512& sum : of_panel) sum = _mm512_setzero_ps();
-    int64_t word = 0;
-    for (int64_t c = 0; c < chunks; ++c) {
-        __m512 of_chunk[PANELS][TOKENS];
-        for (auto& of_panel : of_chunk)
-            for (__m512& sum : of_panel) sum = _mm512_setzero_ps();
-        const int64_t end = c + 1 == chunks ? words : std::min(words, word + words_in_chunk);
-        for (; word < end; ++word) {
-            __m512i sum[PANELS][TOKENS];
+// The products of words [first, last) with PANELS times 16 expanded rows, for vectors of bytes from `token` on. Codes are
+// unsigned: each word's integers start with the correction for that. They are converted and scaled once per word. TOKENS
+// times PANELS sums hide the latency of vpdpbusd; with the totals they are 24 registers at most, so that no loop spills.
+template <int TOKENS, int PANELS>
+__attribute__((always_inline)) inline void add_words(const ProductJob& job, int64_t token, int64_t first, int64_t last, int64_t words,
+                                                     __m512 (&total)[PANELS][TOKENS]) {
+    const int64_t columns = job.m.word;
+    const int64_t stride = job.q.stride;
+    const int64_t panel = job.panel;
+    const float* scales = job.q.scales.data() + token * words;
+    const int32_t* corrections = job.q.sums.data() + token * words;
+    const uint8_t* x = job.q.low_of(token) + first * columns;
+    const uint8_t* codes = job.room + first * columns * WORD_ROWS;
+#pragma GCC unroll 2
+    for (int p = 0; p < PANELS; ++p)
 #pragma GCC unroll 8
-            for (int t = 0; t < TOKENS; ++t)
+        for (int t = 0; t < TOKENS; ++t) total[p][t] = _mm512_setzero_ps();
+    for (int64_t word = first; word < last; ++word) {
+        __m512i sum[PANELS][TOKENS];
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 2
-                for (int p = 0; p < PANELS; ++p) sum[p][t] = _mm512_set1_epi32(sums[t * words + word]);
-            for (int64_t i = word * m.word; i < (word + 1) * m.word; i += 4) {
-                __m512i codes[PANELS];
-                fetch_next(ahead, i);
+            for (int p = 0; p < PANELS; ++p) sum[p][t] = _mm512_set1_epi32(corrections[t * words + word]);
+        for (const uint8_t* const end = x + columns; x < end; x += 32, codes += 32 * WORD_ROWS)
+#pragma GCC unroll 8
+            for (int i = 0; i < 32; i += 4) {
+                __m512i of_panel[PANELS];
 #pragma GCC unroll 2
-                for (int p = 0; p < PANELS; ++p) codes[p] = _mm512_loadu_si512(job.room + p * job.panel + i * 16);
+                for (int p = 0; p < PANELS; ++p) of_panel[p] = _mm512_loadu_si512(codes + p * panel + i * WORD_ROWS);
 #pragma GCC unroll 8
                 for (int t = 0; t < TOKENS; ++t) {
-                    const __m512i four = four_columns(x + t * job.q.stride + i);
+                    const __m512i four = four_columns(x + t * stride + i);
 #pragma GCC unroll 2
-                    for (int p = 0; p < PANELS; ++p) sum[p][t] = dot(sum[p][t], codes[p], four);
+                    for (int p = 0; p < PANELS; ++p) sum[p][t] = dot(sum[p][t], of_panel[p], four);
                 }
             }
 #pragma GCC unroll 8
-            for (int t = 0; t < TOKENS; ++t) {
-                const __m512 scale = _mm512_set1_ps(x_scales[t * words + word]);
+        for (int t = 0; t < TOKENS; ++t) {
+            const __m512 scale = _mm512_set1_ps(scales[t * words + word]);
 #pragma GCC unroll 2
-                for (int p = 0; p < PANELS; ++p)
-                    of_chunk[p][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[p][t]), scale, of_chunk[p][t]);
-            }
-        }
-        for (int p = 0; p < PANELS; ++p) {
-            const __m512 scales = scales_of(m, block + p, c);
-            for (int t = 0; t < TOKENS; ++t) total[p][t] = _mm512_fmadd_ps(of_chunk[p][t], scales, total[p][t]);
+            for (int p = 0; p < PANELS; ++p) total[p][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[p][t]), scale, total[p][t]);
         }
     }
-    for (int p = 0; p < PANELS; ++p) store_block<TOKENS>(job, block + p, token, total[p]);
+}
+
+// Vectors of bytes [token, end), TOKENS at a time, with PANELS times 16 expanded rows from `block` on. Returns the first
+// vector that is left.
+template <int TOKENS, int PANELS> inline int64_t byte_rows(const ProductJob& job, int64_t block, int64_t token, int64_t end) {
+    const Matrix& m = job.m;
+    const int64_t words = m.words();
+    const int64_t chunks = m.chunks();
+    const int64_t words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
+    for (; token + TOKENS <= end; token += TOKENS) {
+        for (int t = 0; t < TOKENS; ++t)  // rows of y are far apart, and in no near cache
+            for (int p = 0; p < PANELS; ++p) __builtin_prefetch(job.y + (token + t) * job.y_width + (block + p) * WORD_ROWS, 1);
+        __m512 total[PANELS][TOKENS];
+        if (chunks == 1) {
+            add_words<TOKENS, PANELS>(job, token, 0, words, words, total);
+#pragma GCC unroll 2
+            for (int p = 0; p < PANELS; ++p) {
+                const __m512 scales = scales_of(m, block + p, 0);
+#pragma GCC unroll 8
+                for (int t = 0; t < TOKENS; ++t) total[p][t] = _mm512_fmadd_ps(total[p][t], scales, _mm512_setzero_ps());
+            }
+        } else {
+            for (auto& of_panel : total)
+                for (__m512& sum : of_panel) sum = _mm512_setzero_ps();
+            for (int64_t c = 0; c < chunks; ++c) {
+                __m512 of_chunk[PANELS][TOKENS];
+                const int64_t last = c + 1 == chunks ? words : (c + 1) * words_in_chunk;
+                add_words<TOKENS, PANELS>(job, token, c * words_in_chunk, last, words, of_chunk);
+                for (int p = 0; p < PANELS; ++p) {
+                    const __m512 scales = scales_of(m, block + p, c);
+                    for (int t = 0; t < TOKENS; ++t) total[p][t] = _mm512_fmadd_ps(of_chunk[p][t], scales, total[p][t]);
+                }
+            }
+        }
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; ++p) store_block<TOKENS>(job, block + p, token, total[p]);
+    }
+    return token;
+}
+
+// Six vectors at a time, then the rest of them together.
+template <int PANELS> inline void all_byte_rows(const ProductJob& job, int64_t block) {
+    const int64_t token = byte_rows<6, PANELS>(job, block, 0, job.tokens);
+    switch (job.tokens - token) {
+        case 5: byte_rows<5, PANELS>(job, block, token, job.tokens); break;
+        case 4: byte_rows<4, PANELS>(job, block, token, job.tokens); break;
+        case 3: byte_rows<3, PANELS>(job, block, token, job.tokens); break;
+        case 2: byte_rows<2, PANELS>(job, block, token, job.tokens); break;
+        case 1: byte_rows<1, PANELS>(job, block, token, job.tokens); break;
+        default: break;
+    }
 }
 
 // Vectors in tiles of equal sizes or nearly, of at most MOST: kernels[n - 1](job, block, token) for n vectors.
@@ -391,14 +440,13 @@ inline bool lists_pay(const ProductJob& job, int64_t block) {
 template <int BITS, bool MASKED, int PANELS> inline void panels(const ProductJob& job, int64_t block) {
     static constexpr void (*PLANES[])(const ProductJob&, int64_t, int64_t) = {
         panel_rows<1, PANELS>, panel_rows<2, PANELS>, panel_rows<3, PANELS>, panel_rows<4, PANELS>, panel_rows<5, PANELS>, panel_rows<6, PANELS>};
-    static constexpr void (*BYTES[])(const ProductJob&, int64_t, int64_t) = {
-        byte_rows<1, PANELS>, byte_rows<2, PANELS>, byte_rows<3, PANELS>, byte_rows<4, PANELS>, byte_rows<5, PANELS>, byte_rows<6, PANELS>};
     for (int p = 0; p < PANELS; ++p) {
         uint8_t* panel = job.room + p * job.panel;
         if (job.q.are_bytes) expand_16<BITS, MASKED, true>(job.m, block + p, panel);
         else expand_16<BITS, MASKED, false>(job.m, block + p, panel);
     }
-    in_tiles(job, block, job.q.are_bytes ? BYTES : PLANES);
+    if (job.q.are_bytes) all_byte_rows<PANELS>(job, block);
+    else in_tiles(job, block, PLANES);
 }
 
 template <int BITS, bool MASKED> inline void code_product_of(const ProductJob& job) {

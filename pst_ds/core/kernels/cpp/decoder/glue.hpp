@@ -163,5 +163,5 @@ inline void product(const ProductJob& job) {
 }
 
 inline Functions table() {
-    return {WORDS_FIRST, quantize, quantize_to_bytes, product, rms_norm, layer_norm, rotate, gate, attend, update};
+    return {WORDS_FIRST, WORDS_FIRST, quantize, quantize_to_bytes, product, rms_norm, layer_norm, rotate, gate, attend, update};
 }

@@ -71,8 +71,8 @@ class CodeProduct {
                 const int64_t begin = STEP * (steps * piece / pieces);
                 const int64_t end = std::min(m.blocks(), STEP * (steps * (piece + 1) / pieces));
                 float* to = y + first * m.rows;
-                kernels().product({m, from, q, count, begin, end, to, m.rows, room.data()});
-                finish(begin * m.height, std::min(m.rows, end * m.height), count, bias, activation, to);
+                kernels().product({m, from, q, count, begin, end, to, m.rows, room.data(), bias, activation});
+                if (!kernels().finishes) finish(begin * m.height, std::min(m.rows, end * m.height), count, bias, activation, to);
             });
         }
     }
