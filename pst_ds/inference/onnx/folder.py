@@ -118,7 +118,7 @@ def _names(values: Iterable[Any]) -> list[str]:
 def _annotate(graph: ir.Model, facts: Mapping[str, object], activation_bits: int, operators: str) -> None:
     """Add the small ``facts`` and the kind of ``operators`` to the graph's metadata.
 
-    Sparse products get the bits of activations, too.
+    Sparse products and attention get the bits of activations, too.
     """
     import onnx_ir as ir
 
@@ -130,7 +130,7 @@ def _annotate(graph: ir.Model, facts: Mapping[str, object], activation_bits: int
     if activation_bits == 8:
         stated["activation_bits"] = activation_bits
         for node in graph.graph:
-            if node.op_type == "SparseLinear":
+            if node.op_type in ("SparseLinear", "Attention"):
                 node.attributes.add(ir.AttrInt64("activation_bits", activation_bits))
     graph.metadata_props["pst_ds"] = json.dumps(stated)
 

@@ -154,9 +154,9 @@ ort::KernelInfo skip_layer_norm(Random& random) {
 
 ort::KernelInfo attention_node(Random& random) {
     const int64_t batch = between(random, 1, 2), queries = between(random, 1, 9), keys = between(random, 1, 20);
-    const int64_t head = between(random, 1, 20), shared = between(random, 1, 2), heads = shared * between(random, 1, 3);
+    const int64_t head = one_of(random, {16, between(random, 1, 20)}), shared = between(random, 1, 2), heads = shared * between(random, 1, 3);
     ort::KernelInfo node;
-    node.integers = {{"heads", heads}, {"key_value_heads", shared}, {"head_size", head}};
+    node.integers = {{"heads", heads}, {"key_value_heads", shared}, {"head_size", head}, {"activation_bits", one_of(random, {8, 16})}};
     node.numbers["scale"] = 0.3f;
     for (const char* name : {"q", "k", "v"}) {
         const bool is_query = name[0] == 'q';

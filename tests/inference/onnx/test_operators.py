@@ -244,7 +244,10 @@ VALID = {
     "SkipLayerNorm": ({0: ZEROS, 1: None, 2: ZEROS[0, 0]}, {}, {"epsilon": 1e-5}),
     "Attention": (
         dict.fromkeys(range(3), ZEROS), {},
-        {"heads": 2, "key_value_heads": 2, "head_size": 8, "q_offset": 0, "k_offset": 0, "v_offset": 0, "scale": 1.0},
+        {
+            "heads": 2, "key_value_heads": 2, "head_size": 8, "q_offset": 0, "k_offset": 0, "v_offset": 0, "scale": 1.0,
+            "activation_bits": 16,
+        },
     ),
     "Embedding": (
         {0: np.zeros(3, np.int64)}, {1: np.zeros((4, 16), np.int8), 2: np.ones((4, 1), ml_dtypes.bfloat16)},
@@ -321,6 +324,33 @@ def test_attention(run_node, size, queries, keys, mask):
         enable_gqa=True,
     )  # fmt: skip
     torch.testing.assert_close(torch.from_numpy(y).double(), wanted.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-5)
+
+
+@every_pair
+@pytest.mark.parametrize("size", [8, 16, 32, 48])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (6, 6), (3, 21), (33, 70), (128, 128)])
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_attention_with_8_bit_activations_may_round_to_bf16(run_node, size, queries, keys, has_mask):
+    draw = torch.Generator().manual_seed(size * 100 + keys)
+    q, k, v = (torch.randn(2, n, h * size, generator=draw) for n, h in ((queries, 4), (keys, 2), (keys, 2)))
+    bias = None
+    if has_mask:
+        bias = torch.zeros(2, 1, queries, keys)
+        bias[1, :, :, keys // 2 + 1 :] = -3.4e38
+    inputs = {0: q.numpy(), 1: k.numpy(), 2: v.numpy(), 3: None if bias is None else bias.numpy()}
+    attributes = {"heads": 4, "key_value_heads": 2, "head_size": size, "scale": size**-0.5, "activation_bits": 8}
+    (y,) = run_node("Attention", inputs, {}, attributes)
+    wanted = functional.scaled_dot_product_attention(
+        heads(q, 4), heads(k, 2), heads(v, 2), attn_mask=None if bias is None else bias.double(), scale=size**-0.5,
+        enable_gqa=True,
+    )  # fmt: skip
+    wanted = wanted.transpose(1, 2).flatten(2)
+    found = torch.from_numpy(y).double()
+    # a number in bf16 is at most 1/256 off; scores move by a few hundredths, and so do the shares of values
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.05)
+    assert (found - wanted).square().mean().sqrt() < 0.004
+    (threaded,) = run_node("Attention", inputs, {}, attributes, threads=2)
+    np.testing.assert_array_equal(y, threaded)
 
 
 def test_attention_takes_heads_from_offsets_of_one_tensor(run_node):

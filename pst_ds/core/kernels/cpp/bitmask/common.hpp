@@ -39,6 +39,7 @@
 #endif
 #endif
 #define PST_COMPILES_AVX_VNNI (PST_X86 && __GNUC__ >= 11)  // clang reports version 4
+#define PST_COMPILES_AVX512_BF16 (PST_X86 && (__GNUC__ >= 10 || __clang_major__ >= 9))
 // PST_PRETENDED_TILES: a build for tests, with arrays in place of the AMX registers, see decoder/tiles.hpp.
 #if PST_X86 && defined(__linux__) && (__GNUC__ >= 11 || PST_PRETENDED_TILES)
 #define PST_COMPILES_TILES 1

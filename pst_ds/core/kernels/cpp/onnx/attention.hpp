@@ -149,8 +149,8 @@ inline bool attend(const Head& q, const Head& k, const Head& v, int64_t num_quer
     return true;
 }
 
-// All heads of all sequences. False if memory is short.
-template <class Parallel> bool attention(const AttentionCall& job, const Parallel& parallel) {
+// All heads of all sequences, each by attend_one. False if memory is short.
+template <class Parallel> bool each_head(const AttentionCall& job, const Parallel& parallel, decltype(attend)* attend_one) {
     std::atomic<bool> done{true};
     parallel(job.batch * job.heads, [&](int64_t piece) {
         const int64_t b = piece / job.heads;
@@ -161,7 +161,9 @@ template <class Parallel> bool attention(const AttentionCall& job, const Paralle
         const Head v{const_cast<float*>(job.v) + b * job.keys * job.v_width + shared * job.head, job.v_width};
         const Head y{job.y + b * job.queries * job.y_width + h * job.head, job.y_width};
         const Mask mask{job.mask ? job.mask + b * job.mask_batch + h * job.mask_head : nullptr, job.mask_query};
-        if (!attend(q, k, v, job.queries, job.keys, job.head, job.scale, mask, y)) done.store(false);
+        if (!attend_one(q, k, v, job.queries, job.keys, job.head, job.scale, mask, y)) done.store(false);
     });
     return done.load();
 }
+
+template <class Parallel> bool attention(const AttentionCall& job, const Parallel& parallel) { return each_head(job, parallel, attend); }

@@ -3,7 +3,7 @@
 // than visiting kept weights only.
 //
 // The weight is repacked to a Matrix (decoder/matrix.hpp), which this object owns; activations become Activations
-// (decoder/activations.hpp) in memory of the calling thread, at most MOST_TOKENS at a time. x (tokens, columns) and
+// (decoder/activations.hpp) in memory of the calling thread, MOST_TOKENS at a time, or MOST_BYTES. x (tokens, columns) and
 // y (tokens, rows) are fp32 tensors of the runtime. Tokens are quantised in PIECES, then blocks of rows are multiplied in
 // PIECES; pieces write different parts of y. Sums are exact integers, so results do not depend on threads.
 #pragma once
@@ -53,8 +53,9 @@ class CodeProduct {
         static thread_local Activations integers;
         const Matrix& m = *matrix_;
         const auto quantize = in_bytes_ ? kernels().quantize_to_bytes : kernels().quantize;
-        for (int64_t first = 0; first < tokens; first += MOST_TOKENS) {
-            const int64_t count = std::min(MOST_TOKENS, tokens - first);
+        const int64_t most = in_bytes_ ? std::max(MOST_TOKENS, MOST_BYTES / m.columns) : MOST_TOKENS;
+        for (int64_t first = 0; first < tokens; first += most) {
+            const int64_t count = std::min(most, tokens - first);
             const float* from = x + first * m.columns;
             Activations& q = integers;
             q.reserve(count, m.columns);
@@ -81,6 +82,7 @@ class CodeProduct {
     static constexpr double LEAST_KEPT = 0.3;
     static constexpr double LEAST_KEPT_FOR_BYTES = 0.15;
     static constexpr int64_t MOST_TOKENS = 256;
+    static constexpr int64_t MOST_BYTES = 400 << 10;  // of tokens that share an expanded block: less than half of an L2 cache
     static constexpr int64_t PIECES = 8;
     static constexpr int64_t STEP = 2;  // blocks that kernels multiply together
     static const Functions& kernels() { return functions(best_level()); }

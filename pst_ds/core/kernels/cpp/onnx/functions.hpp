@@ -57,6 +57,7 @@ struct OperatorTable {
     void (*layer_norm)(const float* x, const float* skip, const float* gain, const float* shift, float epsilon,
                        int64_t width, float* y, float* sum);
     bool (*attention)(const AttentionCall&, const Parallel&);
+    bool (*narrow_attention)(const AttentionCall&, const Parallel&) = nullptr;  // products in bf16; null if not supported
 };
 
 }  // namespace pst

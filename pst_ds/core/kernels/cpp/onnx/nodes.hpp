@@ -132,7 +132,8 @@ class Attention {
     explicit Attention(const Info& info)
         : heads_(info.integer("heads", 0, 1)), key_value_heads_(info.integer("key_value_heads", 0, 1)),
           head_(info.integer("head_size", 0, 1)), q_at_(info.integer("q_offset", 0, 0)), k_at_(info.integer("k_offset", 0, 0)),
-          v_at_(info.integer("v_offset", 0, 0)), scale_(info.number("scale", 1.0f, -FLT_MAX)) {
+          v_at_(info.integer("v_offset", 0, 0)), scale_(info.number("scale", 1.0f, -FLT_MAX)),
+          is_narrow_(info.choice("activation_bits", 16, {8, 16}) == 8 && !exact_inputs() && operators().narrow_attention) {
         require(heads_ % key_value_heads_ == 0, "Attention: key_value_heads = ", key_value_heads_,
                 " does not divide heads = ", heads_);
     }
@@ -166,7 +167,8 @@ class Attention {
         job.q = q.as<float>() + q_at_;
         job.k = k.as<float>() + k_at_;
         job.v = v.as<float>() + v_at_;
-        if (!operators().attention(job, call.parallel)) throw std::bad_alloc();
+        const auto attend = is_narrow_ ? operators().narrow_attention : operators().attention;
+        if (!attend(job, call.parallel)) throw std::bad_alloc();
     }
 
    private:
@@ -192,6 +194,7 @@ class Attention {
     int64_t k_at_;
     int64_t v_at_;
     float scale_;
+    bool is_narrow_;
 };
 
 class Embedding {

@@ -1,7 +1,8 @@
 // Operators for ONNX Runtime, domain "pst_ds": products with sparse weights, and what lies between them in a transformer.
 //   SparseLinear (x, mask, values, scales?, bias?) -> y                     bits, columns, activation, activation_bits
 //   SkipLayerNorm (x, skip?, gain, shift?) -> y, sum?                       epsilon
-//   Attention (q, k, v, mask?) -> y                                         heads, key_value_heads, head_size, scale, *_offset
+//   Attention (q, k, v, mask?) -> y                                         heads, key_value_heads, head_size, scale, *_offset,
+//                                                                           activation_bits
 //   Embedding (ids, values, scales?) -> y                                   bits, columns
 // The graphs that use them are written by pst_ds/inference/onnx.
 #include <cmath>
@@ -55,6 +56,15 @@ namespace pst::onnx_avx512 {
 #include "table.hpp"
 }  // namespace pst::onnx_avx512
 #pragma GCC pop_options
+
+#if PST_COMPILES_AVX512_BF16
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma")
+namespace pst::onnx_avx512 {
+#include "attention_bf16.hpp"
+}  // namespace pst::onnx_avx512
+#pragma GCC pop_options
+#endif
 #endif
 
 namespace pst {
@@ -66,7 +76,13 @@ inline const OperatorTable& operators() {
         const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                             __builtin_cpu_supports("avx512vnni");
-        if (avx512) return onnx_avx512::table();
+        if (avx512) {
+            OperatorTable table = onnx_avx512::table();
+#if PST_COMPILES_AVX512_BF16
+            if (__builtin_cpu_supports("avx512bf16")) table.narrow_attention = onnx_avx512::narrow_attention<Parallel>;
+#endif
+            return table;
+        }
 #if PST_COMPILES_AVX_VNNI
         if (supports(AVX_VNNI)) return onnx_avx_vnni::table();
 #endif
