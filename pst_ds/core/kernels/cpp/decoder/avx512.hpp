@@ -222,19 +222,65 @@ template <int TOKENS, int PANELS> inline void panel_rows(const ProductJob& job, 
     for (int p = 0; p < PANELS; ++p) store_block<TOKENS>(job, block + p, token, total[p]);
 }
 
-// The products of words [first, last) with PANELS times 16 expanded rows, for vectors of bytes from `token` on. Codes are
+// Where byte_rows reads the unsigned codes of 4 columns, in increasing order: from expanded panels.
+template <int PANELS> struct FromPanels {
+    const uint8_t* codes;
+    int64_t panel;
+
+    FromPanels(const ProductJob& job, int64_t) : codes(job.room), panel(job.panel) {}
+    void next(__m512i (&of_panel)[PANELS]) {
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; ++p) of_panel[p] = _mm512_loadu_si512(codes + p * panel);
+        codes += 64;
+    }
+    void fetch() const {}
+};
+
+// From blocks of masked 8-bit codes, which are expanded to panels for the following vectors while the first are multiplied:
+// the expansion and the stores use other units of the processor than the products.
+template <int PANELS> struct ExpandingPanels {
+    uint8_t* codes;
+    int64_t panel;
+    const uint64_t* masks[PANELS];
+    const uint8_t* data[PANELS];
+
+    ExpandingPanels(const ProductJob& job, int64_t block) : codes(job.room), panel(job.panel) {
+        const Matrix& m = job.m;
+        for (int p = 0; p < PANELS; ++p) {
+            masks[p] = m.masks.data() + (block + p) * m.words() * m.word / 4;
+            data[p] = m.data.data() + m.first_byte[size_t(block + p)];
+        }
+    }
+    void next(__m512i (&of_panel)[PANELS]) {
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; ++p) {
+            const uint64_t mask = *masks[p]++;
+            of_panel[p] = _mm512_xor_si512(_mm512_maskz_expand_epi8(mask, bytes_at(data[p])), _mm512_set1_epi8(char(0x80)));
+            data[p] += __builtin_popcountll(mask);
+            _mm512_storeu_si512(codes + p * panel, of_panel[p]);
+        }
+        codes += 64;
+    }
+    // What 32 columns take, as in Codes16::next.
+    void fetch() const {
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; ++p)
+#pragma GCC unroll 4
+            for (int line = 0; line < 4; ++line) _mm_prefetch(reinterpret_cast<const char*>(data[p]) + AHEAD + 64 * line, _MM_HINT_T0);
+    }
+};
+
+// The products of words [first, last) with PANELS times 16 rows, for vectors of bytes from `token` on. Codes are
 // unsigned: each word's integers start with the correction for that. They are converted and scaled once per word. TOKENS
 // times PANELS sums hide the latency of vpdpbusd; with the totals they are 24 registers at most, so that no loop spills.
-template <int TOKENS, int PANELS>
+template <int TOKENS, int PANELS, class Source>
 __attribute__((always_inline)) inline void add_words(const ProductJob& job, int64_t token, int64_t first, int64_t last, int64_t words,
-                                                     __m512 (&total)[PANELS][TOKENS]) {
+                                                     Source& source, __m512 (&total)[PANELS][TOKENS]) {
     const int64_t columns = job.m.word;
     const int64_t stride = job.q.stride;
-    const int64_t panel = job.panel;
     const float* scales = job.q.scales.data() + token * words;
     const int32_t* corrections = job.q.sums.data() + token * words;
     const uint8_t* x = job.q.low_of(token) + first * columns;
-    const uint8_t* codes = job.room + first * columns * WORD_ROWS;
 #pragma GCC unroll 2
     for (int p = 0; p < PANELS; ++p)
 #pragma GCC unroll 8
@@ -245,12 +291,12 @@ __attribute__((always_inline)) inline void add_words(const ProductJob& job, int6
         for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 2
             for (int p = 0; p < PANELS; ++p) sum[p][t] = _mm512_set1_epi32(corrections[t * words + word]);
-        for (const uint8_t* const end = x + columns; x < end; x += 32, codes += 32 * WORD_ROWS)
+        for (const uint8_t* const end = x + columns; x < end; x += 32) {
+            source.fetch();
 #pragma GCC unroll 8
             for (int i = 0; i < 32; i += 4) {
                 __m512i of_panel[PANELS];
-#pragma GCC unroll 2
-                for (int p = 0; p < PANELS; ++p) of_panel[p] = _mm512_loadu_si512(codes + p * panel + i * WORD_ROWS);
+                source.next(of_panel);
 #pragma GCC unroll 8
                 for (int t = 0; t < TOKENS; ++t) {
                     const __m512i four = four_columns(x + t * stride + i);
@@ -258,6 +304,7 @@ __attribute__((always_inline)) inline void add_words(const ProductJob& job, int6
                     for (int p = 0; p < PANELS; ++p) sum[p][t] = dot(sum[p][t], of_panel[p], four);
                 }
             }
+        }
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t) {
             const __m512 scale = _mm512_set1_ps(scales[t * words + word]);
@@ -267,19 +314,20 @@ __attribute__((always_inline)) inline void add_words(const ProductJob& job, int6
     }
 }
 
-// Vectors of bytes [token, end), TOKENS at a time, with PANELS times 16 expanded rows from `block` on. Returns the first
-// vector that is left.
-template <int TOKENS, int PANELS> inline int64_t byte_rows(const ProductJob& job, int64_t block, int64_t token, int64_t end) {
+// Vectors of bytes [token, end), TOKENS at a time, with PANELS times 16 rows from `block` on; end - token is a multiple of TOKENS.
+template <int TOKENS, int PANELS, class Source = FromPanels<PANELS>>
+inline void byte_rows(const ProductJob& job, int64_t block, int64_t token, int64_t end) {
     const Matrix& m = job.m;
     const int64_t words = m.words();
     const int64_t chunks = m.chunks();
     const int64_t words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
-    for (; token + TOKENS <= end; token += TOKENS) {
+    for (; token < end; token += TOKENS) {
         for (int t = 0; t < TOKENS; ++t)  // rows of y are far apart, and in no near cache
             for (int p = 0; p < PANELS; ++p) __builtin_prefetch(job.y + (token + t) * job.y_width + (block + p) * WORD_ROWS, 1);
+        Source source(job, block);
         __m512 total[PANELS][TOKENS];
         if (chunks == 1) {
-            add_words<TOKENS, PANELS>(job, token, 0, words, words, total);
+            add_words<TOKENS, PANELS>(job, token, 0, words, words, source, total);
 #pragma GCC unroll 2
             for (int p = 0; p < PANELS; ++p) {
                 const __m512 scales = scales_of(m, block + p, 0);
@@ -292,7 +340,7 @@ template <int TOKENS, int PANELS> inline int64_t byte_rows(const ProductJob& job
             for (int64_t c = 0; c < chunks; ++c) {
                 __m512 of_chunk[PANELS][TOKENS];
                 const int64_t last = c + 1 == chunks ? words : (c + 1) * words_in_chunk;
-                add_words<TOKENS, PANELS>(job, token, c * words_in_chunk, last, words, of_chunk);
+                add_words<TOKENS, PANELS>(job, token, c * words_in_chunk, last, words, source, of_chunk);
                 for (int p = 0; p < PANELS; ++p) {
                     const __m512 scales = scales_of(m, block + p, c);
                     for (int t = 0; t < TOKENS; ++t) total[p][t] = _mm512_fmadd_ps(of_chunk[p][t], scales, total[p][t]);
@@ -302,18 +350,28 @@ template <int TOKENS, int PANELS> inline int64_t byte_rows(const ProductJob& job
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; ++p) store_block<TOKENS>(job, block + p, token, total[p]);
     }
-    return token;
 }
 
-// Six vectors at a time, then the rest of them together.
-template <int PANELS> inline void all_byte_rows(const ProductJob& job, int64_t block) {
-    const int64_t token = byte_rows<6, PANELS>(job, block, 0, job.tokens);
-    switch (job.tokens - token) {
-        case 5: byte_rows<5, PANELS>(job, block, token, job.tokens); break;
-        case 4: byte_rows<4, PANELS>(job, block, token, job.tokens); break;
-        case 3: byte_rows<3, PANELS>(job, block, token, job.tokens); break;
-        case 2: byte_rows<2, PANELS>(job, block, token, job.tokens); break;
-        case 1: byte_rows<1, PANELS>(job, block, token, job.tokens); break;
+// All vectors of bytes, six or five at a time: with fewer, loads would take longer than products. Some of up to 19 remain.
+template <int BITS, bool MASKED, int PANELS> inline void all_byte_rows(const ProductJob& job, int64_t block) {
+    const int64_t tiles = (job.tokens + 5) / 6;
+    const bool fills_tiles = job.tokens >= 5 * tiles;
+    const int64_t sixes = fills_tiles ? job.tokens - 5 * tiles : job.tokens / 6;
+    const int64_t end_of_fives = fills_tiles ? job.tokens : 6 * sixes;
+    int64_t token = 0;
+    if (BITS == 8 && MASKED && sixes) {
+        byte_rows<6, PANELS, ExpandingPanels<PANELS>>(job, block, 0, 6);
+        token = 6;
+    } else {
+        for (int p = 0; p < PANELS; ++p) expand_16<BITS, MASKED, true>(job.m, block + p, job.room + p * job.panel);
+    }
+    byte_rows<6, PANELS>(job, block, token, 6 * sixes);
+    byte_rows<5, PANELS>(job, block, 6 * sixes, end_of_fives);
+    switch (job.tokens - end_of_fives) {
+        case 4: byte_rows<4, PANELS>(job, block, end_of_fives, job.tokens); break;
+        case 3: byte_rows<3, PANELS>(job, block, end_of_fives, job.tokens); break;
+        case 2: byte_rows<2, PANELS>(job, block, end_of_fives, job.tokens); break;
+        case 1: byte_rows<1, PANELS>(job, block, end_of_fives, job.tokens); break;
         default: break;
     }
 }
@@ -440,13 +498,9 @@ inline bool lists_pay(const ProductJob& job, int64_t block) {
 template <int BITS, bool MASKED, int PANELS> inline void panels(const ProductJob& job, int64_t block) {
     static constexpr void (*PLANES[])(const ProductJob&, int64_t, int64_t) = {
         panel_rows<1, PANELS>, panel_rows<2, PANELS>, panel_rows<3, PANELS>, panel_rows<4, PANELS>, panel_rows<5, PANELS>, panel_rows<6, PANELS>};
-    for (int p = 0; p < PANELS; ++p) {
-        uint8_t* panel = job.room + p * job.panel;
-        if (job.q.are_bytes) expand_16<BITS, MASKED, true>(job.m, block + p, panel);
-        else expand_16<BITS, MASKED, false>(job.m, block + p, panel);
-    }
-    if (job.q.are_bytes) all_byte_rows<PANELS>(job, block);
-    else in_tiles(job, block, PLANES);
+    if (job.q.are_bytes) return all_byte_rows<BITS, MASKED, PANELS>(job, block);
+    for (int p = 0; p < PANELS; ++p) expand_16<BITS, MASKED, false>(job.m, block + p, job.room + p * job.panel);
+    in_tiles(job, block, PLANES);
 }
 
 template <int BITS, bool MASKED> inline void code_product_of(const ProductJob& job) {
