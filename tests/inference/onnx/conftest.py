@@ -21,7 +21,11 @@ def _compiler() -> None:
 
 @pytest.fixture(scope="session")
 def run_node(_compiler: None) -> Callable[..., list[Array]]:
-    """``run_node(name, inputs, constants, attributes)``: arrays (or None) by position; returns the outputs."""
+    return node_runner()
+
+
+def node_runner() -> Callable[..., list[Array]]:
+    """Return ``run(name, inputs, constants, attributes)``: arrays (or None) by position; it returns the outputs."""
     import ml_dtypes
     import onnx
     import onnxruntime

@@ -156,6 +156,11 @@ void product(Random& random) {
         if (!set.product(stream, x.get(), tokens, static_cast<const float*>(has_bias ? bias.get() : nullptr), 0, y.get(), Serial{})) ++wrong;
         const double allowed = stream.form == pst::Form::PAIRS ? 4e-5 : 2e-6;
         expect_product(w, x, has_bias ? bias.get() : nullptr, tokens, y, allowed, "product");
+        if (!pst::Stream::takes_bytes(w.parts)) return;
+        pst::Stream bytes;
+        if (!bytes.make(w.parts, set.panel, true)) ++wrong;
+        if (!set.product(bytes, x.get(), tokens, static_cast<const float*>(has_bias ? bias.get() : nullptr), 0, y.get(), Serial{})) ++wrong;
+        expect_product(w, x, has_bias ? bias.get() : nullptr, tokens, y, 1e-2, "product of bytes");
     });
     for (bool in_bytes : {false, true})
         if (pst::CodeProduct::pays(w.parts, in_bytes)) product_of_codes(w, x, has_bias ? bias.get() : nullptr, tokens, in_bytes);

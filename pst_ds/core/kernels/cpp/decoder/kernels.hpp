@@ -154,13 +154,19 @@ inline bool supports(int level) {
     return false;
 }
 
-// The level that PST_DS_INSTRUCTIONS names, if it is supported; otherwise the best. AMX multiplies only as many vectors as
-// gain by it (LEAST_VECTORS), and leaves the others to AVX-512.
+// The level that PST_DS_INSTRUCTIONS names, if it is supported; otherwise -1.
+inline int asked_level() {
+    const char* asked = std::getenv("PST_DS_INSTRUCTIONS");
+    for (int level = 0; asked && level < LEVELS; ++level)
+        if (!std::strcmp(asked, NAMES[level]) && supports(level)) return level;
+    return -1;
+}
+
+// The level that was asked for, or the best. AMX multiplies only as many vectors as gain by it (LEAST_VECTORS), and leaves
+// the others to AVX-512.
 inline int best_level() {
     static const int best = [] {
-        const char* asked = std::getenv("PST_DS_INSTRUCTIONS");
-        for (int level = 0; asked && level < LEVELS; ++level)
-            if (!std::strcmp(asked, NAMES[level]) && supports(level)) return level;
+        if (asked_level() >= 0) return asked_level();
         int level = LEVELS - 1;
         while (!supports(level)) --level;
         return level;

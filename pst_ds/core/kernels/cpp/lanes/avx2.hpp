@@ -20,6 +20,7 @@ inline Floats widen(const int8_t* from) {
     return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
 inline Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline Floats rounded_once(Floats a, Floats b, Floats c) { return fused(a, b, c); }
 // to[i] = the sum of the lanes of of[i].
 inline void store_sums(const Floats (&of)[4], float* to) {
     const __m256 first = _mm256_hadd_ps((__m256)of[0], (__m256)of[1]);

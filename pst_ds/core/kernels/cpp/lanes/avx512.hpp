@@ -20,6 +20,7 @@ inline Floats widen(const int8_t* from) {
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
 inline Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline Floats rounded_once(Floats a, Floats b, Floats c) { return fused(a, b, c); }
 // Neighbouring sums: of each quarter, elements i and i + 2 of a, and those of b, alternating.
 inline __m512 halves_of(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
 // to[i] = the sum of the lanes of of[i].

@@ -45,6 +45,7 @@ inline Floats fused(Floats a, Floats b, Floats c) {
     for (int h = 0; h < 2; ++h) sum.of[h] = vfmaq_f32(sum.of[h], x.of[h], y.of[h]);
     return sum.joined<Floats>();
 }
+inline Floats rounded_once(Floats a, Floats b, Floats c) { return fused(a, b, c); }
 // Of two vectors of four lanes, lanes 0 and 2, and lanes 1 and 3, added.
 inline float32x4_t two_sums_each(float32x4_t a, float32x4_t b) {
     const float64x2_t first = vreinterpretq_f64_f32(a);

@@ -2,8 +2,9 @@
 // for it and a namespace: no #pragma once.
 //
 // Each file of this folder defines for its instruction set: LANES; larger and smaller; widen, to LANES floats from as
-// many bf16 or int8 at any address; fused, a * b + c; store_sums, the sums of four vectors; transpose, of a square of
-// LANES vectors in place; add_pairs. functions.hpp and the code of the operators use only these.
+// many bf16 or int8 at any address; fused, a * b + c; rounded_once, a * b + c rounded only once, which is slow without
+// instructions for it; store_sums, the sums of four vectors; transpose, of a square of LANES vectors in place; add_pairs.
+// functions.hpp and the code of the operators use only these.
 
 constexpr int LANES = 8;
 #include "types.hpp"
@@ -31,6 +32,10 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 #else
     return a * b + c;
 #endif
+}
+inline Floats rounded_once(Floats a, Floats b, Floats c) {
+    for (int i = 0; i < LANES; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
 }
 inline void store_sums(const Floats (&of)[4], float* to) {
     for (int i = 0; i < 4; ++i) to[i] = sum_of(of[i]);

@@ -18,10 +18,13 @@ namespace pst {
 
 class CodeProduct {
    public:
-    // Whether a weight is multiplied this way: instructions expand bits, and its groups have a supported size.
+    // Whether a weight is multiplied this way: instructions expand bits, its groups have a supported size, and it is dense enough.
     static bool pays(const Parts& parts, bool in_bytes) {
         const bool has_codes = parts.kind == Parts::CODES8 || parts.kind == Parts::CODES4;
         if (!has_codes || !kernels().words || (parts.groups != 1 && parts.group_size() % 32)) return false;
+        return is_dense(parts, in_bytes);
+    }
+    static bool is_dense(const Parts& parts, bool in_bytes) {
         int64_t kept = 0;
         for (int64_t i = 0; i < parts.rows * ((parts.cols + 7) / 8); ++i) kept += __builtin_popcount(parts.mask[i]);
         return double(kept) > (in_bytes ? LEAST_KEPT_FOR_BYTES : LEAST_KEPT) * double(parts.rows * parts.cols);

@@ -57,7 +57,9 @@ class SparseLinear {
         columns_ = parts.cols;
         const bool in_bytes = activation_bits == 8 && !exact_inputs();
         const bool expands = CodeProduct::pays(parts, in_bytes);
-        const bool fits = expands ? codes_.make(parts, in_bytes) : entries_.make(parts, operators().panel);
+        // instructions that do not expand bits take entries, of the same bytes
+        const bool takes_bytes = in_bytes && Stream::takes_bytes(parts) && CodeProduct::is_dense(parts, true);
+        const bool fits = expands ? codes_.make(parts, in_bytes) : entries_.make(parts, operators().panel, takes_bytes);
         require(fits, "the mask of SparseLinear keeps another number of values than there are, for columns = ", cols);
         if (bias) {
             require(bias.type == ort::FLOAT && bias.numel() == parts.rows, "the bias of SparseLinear is (rows,) fp32");

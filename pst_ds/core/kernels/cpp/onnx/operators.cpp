@@ -73,7 +73,10 @@ inline const OperatorTable& operators() {
     static const OperatorTable best = [] {
 #if PST_X86
         __builtin_cpu_init();
-        const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        const int asked = asked_level();
+        if (asked == PORTABLE) return onnx_portable::table();
+        if (asked == AVX2) return onnx_avx2::table();
+        const bool avx512 = asked != AVX_VNNI && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                             __builtin_cpu_supports("avx512vnni");
         if (avx512) {

@@ -4,7 +4,7 @@
 // Layout
 //   x, y     (tokens, columns) and (tokens, rows) fp32, contiguous, of the runtime
 //   panel    [column or pair of columns][PANEL tokens] fp32, or two int16 of a pair in each; then PANEL scales, one per
-//            token. Aligned to 64 bytes, in memory of a thread. Tokens after the last, up to a whole vector, are zeros.
+//            token, or of bytes for every word. Aligned to 64 bytes, in memory of a thread. Tokens after the last, up to a whole vector, are zeros.
 //   results  [row][PANEL tokens] fp32, transposed to y by from_panel
 // Tokens are adjacent so that one non-zero meets MOST_VECTORS * LANES of them in registers.
 //
@@ -110,7 +110,7 @@ inline void add_entries(const Stream::Row& row, const char* panel, typename Entr
 // A panel of activations, and what is done to its sums.
 struct Panel {
     const float* x;             // [column or pair][token]
-    const float* token_scales;  // of integers, PANEL of them
+    const float* token_scales;  // of integers, PANEL of them; of bytes [word][PANEL]
     const float* bias;          // or null
     int64_t activation;
 };
@@ -144,16 +144,53 @@ void rows_times_panel(const Stream& w, int64_t first, int64_t last, const Panel&
     }
 }
 
+// The same for activations of 8 bits. A chunk is a word, whose integers are scaled and added as in byte_rows of the decoder,
+// with the same bits: the words of up to MOST_COLUMNS first, then these sums times the scale of the row.
+template <int VECTORS> void rows_times_bytes(const Stream& w, int64_t first, int64_t last, const Panel& panel, float* out) {
+    constexpr int64_t MOST_WORDS = MOST_COLUMNS / WORD;
+    float* const totals = out + (last - first) * PANEL;  // of earlier words
+    for (int64_t word = 0; word < w.chunks; ++word) {
+        const char* x = reinterpret_cast<const char*>(panel.x + word * w.chunk * PANEL);
+        const float* scales = panel.token_scales + word * PANEL;
+        const bool is_first = word % MOST_WORDS == 0;
+        const bool is_last = word + 1 == w.chunks;
+        for (int64_t place = first; place < last; ++place) {
+            const Stream::Row of = w.at(word, place);
+            float* to = out + (of.row - first) * PANEL;
+            float* total = totals + (of.row - first) * PANEL;
+            Ints sum[VECTORS] = {};
+            add_entries<Form::PAIRS, VECTORS>(of, x, sum);
+            const Floats row_scale = all(w.row_scales[size_t(of.row)]);
+            for (int v = 0; v < VECTORS; ++v) {
+                const int at = v * LANES;
+                const Floats so_far = is_first ? Floats{} : load(to + at);
+                Floats value = rounded_once(__builtin_convertvector(sum[v], Floats), load(scales + at), so_far);
+                if (is_last || (word + 1) % MOST_WORDS == 0) {
+                    value = rounded_once(value, row_scale, word < MOST_WORDS ? Floats{} : load(total + at));
+                    if (!is_last) store(total + at, value);
+                }
+                if (is_last) value = activate(panel.activation, panel.bias ? value + panel.bias[of.row] : value);
+                store(to + at, value);
+            }
+        }
+    }
+}
+
 // Rows [first, last) of the results of one panel of activations; both are multiples of a group, or the last the end.
+template <Form FORM, int VECTORS>
+void multiply_vectors(const Stream& w, int64_t first, int64_t last, const Panel& panel, float* out) {
+    if (FORM == Form::PAIRS && w.in_bytes) return rows_times_bytes<VECTORS>(w, first, last, panel, out);
+    rows_times_panel<FORM, VECTORS>(w, first, last, panel, out);
+}
 template <Form FORM>
 void multiply_panel(const Stream& w, int64_t first, int64_t last, const Panel& panel, int64_t tokens, float* out) {
     switch ((tokens + LANES - 1) / LANES) {
-        case 1: return rows_times_panel<FORM, 1>(w, first, last, panel, out);
-        case 2: return rows_times_panel<FORM, 2>(w, first, last, panel, out);
-        case 3: return rows_times_panel<FORM, 3>(w, first, last, panel, out);
-        case 4: return rows_times_panel<FORM, 4>(w, first, last, panel, out);
-        case 5: return rows_times_panel<FORM, MOST_VECTORS < 5 ? MOST_VECTORS : 5>(w, first, last, panel, out);
-        default: return rows_times_panel<FORM, MOST_VECTORS>(w, first, last, panel, out);
+        case 1: return multiply_vectors<FORM, 1>(w, first, last, panel, out);
+        case 2: return multiply_vectors<FORM, 2>(w, first, last, panel, out);
+        case 3: return multiply_vectors<FORM, 3>(w, first, last, panel, out);
+        case 4: return multiply_vectors<FORM, 4>(w, first, last, panel, out);
+        case 5: return multiply_vectors<FORM, MOST_VECTORS < 5 ? MOST_VECTORS : 5>(w, first, last, panel, out);
+        default: return multiply_vectors<FORM, MOST_VECTORS>(w, first, last, panel, out);
     }
 }
 
@@ -187,7 +224,21 @@ inline float to_pairs(const float* x, int64_t cols, float limit, float* out) {
     return scale + rest;
 }
 
-// The activations of one panel as its product takes them; `scales` (PANEL) are those of integers. False without memory.
+// Rounds a word of up to 64 activations to 8 bits, stored as int16; returns their scale. The same integers as
+// quantize_to_bytes of the decoder: a product rounded to fp32, then to the nearest integer.
+inline float to_bytes(const float* x, int64_t count, int16_t* to) {
+    int32_t most = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        int32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        most = std::max(most, bits & 0x7fffffff);
+    }
+    const Rounding rounding(most, 127);
+    for (int64_t i = 0; i < count; ++i) to[i] = int16_t(rounding.inverse > 0 ? int32_t(__builtin_rintf(x[i] * rounding.inverse)) : 0);
+    return rounding.scale;
+}
+
+// The activations of one panel as its product takes them; `scales` ([word] PANEL) are those of integers. False without memory.
 inline bool pack_panel(const Stream& w, const Rows& x, float* panel, float* scales) {
     if (w.form != Form::PAIRS) {
         to_panel(x, panel);
@@ -196,6 +247,21 @@ inline bool pack_panel(const Stream& w, const Rows& x, float* panel, float* scal
     static thread_local Scratch rounded;
     float* rows = rounded.get<float>(x.tokens * w.width());
     if (!rows) return false;
+    if (w.in_bytes) {
+        constexpr int64_t COLUMNS = 2 * Stream::WORD_PAIRS;
+        for (int64_t token = 0; token < x.tokens; ++token) {
+            int16_t* to = reinterpret_cast<int16_t*>(rows + token * w.width());
+            for (int64_t word = 0; word < w.chunks; ++word) {
+                const int64_t count = std::min(x.width - word * COLUMNS, COLUMNS);
+                scales[word * PANEL + token] = to_bytes(x.first + token * x.width + word * COLUMNS, count, to + word * COLUMNS);
+            }
+            if (x.width % 2) to[x.width] = 0;
+        }
+        for (int64_t word = 0; word < w.chunks; ++word)
+            for (int64_t token = x.tokens; token < PANEL; ++token) scales[word * PANEL + token] = 0.0f;
+        to_panel(Rows{rows, x.tokens, w.width()}, panel);
+        return true;
+    }
     for (int64_t token = 0; token < PANEL; ++token)
         scales[token] = token < x.tokens ? to_pairs(x.first + token * x.width, x.width, w.limit, rows + token * w.width()) : 0.0f;
     to_panel(Rows{rows, x.tokens, w.width()}, panel);
@@ -209,7 +275,7 @@ bool sparse_product(const Stream& w, const float* x, int64_t tokens, const float
     constexpr int64_t ENOUGH = 8;  // pieces of work for the threads of a session
     static thread_local Scratch shared;
     const int64_t panels = (tokens + PANEL - 1) / PANEL;
-    const int64_t size = (w.width() + 1) * PANEL;  // a panel, and its scales
+    const int64_t size = (w.width() + (w.in_bytes ? w.chunks : 1)) * PANEL;  // a panel, and its scales
     const int64_t parts = panels >= ENOUGH ? 1 : (ENOUGH + panels - 1) / panels;
     const int64_t step = round_up((w.rows + parts - 1) / parts, Stream::GROUP);
     const auto tokens_of = [&](int64_t panel) { return panel + 1 < panels ? PANEL : tokens - panel * PANEL; };
@@ -232,7 +298,7 @@ bool sparse_product(const Stream& w, const float* x, int64_t tokens, const float
         const int64_t last = first + step < w.rows ? first + step : w.rows;
         if (first >= last) return;
         float* in = packed ? packed + panel * size : own.get<float>(size);
-        float* out = results.get<float>((last - first) * PANEL);
+        float* out = results.get<float>((w.in_bytes && w.cols > MOST_COLUMNS ? 2 : 1) * (last - first) * PANEL);
         if (!in || !out) return done.store(false);
         if (!packed) pack(panel, in);
         const Panel activations{in, in + w.width() * PANEL, bias, activation};

@@ -82,27 +82,36 @@ class Stream {
         const uint32_t* end;
     };
     static constexpr int64_t GROUP = 64;  // rows
+    static constexpr int64_t WORD_PAIRS = 32;
     int64_t rows = 0;
     int64_t cols = 0;
     int64_t chunk = 0;  // columns or pairs of a chunk
     int64_t chunks = 0;
     Form form = Form::VALUES;
     float limit = 0;  // of pairs: the largest 16-bit activation whose sums stay within 32 bits
+    bool in_bytes = false;  // of pairs: activations have 8 bits, with a scale per chunk, which is a word of 64 columns
     std::vector<float> row_scales;  // of codes and pairs
 
     int64_t width() const { return form == Form::PAIRS ? (cols + 1) / 2 : cols; }
 
-    // `panel`: activations side by side in a panel, for each column or pair. False where parts do not fit each other.
-    bool make(const Parts& parts, int64_t panel) {
+    // Whether byte activations are possible: their sums are scaled per word, and a row has one scale.
+    static bool takes_bytes(const Parts& parts) {
+        return (parts.kind == Parts::CODES8 || parts.kind == Parts::CODES4) && parts.groups == 1;
+    }
+
+    // `panel`: activations side by side in a panel, for each column or pair. `bytes`: activations have 8 bits, requires
+    // takes_bytes(parts). False where parts do not fit each other.
+    bool make(const Parts& parts, int64_t panel, bool bytes = false) {
         rows = parts.rows;
         cols = parts.cols;
+        in_bytes = bytes;
         if ((parts.kind == Parts::CODES8 || parts.kind == Parts::CODES4) && parts.groups == 1) {
-            form = parts.kind == Parts::CODES8 && pays_in_pairs(parts) ? Form::PAIRS : Form::CODES;
+            form = in_bytes || (parts.kind == Parts::CODES8 && pays_in_pairs(parts)) ? Form::PAIRS : Form::CODES;
             for (int64_t row = 0; row < rows; ++row) row_scales.push_back(widen(parts.scales[row]));
         }
-        const int64_t most = std::max<int64_t>(1, chunk_bytes() / (panel * 4));
+        const int64_t most = in_bytes ? WORD_PAIRS : std::max<int64_t>(1, chunk_bytes() / (panel * 4));
         chunks = (width() + most - 1) / most;
-        chunk = chunks ? (width() + chunks - 1) / chunks : most;
+        chunk = in_bytes || !chunks ? most : (width() + chunks - 1) / chunks;
         std::vector<std::vector<uint32_t>> found(size_t(rows * chunks));  // of a row and a chunk
         std::vector<float> dense(size_t(cols + 1));
         double largest_sum = 1;
