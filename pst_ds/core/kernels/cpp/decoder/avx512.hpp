@@ -222,18 +222,42 @@ template <int TOKENS, int PANELS> inline void panel_rows(const ProductJob& job, 
     for (int p = 0; p < PANELS; ++p) store_block<TOKENS>(job, block + p, token, total[p]);
 }
 
+// Codes that the next blocks read, from memory or a far cache: they are fetched into the near one a little at a time, while
+// all but the first vectors are multiplied.
+struct CodesAhead {
+    const uint8_t* next;
+    const uint8_t* end;
+
+    CodesAhead(const Matrix& m, int64_t block, int panels) {
+        const int64_t last = std::min(m.blocks(), block + panels);
+        next = m.data.data() + m.first_byte[size_t(block)];
+        end = m.data.data() + m.first_byte[size_t(last)];
+        if (!m.has_bits) return;
+        const int64_t masks = m.words() * m.word / 4;
+        for (const uint64_t* at = m.masks.data() + block * masks; at < m.masks.data() + last * masks; at += 8)
+            _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+    }
+    void fetch() {
+        if (next >= end) return;
+#pragma GCC unroll 4
+        for (int line = 0; line < 4; ++line) _mm_prefetch(reinterpret_cast<const char*>(next) + 64 * line, _MM_HINT_T1);
+        next += 256;
+    }
+};
+
 // Where byte_rows reads the unsigned codes of 4 columns, in increasing order: from expanded panels.
 template <int PANELS> struct FromPanels {
     const uint8_t* codes;
     int64_t panel;
+    CodesAhead& ahead;
 
-    FromPanels(const ProductJob& job, int64_t) : codes(job.room), panel(job.panel) {}
+    FromPanels(const ProductJob& job, int64_t, CodesAhead& ahead) : codes(job.room), panel(job.panel), ahead(ahead) {}
     void next(__m512i (&of_panel)[PANELS]) {
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; ++p) of_panel[p] = _mm512_loadu_si512(codes + p * panel);
         codes += 64;
     }
-    void fetch() const {}
+    void fetch() { ahead.fetch(); }
 };
 
 // From blocks of masked 8-bit codes, which are expanded to panels for the following vectors while the first are multiplied:
@@ -244,7 +268,7 @@ template <int PANELS> struct ExpandingPanels {
     const uint64_t* masks[PANELS];
     const uint8_t* data[PANELS];
 
-    ExpandingPanels(const ProductJob& job, int64_t block) : codes(job.room), panel(job.panel) {
+    ExpandingPanels(const ProductJob& job, int64_t block, CodesAhead&) : codes(job.room), panel(job.panel) {
         const Matrix& m = job.m;
         for (int p = 0; p < PANELS; ++p) {
             masks[p] = m.masks.data() + (block + p) * m.words() * m.word / 4;
@@ -316,7 +340,7 @@ __attribute__((always_inline)) inline void add_words(const ProductJob& job, int6
 
 // Vectors of bytes [token, end), TOKENS at a time, with PANELS times 16 rows from `block` on; end - token is a multiple of TOKENS.
 template <int TOKENS, int PANELS, class Source = FromPanels<PANELS>>
-inline void byte_rows(const ProductJob& job, int64_t block, int64_t token, int64_t end) {
+inline void byte_rows(const ProductJob& job, int64_t block, int64_t token, int64_t end, CodesAhead& ahead) {
     const Matrix& m = job.m;
     const int64_t words = m.words();
     const int64_t chunks = m.chunks();
@@ -324,7 +348,7 @@ inline void byte_rows(const ProductJob& job, int64_t block, int64_t token, int64
     for (; token < end; token += TOKENS) {
         for (int t = 0; t < TOKENS; ++t)  // rows of y are far apart, and in no near cache
             for (int p = 0; p < PANELS; ++p) __builtin_prefetch(job.y + (token + t) * job.y_width + (block + p) * WORD_ROWS, 1);
-        Source source(job, block);
+        Source source(job, block, ahead);
         __m512 total[PANELS][TOKENS];
         if (chunks == 1) {
             add_words<TOKENS, PANELS>(job, token, 0, words, words, source, total);
@@ -359,19 +383,20 @@ template <int BITS, bool MASKED, int PANELS> inline void all_byte_rows(const Pro
     const int64_t sixes = fills_tiles ? job.tokens - 5 * tiles : job.tokens / 6;
     const int64_t end_of_fives = fills_tiles ? job.tokens : 6 * sixes;
     int64_t token = 0;
+    CodesAhead ahead(job.m, std::min(block + PANELS, job.m.blocks()), PANELS);
     if (BITS == 8 && MASKED && sixes) {
-        byte_rows<6, PANELS, ExpandingPanels<PANELS>>(job, block, 0, 6);
+        byte_rows<6, PANELS, ExpandingPanels<PANELS>>(job, block, 0, 6, ahead);
         token = 6;
     } else {
         for (int p = 0; p < PANELS; ++p) expand_16<BITS, MASKED, true>(job.m, block + p, job.room + p * job.panel);
     }
-    byte_rows<6, PANELS>(job, block, token, 6 * sixes);
-    byte_rows<5, PANELS>(job, block, 6 * sixes, end_of_fives);
+    byte_rows<6, PANELS>(job, block, token, 6 * sixes, ahead);
+    byte_rows<5, PANELS>(job, block, 6 * sixes, end_of_fives, ahead);
     switch (job.tokens - end_of_fives) {
-        case 4: byte_rows<4, PANELS>(job, block, end_of_fives, job.tokens); break;
-        case 3: byte_rows<3, PANELS>(job, block, end_of_fives, job.tokens); break;
-        case 2: byte_rows<2, PANELS>(job, block, end_of_fives, job.tokens); break;
-        case 1: byte_rows<1, PANELS>(job, block, end_of_fives, job.tokens); break;
+        case 4: byte_rows<4, PANELS>(job, block, end_of_fives, job.tokens, ahead); break;
+        case 3: byte_rows<3, PANELS>(job, block, end_of_fives, job.tokens, ahead); break;
+        case 2: byte_rows<2, PANELS>(job, block, end_of_fives, job.tokens, ahead); break;
+        case 1: byte_rows<1, PANELS>(job, block, end_of_fives, job.tokens, ahead); break;
         default: break;
     }
 }
