@@ -9,12 +9,15 @@ if TYPE_CHECKING:  # forms import torch, and run files are checked without it
 
 LOW_RANK = "low-rank"
 """The form of a run file that names none."""
+BESIDE = "beside"
+"""The form whose U V is not masked, and stays apart from the weight."""
 UPDATE_FORMS: "Registry[type[UpdateForm]]" = Registry(
     "pst_ds.update_forms",
     "update form",
     {
         LOW_RANK: "pst_ds.core.forms.low_rank:LowRank",
         "spp": "pst_ds.core.forms.spp:SPP",
+        BESIDE: "pst_ds.core.forms.beside:Beside",
         "learned-ranks": "pst_ds.core.forms.learned_ranks:LearnedRanks",
     },
 )

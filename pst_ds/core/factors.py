@@ -8,7 +8,8 @@ Each output row belongs to exactly one part, so A, R and U stack the parts, whil
 an ordinary layer P = 1, and these are the matrices of the paper (arXiv 2205.11005, section 3). In a stack of experts, O
 and P count all experts, so every factor is in expert order.
 
-U and V are the update of forms with kernels. The parameters of another form (:mod:`pst_ds.core.forms`) stand in
+U and V are the update of forms with kernels. beside_U and beside_V have the same shapes and belong to the form
+"beside", whose product the mask does not cut. The parameters of another form (:mod:`pst_ds.core.forms`) stand in
 :attr:`Factors.update` by name; the first dimension of each is divided equally among the P matrices.
 """
 
@@ -53,6 +54,8 @@ class Factors:
     C: Tensor | None = None
     U: Tensor | None = None
     V: Tensor | None = None
+    beside_U: Tensor | None = None
+    beside_V: Tensor | None = None
     norms: Tensor | None = None
     """(I,) fp32, or (E*I,) for a stack of experts: norm of each input relative to their mean. Not trained."""
     update: Mapping[str, Tensor] = field(default_factory=dict)
@@ -66,6 +69,8 @@ class Factors:
         for name, value in values.items():
             if form.has_kernels or name in SCORE_FACTORS:
                 fields_of_class[name] = value
+            elif form.is_beside:
+                fields_of_class[f"beside_{name}"] = value
             else:
                 update[name] = value
         return cls(**fields_of_class, norms=norms, update=update)

@@ -21,6 +21,7 @@ from pst_ds.core.layout import Rect, StoredMatrix, WeightLayout, row_tiles
 from pst_ds.core.quantization import Rounding
 from pst_ds.core.scores import masked_weight, updated_weight
 from pst_ds.core.tiles import Tiles, plan_tiles, whole_tile
+from pst_ds.core.updates.beside import add_beside_, beside_gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +105,18 @@ class Gradients:
 
 
 def forward(x: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
-    """Return y = x (M . W)' + bias, (..., O), for ``x`` (..., I)."""
+    """Return y = x (M . W)' + bias, (..., O), for ``x`` (..., I), plus beta (x V') U' of an update next to the mask."""
     merged = state.masked_weight()
     if state.layout.transposed:
         merged = merged.t()
-    return torch.nn.functional.linear(x, merged, bias)
+    y = torch.nn.functional.linear(x, merged, bias)
+    left = state.factors.beside_U
+    right = state.factors.beside_V
+    if left is not None and right is not None:
+        x_rows = x.reshape(-1, x.shape[-1])  # (N, I)
+        y_rows = y.view(-1, y.shape[-1])  # (N, O)
+        add_beside_(y_rows, x_rows, left, right, state.layout, state.constants.beta)
+    return y
 
 
 def forward_into(out: Tensor, x: Tensor, state: LayerState) -> None:
@@ -133,7 +141,7 @@ def backward(
 
         dS = G . W     dA = alpha1 dS B'   dB = alpha1 A' dS   dR = alpha2 rowsum(dS)   dC = alpha2 colsum(dS)
         dW = G . M + G . |W| / weight_scale (not if |W0| is in the scores, or the masks are fixed)
-        dU = beta dW V'   dV = beta U' dW
+        dU = beta dW V'   dV = beta U' dW, or those of :func:`beside_gradients`
 
     ``need_weight``: return the gradient of the weight, G . M. ``tile_bytes``: budget of :mod:`pst_ds.core.tiles`; 0 is
     the device's default. Raises TileBudgetError.
@@ -167,6 +175,10 @@ def backward(
     for rect in tiles.rects:
         _tile_backward(work, rect)
     finish_factors(sums, state, grads)
+    left = state.factors.beside_U
+    right = state.factors.beside_V
+    if left is not None and right is not None:
+        grads.U, grads.V = beside_gradients(x, grad_y, left, right, state.layout, state.constants.beta, grad_x=grads.x)
     return grads
 
 

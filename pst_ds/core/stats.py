@@ -97,6 +97,8 @@ def product_norm(left: Tensor, right: Tensor) -> Tensor:
 def update_norm(layout: WeightLayout, factors: Factors, constants: Constants) -> Tensor:
     """Return the norm of beta U V of a layer, a float64 scalar; 0 without U and V."""
     norms: list[Tensor] = []
+    if factors.beside_U is not None:
+        factors = Factors(U=factors.beside_U, V=factors.beside_V)
     for tile in _matrices(layout, factors):
         if tile.update_left is not None and tile.update_right is not None:
             norms.append(product_norm(tile.update_left, tile.update_right))

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from pst_ds.config.run import RunConfig
+from pst_ds.config.update_forms import BESIDE, LOW_RANK
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.errors import InputError
 from pst_ds.storage_format import storage_format
@@ -31,6 +32,15 @@ def require_vocabulary(path: str | None, seen: str) -> None:
         raise InputError(
             f"vocabulary = {path!r} cannot be read: no such file (looked in {Path(path).absolute()}). Name a UTF-8 "
             f'file with one text per line, or vocabulary = "{seen}"'
+        )
+
+
+def require_update_fits(run: RunConfig, format_name: str) -> None:
+    """Raise InputError for a run whose update is next to the mask."""
+    if run.injected_pst.update_form == BESIDE and run.injected_pst.update_rank > 0:
+        raise InputError(
+            f'format = "{format_name}" has one weight per layer, and pst.update_form = "{BESIDE}" of the run adds U V '
+            f'to every weight, which leaves no zeros. Train with update_form = "{LOW_RANK}" to export'
         )
 
 

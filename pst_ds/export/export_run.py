@@ -21,7 +21,13 @@ from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.data.tokens.tokenize import open_tokenizer
 from pst_ds.data.vocabulary import Vocabulary, trim
 from pst_ds.errors import InputError
-from pst_ds.export.export_checks import require_place, require_pruned, require_representable, require_vocabulary
+from pst_ds.export.export_checks import (
+    require_place,
+    require_pruned,
+    require_representable,
+    require_update_fits,
+    require_vocabulary,
+)
 from pst_ds.file_names import RUN_FILE
 from pst_ds.formats.hub import downloaded
 from pst_ds.nn.addition import read_additions
@@ -157,6 +163,7 @@ def require_run_fits(run: RunConfig, out: str | Path, settings: ExportSettings) 
     """
     require_place(Path(out), settings.format)
     require_vocabulary(settings.vocabulary, SEEN)
+    require_update_fits(run, settings.format)
     require_pruned(run, settings.format, plain=settings.plain)
 
 

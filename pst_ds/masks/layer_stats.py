@@ -154,7 +154,7 @@ class _Part:
         if with_scores and self.learns_scores:
             norms[_SCORE_NORM] = stats.learned_score_norm(layout, self._factors, constants)
         # of other forms, the square of W - W0 is summed over weights
-        if self.layer.update_specs and constants.form.has_kernels:
+        if self.layer.update_specs and constants.form.is_product:
             norms[_UPDATE_NORM] = stats.update_norm(layout, self._factors, constants)
         return norms
 
@@ -166,7 +166,7 @@ class _Part:
         """Return the norm of W - W0; None without an update, or if it is not finite."""
         if not self.layer.update_specs:
             return None
-        if self.layer.constants.form.has_kernels:
+        if self.layer.constants.form.is_product:
             return _finite(float(norms[_UPDATE_NORM]))
         return _finite(math.sqrt(sums[_UPDATE_SQUARES]))
 

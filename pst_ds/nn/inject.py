@@ -9,6 +9,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from pst_ds.config.pst import PSTConfig, name_matches
+from pst_ds.config.update_forms import BESIDE, LOW_RANK
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.quantization import Grid, StoredGrid
 from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
@@ -324,6 +325,15 @@ def _is_split_alike(layers: dict[str, PSTLayer]) -> bool:
     return split_by_rows
 
 
+def layers_beside(model: nn.Module) -> dict[str, PSTLayer]:
+    """Return the layers of ``model`` whose U V is added to their outputs, by name: ``update_form = "beside"``."""
+    layers: dict[str, PSTLayer] = {}
+    for name, layer in pst_layers(model).items():
+        if layer.constants.form.is_beside and layer.update_specs:
+            layers[name] = layer
+    return layers
+
+
 def plain_name(name: str, layer: PSTLayer) -> str:
     """Return the name of the PST layer's weight in the original model, where it has the layer's ``weight_shape``."""
     if isinstance(layer, PSTExpertStack):
@@ -423,6 +433,11 @@ def _require_fit(target: Target, config: PSTConfig, grid: Grid | None, base_grid
             raise InjectionError(message) from None
     if target.is_stack:
         _require_rank_fits(target, config)
+        if config.update_form == BESIDE and config.of_experts.update_rank > 0:
+            raise InjectionError(
+                f'update_form = "{BESIDE}" is for linear layers, and {target.name} is a stack of experts. Set '
+                f'expert_rank = 0, or update_form = "{LOW_RANK}"'
+            )
 
 
 def _require_rank_fits(target: Target, config: PSTConfig) -> None:

@@ -6,6 +6,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from pst_ds.config.update_forms import BESIDE
 from pst_ds.errors import InputError, shortened
 from pst_ds.nn import experts, inject
 from pst_ds.nn.adapter_checkpoints import whole_checkpoints
@@ -37,7 +38,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         The model, without the engine.
 
     Raises:
-        InputError: the model is under ZeRO-3 or FSDP2, where no rank holds full weights, or only a part was injected.
+        InputError: the model is under ZeRO-3 or FSDP2, where no rank holds full weights, only a part was injected, or
+            its update is next to the mask.
     """
     model = unwrapped(model)
     if inject.settled_layers(model):
@@ -49,6 +51,11 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             "merge_and_unload needs whole weights, and ZeRO-3 or FSDP2 has them in shards. Call save_pretrained(model, "
             "FOLDER) on every rank, then in one process merge_and_unload(load_pretrained(BASE, FOLDER)); of a run of "
             "`pst-ds train`, use `pst-ds export`"
+        )
+    if inject.layers_beside(model):
+        raise InputError(
+            f'merge_and_unload: update_form = "{BESIDE}" adds U V to each weight, so a merged one would have no zeros. '
+            "Use save_pretrained(model, FOLDER), which keeps U V next to the masks"
         )
     idle = inject.layers_never_called(model)
     if 0 < len(idle) < len(pst_layers(model)):

@@ -6,7 +6,7 @@ Layers are not replaced but get a forward hook. The native decoder computes the 
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.updates.rows import beside
+from pst_ds.core.updates.beside import beside
 from pst_ds.nn.layer import seeded_normal
 
 LEFT = "personal_U"

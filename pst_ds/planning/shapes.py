@@ -256,8 +256,8 @@ def _module_numbers(module: nn.Module, device: str, flattened: Set[nn.Parameter]
 
 
 def _has_kernels(layer: PSTLayer) -> bool:
-    """Return whether kernels compute the layer's update, or there is none."""
-    return layer.constants.form.has_kernels or not layer.update_specs
+    """Return whether kernels compute the layer's weight: with the update U V, or without an update of the weight."""
+    return layer.constants.form.is_product or not layer.update_specs
 
 
 def _by_kernels(layer: PSTLayer) -> bool:

@@ -352,3 +352,11 @@ def test_stacks_are_updated_expert_by_expert_in_any_form(family, form, tmp_path,
     before = logits(model)
     # the products of transformers may add in another order than ours
     torch.testing.assert_close(logits(merge_and_unload(model)), before, rtol=1e-5, atol=1e-6)
+
+
+def test_an_update_beside_the_mask_is_for_linear_layers():
+    with pytest.raises(InjectionError, match="is a stack of experts"):
+        injected(update_form="beside")
+    model = injected(update_form="beside", expert_rank=0)
+    assert not any(layer.update_parameters() for layer in stacks(model).values())
+    logits(model)

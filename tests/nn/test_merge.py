@@ -84,6 +84,15 @@ def test_a_merged_folder_is_an_ordinary_one(tmp_path):
     inject_pst(loaded, PSTConfig())  # and may be pruned on
 
 
+def test_an_update_beside_the_mask_is_not_merged():
+    model = _trained(AutoModelForCausalLM, GPT2, torch.float32, update_form="beside")
+    ids = torch.randint(5, 30, (3, 11), generator=torch.Generator().manual_seed(2))
+    logits = model(input_ids=ids).logits
+    with pytest.raises(InputError, match="a merged one would have no zeros"):
+        merge_and_unload(model)
+    assert torch.equal(model(input_ids=ids).logits, logits)
+
+
 def test_a_kept_negative_zero_becomes_a_positive_one():
     model = nn.Module()
     model.blocks = nn.ModuleList([nn.Linear(4, 4)])

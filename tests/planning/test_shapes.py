@@ -276,3 +276,13 @@ def test_an_update_form_without_kernels_has_copies_of_the_weights():
     assert (plain.update_rank, spp.update_rank) == (8, 0)
     assert plain.factor_parameters - spp.factor_parameters == 8 * (40 + 24) - (40 + 16 * 24)
     assert max(module.work_bytes for module in spp.modules) > max(module.work_bytes for module in plain.modules)
+
+
+def test_an_update_beside_the_mask_needs_what_u_v_needs():
+    """No copy of the weights, which it does not change, and the same factors."""
+
+    def numbers(form):
+        config = PSTConfig(target_modules=["0"], modules_to_save=(), update_form=form)
+        return model_numbers(inject_pst(torch.nn.Sequential(torch.nn.Linear(24, 40)), config))
+
+    assert numbers("beside") == numbers("low-rank")

@@ -76,9 +76,17 @@ class UpdateForm(ABC):
     over weights. Otherwise only whole matrices are updated, and mask updates gather one layer at a time."""
     has_kernels: bool = False
     """True if the update is beta U V with parameters U (O, r) and V (r, I), which compiled kernels compute."""
+    is_beside: bool = False
+    """True if parameters U (O, r) and V (r, I) update the output, y = x (M . W0)' + beta (x V') U', and not the
+    weight."""
     rate_factor: float = 1.0
     """Multiplier of the default peak rate of group "updates", which was measured for U V. A rate that the user sets is
     used unchanged."""
+
+    @property
+    def is_product(self) -> bool:
+        """True if the update is beta U V with parameters U (O, r) and V (r, I), under the mask or next to it."""
+        return self.has_kernels or self.is_beside
 
     @abstractmethod
     def parameters(self, outputs: int, inputs: int, settings: UpdateSettings) -> Mapping[str, ParamSpec | None]:

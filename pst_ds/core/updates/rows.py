@@ -1,11 +1,10 @@
-"""Low-rank updates of looked-up rows of W0 (an embedding), and beta (x V') U' of inputs x as a separate product.
+"""Low-rank updates of looked-up rows of W0 (an embedding).
 
-Names: n rows in the table, d its width, r the rank, N rows looked up; of a layer O outputs, I inputs.
+Names: n rows in the table, d its width, r the rank, N rows looked up.
 """
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from pst_ds.core.scores import add_low_rank_
 
@@ -51,8 +50,3 @@ def row_gradients(
         # torch ignores the padding in dU; here it is done for dV.
         looked_up = looked_up * (ids != padding_idx).unsqueeze(1)
     return grad_left, looked_up.t() @ grad
-
-
-def beside(x: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
-    """Return beta (x V') U' of one user, (..., O), for x (..., I), U ``left`` (O, r) and V ``right`` (r, I)."""
-    return beta * linear(linear(x, right), left)
