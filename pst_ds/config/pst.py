@@ -121,8 +121,8 @@ class PSTConfig(_LibrarySection):
     """Rank of A B; 0 disables it."""
     update_form: str = LOW_RANK
     """How the weights of layers are updated while they train: "low-rank" is W0 + beta U V; "spp" is multiplicative and
-    keeps every zero of W0; "learned-ranks" cuts terms of U V; "beside" is M . W0 + beta U V, a U V without mask
-    (docs/how-to/methods.md); installed packages can add forms by name."""
+    keeps every zero of W0; "learned-ranks" cuts terms of U V; "beside" adds beta U V to the masked weight,
+    without mask (docs/how-to/methods.md); installed packages can add forms by name."""
     update_rank: InShapes[NotNegative] = 8
     """Rank of U V; 0 disables it."""
     expert_rank: InShapes[NotNegative] = 4

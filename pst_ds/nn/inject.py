@@ -325,13 +325,9 @@ def _is_split_alike(layers: dict[str, PSTLayer]) -> bool:
     return split_by_rows
 
 
-def layers_beside(model: nn.Module) -> dict[str, PSTLayer]:
-    """Return the layers of ``model`` whose U V is added to their outputs, by name: ``update_form = "beside"``."""
-    layers: dict[str, PSTLayer] = {}
-    for name, layer in pst_layers(model).items():
-        if layer.constants.form.is_beside and layer.update_specs:
-            layers[name] = layer
-    return layers
+def has_update_beside(model: nn.Module) -> bool:
+    """Return whether U V of a layer of ``model`` is added to its output: ``update_form = "beside"``."""
+    return any(layer.constants.form.is_beside and layer.update_specs for layer in pst_layers(model).values())
 
 
 def plain_name(name: str, layer: PSTLayer) -> str:

@@ -52,7 +52,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             "FOLDER) on every rank, then in one process merge_and_unload(load_pretrained(BASE, FOLDER)); of a run of "
             "`pst-ds train`, use `pst-ds export`"
         )
-    if inject.layers_beside(model):
+    if inject.has_update_beside(model):
         raise InputError(
             f'merge_and_unload: update_form = "{BESIDE}" adds U V to each weight, so a merged one would have no zeros. '
             "Use save_pretrained(model, FOLDER), which keeps U V next to the masks"

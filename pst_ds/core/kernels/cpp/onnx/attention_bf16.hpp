@@ -33,6 +33,7 @@ inline __m512i broadcast(const uint16_t* pair) {
     return _mm512_set1_epi32(two);
 }
 
+// Keys to pairs of dimensions. A square of LANES keys by 2 LANES dimensions is transposed at a time; the last may be half as wide.
 inline void copy_keys(const Head& k, int64_t count, const Copies& to) {
     for (int64_t key = 0; key < to.padded; key += LANES)
         for (int64_t d = 0; d < to.head; d += 2 * LANES) {
@@ -51,6 +52,7 @@ inline void copy_keys(const Head& k, int64_t count, const Copies& to) {
         }
 }
 
+// Values to pairs of keys: the even key in the lower half of each word, the odd one in the upper.
 inline void copy_values(const Head& v, int64_t count, const Copies& to) {
     for (int64_t key = 0; key < to.padded; key += 2)
         for (int64_t d = 0; d < to.head; d += LANES) {
@@ -145,6 +147,7 @@ inline void values_of(const Copies& at, int64_t query, int64_t d, const float* s
             _mm512_storeu_ps(out.row(query + r) + d + c * LANES, _mm512_mul_ps(sum[r][c], _mm512_set1_ps(share[r])));
 }
 
+// Results of ROWS queries: scores, then e^(score - largest) in bf16, then values. The total is of fp32 powers, and divides last.
 template <int ROWS>
 inline void rows_of(const Copies& at, int64_t query, int64_t count, float scale, const Mask& mask, const Head& out) {
     __m512 most[ROWS];
@@ -200,6 +203,7 @@ inline bool attend(const Head& q, const Head& k, const Head& v, int64_t num_quer
         fetch_next(v, query, std::min(num_keys, query + QUERIES), head);
         rows_of<QUERIES>(at, query, num_keys, scale, mask, out);
     }
+    static_assert(QUERIES == 6, "the cases below are all remainders");
     switch (num_queries - query) {
         case 5: rows_of<5>(at, query, num_keys, scale, mask, out); break;
         case 4: rows_of<4>(at, query, num_keys, scale, mask, out); break;

@@ -4,7 +4,8 @@
 // Layout
 //   x, y     (tokens, columns) and (tokens, rows) fp32, contiguous, of the runtime
 //   panel    [column or pair of columns][PANEL tokens] fp32, or two int16 of a pair in each; then PANEL scales, one per
-//            token, or of bytes for every word. Aligned to 64 bytes, in memory of a thread. Tokens after the last, up to a whole vector, are zeros.
+//            token, or of bytes for every word. Aligned to 64 bytes, in memory of a thread. Tokens after the last, up to
+//            a whole vector, are zeros.
 //   results  [row][PANEL tokens] fp32, transposed to y by from_panel
 // Tokens are adjacent so that one non-zero meets MOST_VECTORS * LANES of them in registers.
 //
@@ -176,12 +177,12 @@ template <int VECTORS> void rows_times_bytes(const Stream& w, int64_t first, int
     }
 }
 
-// Rows [first, last) of the results of one panel of activations; both are multiples of a group, or the last the end.
 template <Form FORM, int VECTORS>
 void multiply_vectors(const Stream& w, int64_t first, int64_t last, const Panel& panel, float* out) {
     if (FORM == Form::PAIRS && w.in_bytes) return rows_times_bytes<VECTORS>(w, first, last, panel, out);
     rows_times_panel<FORM, VECTORS>(w, first, last, panel, out);
 }
+// Rows [first, last) of the results of one panel of activations; both are multiples of a group, or the last the end.
 template <Form FORM>
 void multiply_panel(const Stream& w, int64_t first, int64_t last, const Panel& panel, int64_t tokens, float* out) {
     switch ((tokens + LANES - 1) / LANES) {
