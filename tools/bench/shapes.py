@@ -121,11 +121,13 @@ class Memory:
             ctypes.memset(start, 1, size)
 
     def read_bandwidth(self, threads: int) -> float:
-        """Return bytes per second of ``memcmp``, which reads all bytes of two equal halves.
+        """Return bytes read per second by the faster of two functions that only read.
 
-        One core reads these two streams half as fast again as the one of ``memchr``.
+        Which one is faster depends on the processor: ``memcmp`` has two streams of addresses, the largest value has
+        one stream and more bytes in flight. On a Zen 4 core they reach 24 and 34 GB/s.
         """
-        return self._size * self._passes_per_second(threads, self._compare)
+        passes = [self._passes_per_second(threads, read) for read in (self._compare, self._largest)]
+        return self._size * max(passes)
 
     def copy_bandwidth(self, threads: int) -> float:
         """Return bytes read and written per second of ``memmove``."""
@@ -138,12 +140,16 @@ class Memory:
         # otherwise it stopped early
         assert difference == 0
 
+    def _largest(self, at: int, size: int) -> None:
+        numbers = torch.frombuffer(self._maps[0], dtype=torch.int32, count=size // 4, offset=at)
+        torch.amax(numbers)
+
     def _copy(self, at: int, size: int) -> None:
         ctypes.memmove(self._starts[1] + at, self._starts[0] + at, size)
 
     def _passes_per_second(self, threads: int, work: Callable[..., None]) -> float:
         # ctypes releases the interpreter's lock
-        part = self._size // threads
+        part = self._size // threads // 64 * 64
         with ThreadPoolExecutor(threads) as pool:
             start = time.perf_counter()
             for _ in range(_PASSES_OVER_MEMORY):
