@@ -84,27 +84,34 @@ inline __m512 power_of(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-// Scores of ROWS queries with VECTORS vectors of keys from `key` on, with scale and mask. `most`: the largest so far.
+// sum[r][c] = the products of row r of `rows` with the c-th vector of columns of `columns`, over `count` places, which is even.
+// `rows` holds single numbers, `stride` apart from row to row; `columns` holds pairs, `width` words from pair to pair.
+// ROWS * VECTORS sums stay in registers: each vector of columns is read once for all rows.
 template <int ROWS, int VECTORS>
-inline void scores_of(const Copies& at, int64_t query, int64_t key, int64_t count, float scale, const Mask& mask, __m512 (&most)[ROWS]) {
-    __m512 sum[ROWS][VECTORS];
+inline void multiply(const uint16_t* rows, int64_t stride, const uint32_t* columns, int64_t width, int64_t count,
+                     __m512 (&sum)[ROWS][VECTORS]) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
         for (int c = 0; c < VECTORS; ++c) sum[r][c] = _mm512_setzero_ps();
-    const uint32_t* keys = at.keys + key;
-    const uint16_t* q = at.queries + query * at.head;
-    for (int64_t d = 0; d < at.head; d += 2, keys += at.padded, q += 2) {
-        __m512i k[VECTORS];
+    for (int64_t place = 0; place < count; place += 2, columns += width) {
+        __m512i column[VECTORS];
 #pragma GCC unroll 4
-        for (int c = 0; c < VECTORS; ++c) k[c] = _mm512_loadu_si512(keys + c * LANES);
+        for (int c = 0; c < VECTORS; ++c) column[c] = _mm512_loadu_si512(columns + c * LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-            const __m512i pair = broadcast(q + r * at.head);
+            const __m512i pair = broadcast(rows + r * stride + place);
 #pragma GCC unroll 4
-            for (int c = 0; c < VECTORS; ++c) sum[r][c] = add_pairs(sum[r][c], pair, k[c]);
+            for (int c = 0; c < VECTORS; ++c) sum[r][c] = add_pairs(sum[r][c], pair, column[c]);
         }
     }
+}
+
+// Scores of ROWS queries with VECTORS vectors of keys from `key` on, with scale and mask. `most`: the largest so far.
+template <int ROWS, int VECTORS>
+inline void scores_of(const Copies& at, int64_t query, int64_t key, int64_t count, float scale, const Mask& mask, __m512 (&most)[ROWS]) {
+    __m512 sum[ROWS][VECTORS];
+    multiply(at.queries + query * at.head, at.head, at.keys + key, at.padded, at.head, sum);
     const __m512 least = _mm512_set1_ps(-3.0e38f);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
@@ -124,22 +131,7 @@ inline void scores_of(const Copies& at, int64_t query, int64_t key, int64_t coun
 template <int ROWS, int VECTORS>
 inline void values_of(const Copies& at, int64_t query, int64_t d, const float* share, const Head& out) {
     __m512 sum[ROWS][VECTORS];
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-        for (int c = 0; c < VECTORS; ++c) sum[r][c] = _mm512_setzero_ps();
-    const uint32_t* values = at.values + d;
-    for (int64_t key = 0; key < at.padded; key += 2, values += at.head) {
-        __m512i v[VECTORS];
-#pragma GCC unroll 2
-        for (int c = 0; c < VECTORS; ++c) v[c] = _mm512_loadu_si512(values + c * LANES);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
-            const __m512i pair = broadcast(at.powers + r * at.padded + key);
-#pragma GCC unroll 2
-            for (int c = 0; c < VECTORS; ++c) sum[r][c] = add_pairs(sum[r][c], pair, v[c]);
-        }
-    }
+    multiply(at.powers, at.padded, at.values + d, at.head, at.padded, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
