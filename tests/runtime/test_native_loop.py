@@ -116,14 +116,25 @@ def test_any_pattern_of_zeros(rows, columns, sparsity, seed):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_largest_sums_are_exact():
-    """Every code 127 and every activation the largest: the sum of a chunk comes to the end of 32 bits."""
+@pytest.mark.parametrize(("code", "bits"), [(127, 8), (-127, 8), (7, 4), (-8, 4)])
+@pytest.mark.parametrize("group", [0, 32, 256, 288, 4096])
+@pytest.mark.parametrize("step", [1, 2])
+def test_the_largest_sums_are_exact(code, bits, group, step):
+    """Codes at their limit, all kept or half of them, and the largest activation: sums come to the end of 32 bits.
+
+    With all codes equal, what unsigned codes add to a sum is as large as it can be.
+    """
     for columns in (516, 2048, 5000):
-        codes, scales = torch.full((8, columns), 127, dtype=torch.int8), torch.ones(8, 1).bfloat16()
+        codes = torch.zeros(8, columns, dtype=torch.int8)
+        codes[:, ::step] = code
+        scales = torch.ones(8, -(-columns // group) if group else 1).bfloat16()
+        expected = torch.full((1, 8), 3.0 * code * len(range(0, columns, step)))
         for level in AVAILABLE:
+            matrix = Matrix.of_codes(codes, scales, bits, group, level)
             for sign in (1, -1):
-                got = Matrix.of_codes(codes * sign, scales, 8, 0, level).multiply(torch.full((1, columns), 3.0))
-                torch.testing.assert_close(got, torch.full((1, 8), 3.0 * 127 * columns * sign), rtol=1e-6, atol=0)
+                for vectors in (1, 30):
+                    got = matrix.multiply(torch.full((vectors, columns), 3.0 * sign))
+                    torch.testing.assert_close(got, (expected * sign).expand(vectors, 8), rtol=1e-6, atol=0)
 
 
 @every_pair

@@ -29,9 +29,8 @@ struct Rounding {
     }
 };
 
-// `tokens` vectors quantised to integers. Each is stored as q, and in planes: the low byte and the high one, which
-// kernels of WORDS read as unsigned (q + 2^15). A vector's columns are followed by as many zeros as a load may read
-// past them. Alternatively they are bytes, 8 bits with a scale per word of columns, in `low` only.
+// `tokens` vectors quantised to integers. Each is stored as q, and in planes: q = 256 * high + low, with the low byte
+// unsigned and the high one signed. A vector's columns are followed by as many zeros as a load may read past them. Alternatively they are bytes, 8 bits with a scale per word of columns, in `low` only.
 struct Activations {
     bool are_bytes = false;
     int64_t stride = 0;  // integers per vector
@@ -40,7 +39,7 @@ struct Activations {
     std::vector<uint8_t> low;
     std::vector<uint8_t> high;
     std::vector<float> scales;
-    std::vector<int32_t> sums;  // of a chunk's q; for bytes -128 times the sum
+    std::vector<int32_t> sums;  // of a chunk's q; for bytes -128 times the sum; for planes and WORDS see excess_of
 
     void reserve(int64_t tokens, int64_t columns) {
         const size_t most = size_t(tokens * (round_up(columns, WORD) + 2 * PADDING));
@@ -71,7 +70,7 @@ inline int64_t vectors_copied(int64_t columns) {
     return std::clamp<int64_t>(BYTES / (2 * round_up(columns, WORD) + 1), 64, 256) / 32 * 32;
 }
 inline int64_t room_for(int64_t columns) {
-    return 2 * panel_bytes(columns) + round_up(columns, WORD) + vectors_copied(columns) * 2 * round_up(columns, WORD) + WORD;
+    return 2 * panel_bytes(columns) + 2 * round_up(columns, WORD) + vectors_copied(columns) * 2 * round_up(columns, WORD) + WORD;
 }
 
 // Write products with rows of the blocks from `first` to `last` to y (tokens, y_width). `room`: room_for(m) bytes of

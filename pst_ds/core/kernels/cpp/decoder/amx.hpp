@@ -110,7 +110,8 @@ struct TileJob {
     }
 };
 
-// The sums of one or two inputs, in their shapes, with one or two panels: in tiles, and stored.
+// The sums of one or two inputs, in their shapes, with one or two panels: in tiles, and stored. SIGNED: the first input;
+// the second is a high plane or more vectors of bytes, both signed.
 template <bool SIGNED> class TileSums {
    public:
     struct alignas(64) Stored {
@@ -151,11 +152,11 @@ template <bool SIGNED> class TileSums {
         tiles_.load<4>(inputs_.first + word * inputs_.step, inputs_.stride);
         tiles_.add_product<SIGNED, 0, 4, 6>();
         if (inputs_.second) tiles_.load<5>(inputs_.second + word * inputs_.step, inputs_.stride);
-        if (inputs_.second) tiles_.add_product<SIGNED, 1, 5, 6>();
+        if (inputs_.second) tiles_.add_product<true, 1, 5, 6>();
         if (panels_ == 1) return;
         tiles_.load<7>(codes + job_.panel, 64);
         tiles_.add_product<SIGNED, 2, 4, 7>();
-        if (inputs_.second) tiles_.add_product<SIGNED, 3, 5, 7>();
+        if (inputs_.second) tiles_.add_product<true, 3, 5, 7>();
     }
 
     Tiles& tiles_;
@@ -206,11 +207,11 @@ inline void planes_in_tiles(Tiles& tiles, const TilesOfBlock& of) {
     __m512 total[2][TILE_ROWS] = {};
     const auto convert = [&](int64_t c) {
         const float* x_scales = job.q.scales_of(of.token) + c;
+        const __m512i exact = _mm512_setzero_si512();  // tiles multiply signed codes with either plane, so nothing exceeds
         for (int p = 0; p < of.panels; ++p) {
-            const __m512i offset = offsets_of(m, of.block + p, c);
             const __m512 scales = scales_of(m, of.block + p, c);
             for (int64_t t = 0; t < vectors; ++t)
-                total[p][t] = with_planes(total[p][t], stored[c % 2].at(p, 1, t), stored[c % 2].at(p, 0, t), offset, scales, x_scales[t * chunks]);
+                total[p][t] = with_planes(total[p][t], stored[c % 2].at(p, 1, t), stored[c % 2].at(p, 0, t), exact, scales, x_scales[t * chunks]);
         }
     };
     for (int64_t c = 0; c < chunks; ++c) {
@@ -279,7 +280,7 @@ template <int BITS, bool MASKED> inline void tile_product_of(const ProductJob& j
             if (copies && part.token < part.last) part.copy();
         for (int64_t block = job.first; block < job.last; block += 2) {
             const int panels = block + 1 < job.last ? 2 : 1;
-            for (int p = 0; p < panels; ++p) expand_16<BITS, MASKED, false>(job.m, block + p, job.room + p * job.panel);
+            for (int p = 0; p < panels; ++p) expand_16<BITS, MASKED, Form::SIGNED>(job.m, block + p, job.room + p * job.panel);
             for (const TileJob& part : parts) vectors_in_tiles(part, block, panels);
         }
     }

@@ -1,5 +1,5 @@
-// Products with codes for AVX-512 with VBMI2 and VNNI: a word of mask bits expands 4 columns of 16 rows. q is read as q
-// + 2^15, in two unsigned planes of bytes; Matrix::offsets contains what this adds to a sum, modulo 2^32.
+// Products with codes for AVX-512 with VBMI2 and VNNI: a word of mask bits expands 4 columns of 16 rows. q is read in two
+// planes of bytes, q = 256 * high + low, with `high` signed and `low` unsigned.
 //
 // Layout
 //   codes   layout WORDS of matrix.hpp: per block of 16 rows the kept codes of 4 columns at a time, and 64 mask bits
@@ -9,9 +9,14 @@
 //   q       low and high planes of bytes of Activations, `stride` apart
 // Loads are unaligned; up to CODE_PADDING bytes are read past the codes and PADDING past a vector.
 //
-// vpdpbusd multiplies an unsigned byte with a signed one, hence the planes of q + 2^15. All sums are integers modulo
-// 2^32 and fit, so the order of their terms is free; floats are added chunk by chunk (with_planes). Hence few_vectors,
-// panel_rows, listed_rows and the kernels of AMX return the same bits, for any number of tokens.
+// vpdpbusd multiplies unsigned bytes with signed ones. The low plane is unsigned, so its codes are signed; the high plane is
+// signed, so its codes are unsigned: code + 128, or code + 8 of 4-bit codes, which are 0 .. 15 and serve as either. What
+// this adds to a sum depends on the vector only, not on the row (excess_of in glue.hpp): nothing is read for it from memory
+// besides the weights, as row sums would be.
+//
+// All sums are integers modulo 2^32 and the exact ones fit, so the order of their terms is free; floats are added chunk by
+// chunk (with_planes). Hence few_vectors, panel_rows, listed_rows and the kernels of AMX return the same bits, for any number
+// of tokens.
 
 constexpr int64_t AHEAD = 4096;  // bytes to prefetch
 
@@ -21,10 +26,28 @@ inline __m512i bytes_at(const uint8_t* from) {
     return bytes;
 }
 
-inline __m512i dot(__m512i sum, __m512i x, __m512i codes) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(codes));
+// sum + 4 products each of unsigned bytes with signed ones.
+inline __m512i dot(__m512i sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
     return sum;
 }
+
+// dot with 4 signed bytes in memory for all rows: the instruction broadcasts them itself, which it cannot do with the
+// unsigned operand.
+inline __m512i dot_all(__m512i sum, __m512i unsigned_bytes, const uint8_t* four) {
+    typedef int32_t Four __attribute__((may_alias, aligned(1)));
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "m"(*reinterpret_cast<const Four*>(four)));
+    return sum;
+}
+
+// Codes as Codes16 returns them: 8 bits signed, 4 bits + 8. In the forms that products need:
+template <int BITS> inline __m512i signed_codes(__m512i codes) {
+    return BITS == 8 ? codes : _mm512_sub_epi8(codes, _mm512_set1_epi8(8));
+}
+template <int BITS> inline __m512i codes_plus_128(__m512i codes) {
+    return BITS == 8 ? _mm512_xor_si512(codes, _mm512_set1_epi8(char(0x80))) : _mm512_add_epi8(codes, _mm512_set1_epi8(120));
+}
+template <int BITS> inline __m512i codes_for_high(__m512i codes) { return BITS == 8 ? codes_plus_128<8>(codes) : codes; }
 
 // The codes of a block in the order of their columns.
 template <int BITS, bool MASKED> struct Codes16 {
@@ -33,7 +56,7 @@ template <int BITS, bool MASKED> struct Codes16 {
     Codes16(const Matrix& m, int64_t block)
         : data(m.data.data() + m.first_byte[size_t(block)]), masks(m.masks.data() + (MASKED ? block * m.words() * m.word / 4 : 0)) {}
 
-    // The next 16 columns, each vector [row][column], 0 where pruned.
+    // The next 16 columns, each vector [row][column]: signed codes of 8 bits, 4-bit codes + 8. The code is 0 where pruned.
     void next(__m512i (&codes)[4]) {
 #pragma GCC unroll 4
         for (int line = 0; line < (MASKED ? BITS / 4 : BITS / 2); ++line)  // half of the codes have as many
@@ -45,13 +68,12 @@ template <int BITS, bool MASKED> struct Codes16 {
                 data += count(i);
             }
         } else {
-            const __m512i table = _mm512_set4_epi32(int(0xfffefdfc), int(0xfbfaf9f8), 0x07060504, 0x03020100);  // signed
+            const __m512i fifteen = _mm512_set1_epi8(15);
 #pragma GCC unroll 2
             for (int i = 0; i < 4; i += 2) {
                 const __m512i both = bytes_at(data);
-                const __m512i fifteen = _mm512_set1_epi8(15);
-                codes[i] = expanded(_mm512_shuffle_epi8(table, _mm512_and_si512(both, fifteen)), i);
-                codes[i + 1] = expanded(_mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(both, 4), fifteen)), i + 1);
+                codes[i] = expanded(_mm512_and_si512(both, fifteen), i);
+                codes[i + 1] = expanded(_mm512_and_si512(_mm512_srli_epi16(both, 4), fifteen), i + 1);
                 data += std::max(count(i), count(i + 1));
             }
         }
@@ -59,7 +81,10 @@ template <int BITS, bool MASKED> struct Codes16 {
     }
 
    private:
-    __m512i expanded(__m512i kept, int i) const { return MASKED ? _mm512_maskz_expand_epi8(masks[i], kept) : kept; }
+    __m512i expanded(__m512i kept, int i) const {
+        if (!MASKED) return kept;
+        return BITS == 8 ? _mm512_maskz_expand_epi8(masks[i], kept) : _mm512_mask_expand_epi8(_mm512_set1_epi8(8), masks[i], kept);
+    }
     int count(int i) const { return MASKED ? __builtin_popcountll(masks[i]) : 64; }
 };
 
@@ -70,9 +95,6 @@ inline __m512 scales_at(const uint16_t* scales) {
 inline __m512 scales_of(const Matrix& m, int64_t block, int64_t chunk) {
     return scales_at(m.scales.data() + (block * m.chunks() + chunk) * WORD_ROWS);
 }
-inline __m512i offsets_of(const Matrix& m, int64_t block, int64_t chunk) {
-    return _mm512_loadu_si512(m.offsets.data() + (block * m.chunks() + chunk) * WORD_ROWS);
-}
 
 inline __m512i four_columns(const uint8_t* x) {
     int32_t four;
@@ -80,9 +102,10 @@ inline __m512i four_columns(const uint8_t* x) {
     return _mm512_set1_epi32(four);
 }
 
-// total + the contribution of a chunk of 16 rows to a vector: its sums with the high and the low plane.
-inline __m512 with_planes(__m512 total, __m512i high, __m512i low, __m512i offset, __m512 scales, float x_scale) {
-    const __m512i sum = _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low), offset);
+// total + the contribution of a chunk of 16 rows to a vector: its sums with the high and the low plane, and by how much
+// both together exceed the exact sum.
+inline __m512 with_planes(__m512 total, __m512i high, __m512i low, __m512i excess, __m512 scales, float x_scale) {
+    const __m512i sum = _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low), excess);
     return _mm512_add_ps(total, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scales, _mm512_set1_ps(x_scale))));
 }
 
@@ -128,15 +151,16 @@ template <int BITS, bool MASKED, int TOKENS> inline void few_vectors(const Produ
                 const __m512i codes[4] = {next[0], next[1], next[2], next[3]};
                 stream.next(next);
 #pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i)
+                for (int i = 0; i < 4; ++i) {
+                    const __m512i for_high = codes_for_high<BITS>(codes[i]);
 #pragma GCC unroll 8
                     for (int t = 0; t < TOKENS; ++t) {
                         const uint8_t* at = x[t] + column + 4 * i;
-                        h[t][i % CHAINS] = dot(h[t][i % CHAINS], four_columns(at + high), codes[i]);
+                        h[t][i % CHAINS] = dot_all(h[t][i % CHAINS], for_high, at + high);
                         l[t][i % CHAINS] = dot(l[t][i % CHAINS], four_columns(at), codes[i]);
                     }
+                }
             }
-            const __m512i offset = offsets_of(m, block, c);
             const __m512 scales = scales_of(m, block, c);
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; ++t) {
@@ -145,22 +169,28 @@ template <int BITS, bool MASKED, int TOKENS> inline void few_vectors(const Produ
                     h[t][0] = _mm512_add_epi32(h[t][0], h[t][i]);
                     l[t][0] = _mm512_add_epi32(l[t][0], l[t][i]);
                 }
-                total[t] = with_planes(total[t], h[t][0], l[t][0], offset, scales, job.q.scales_of(t)[c]);
+                const __m512i excess = _mm512_set1_epi32(job.q.sums_of(t)[c]);
+                total[t] = with_planes(total[t], h[t][0], l[t][0], excess, scales, job.q.scales_of(t)[c]);
             }
         }
         store_block<TOKENS>(job, block, 0, total);
     }
 }
 
-// Expand a block to panel[column / 4][row][column % 4]. UNSIGNED: codes + 128.
-template <int BITS, bool MASKED, bool UNSIGNED> inline void expand_16(const Matrix& m, int64_t block, uint8_t* panel) {
+// Codes of a panel: as Codes16 returns them, signed, or + 128.
+enum class Form { STREAM, SIGNED, PLUS_128 };
+
+// Expand a block to panel[column / 4][row][column % 4].
+template <int BITS, bool MASKED, Form FORM> inline void expand_16(const Matrix& m, int64_t block, uint8_t* panel) {
     Codes16<BITS, MASKED> stream(m, block);
     for (uint8_t* const end = panel + m.words() * m.word * 16; panel < end; panel += 256) {
         __m512i codes[4];
         stream.next(codes);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i)
-            _mm512_storeu_si512(panel + 64 * i, UNSIGNED ? _mm512_xor_si512(codes[i], _mm512_set1_epi8(char(0x80))) : codes[i]);
+            _mm512_storeu_si512(panel + 64 * i, FORM == Form::STREAM   ? codes[i]
+                                                : FORM == Form::SIGNED ? signed_codes<BITS>(codes[i])
+                                                                       : codes_plus_128<BITS>(codes[i]));
     }
 }
 
@@ -174,7 +204,7 @@ inline void fetch_next(const uint8_t* ahead, int64_t column) {
 }
 
 // Vectors with PANELS times 16 expanded rows, from `block` on.
-template <int TOKENS, int PANELS> inline void panel_rows(const ProductJob& job, int64_t block, int64_t token) {
+template <int BITS, int TOKENS, int PANELS> inline void panel_rows(const ProductJob& job, int64_t block, int64_t token) {
     const Matrix& m = job.m;
     const int64_t chunks = m.chunks();
     const int64_t columns = m.words() * m.word;
@@ -195,27 +225,31 @@ template <int TOKENS, int PANELS> inline void panel_rows(const ProductJob& job, 
         const int64_t end = c + 1 == chunks ? columns : (c + 1) * m.chunk;
         for (int64_t i = c * m.chunk; i < end; i += 4) {
             __m512i codes[PANELS];
+            __m512i for_high[PANELS];
             fetch_next(ahead, i);
 #pragma GCC unroll 2
-            for (int p = 0; p < PANELS; ++p) codes[p] = _mm512_loadu_si512(job.room + p * job.panel + i * 16);
+            for (int p = 0; p < PANELS; ++p) {
+                codes[p] = _mm512_loadu_si512(job.room + p * job.panel + i * 16);
+                for_high[p] = codes_for_high<BITS>(codes[p]);
+            }
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; ++t) {
                 const __m512i of_high = four_columns(x[t] + i + high);
                 const __m512i of_low = four_columns(x[t] + i);
 #pragma GCC unroll 2
                 for (int p = 0; p < PANELS; ++p) {
-                    h[p][t] = dot(h[p][t], of_high, codes[p]);
+                    h[p][t] = dot(h[p][t], for_high[p], of_high);
                     l[p][t] = dot(l[p][t], of_low, codes[p]);
                 }
             }
         }
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; ++p) {
-            const __m512i offset = offsets_of(m, block + p, c);
             const __m512 scales = scales_of(m, block + p, c);
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; ++t) {
-                total[p][t] = with_planes(total[p][t], h[p][t], l[p][t], offset, scales, job.q.scales_of(token + t)[c]);
+                const __m512i excess = _mm512_set1_epi32(job.q.sums_of(token + t)[c]);
+                total[p][t] = with_planes(total[p][t], h[p][t], l[p][t], excess, scales, job.q.scales_of(token + t)[c]);
             }
         }
     }
@@ -388,7 +422,7 @@ template <int BITS, bool MASKED, int PANELS> inline void all_byte_rows(const Pro
         byte_rows<6, PANELS, ExpandingPanels<PANELS>>(job, block, 0, 6, ahead);
         token = 6;
     } else {
-        for (int p = 0; p < PANELS; ++p) expand_16<BITS, MASKED, true>(job.m, block + p, job.room + p * job.panel);
+        for (int p = 0; p < PANELS; ++p) expand_16<BITS, MASKED, Form::PLUS_128>(job.m, block + p, job.room + p * job.panel);
     }
     byte_rows<6, PANELS>(job, block, token, 6 * sixes, ahead);
     byte_rows<5, PANELS>(job, block, 6 * sixes, end_of_fives, ahead);
@@ -435,9 +469,29 @@ inline void store_transposed(const __m512i (&a)[16], uint8_t* to) {
     }
 }
 
-// List the kept codes of a block. For each 64 columns: `counts` vectors of codes, 4 of each row, then as many of their
-// columns; a row with fewer codes has zeros.
-template <int BITS> inline void list_kept(const Matrix& m, int64_t block, uint8_t* counts, uint8_t* to) {
+// The parts of a thread's room that lists use: the list; vectors per 64 columns; for each chunk the sums of its 16 rows.
+struct ListRoom {
+    uint8_t* list;
+    uint8_t* counts;
+    uint8_t* row_sums;
+
+    explicit ListRoom(const ProductJob& job)
+        : list(job.room), counts(job.room + 2 * job.panel), row_sums(counts + round_up(job.m.words(), WORD)) {}
+};
+
+// List the kept codes of a block, signed. For each 64 columns: `counts` vectors of codes, 4 of each row, then as many of
+// their columns; a row with fewer codes has zeros.
+//
+// Both planes are multiplied with signed codes here, because unsigned ones would add to a sum what depends on the places of
+// the kept codes. So the high plane is read as high + 128, which adds 2^15 times the sum of a row's codes.
+template <int BITS> inline void list_kept(const ProductJob& job, int64_t block) {
+    const Matrix& m = job.m;
+    const ListRoom room(job);
+    const int64_t words_in_chunk = std::max<int64_t>(1, m.chunk / WORD);
+    uint8_t* counts = room.counts;
+    uint8_t* to = room.list;
+    uint8_t* row_sums = room.row_sums;
+    __m512i sums = _mm512_setzero_si512();
     alignas(64) uint8_t numbers[64];
     alignas(64) uint8_t rows[16 * 64];
     for (int i = 0; i < 64; ++i) numbers[i] = uint8_t(i);
@@ -447,6 +501,15 @@ template <int BITS> inline void list_kept(const Matrix& m, int64_t block, uint8_
         __m512i codes[16];
         __m512i places[16];
         for (int i = 0; i < 16; i += 4) stream.next(*reinterpret_cast<__m512i(*)[4]>(codes + i));
+        for (__m512i& of_columns : codes) {
+            of_columns = signed_codes<BITS>(of_columns);
+            sums = dot(sums, _mm512_set1_epi8(1), of_columns);
+        }
+        if (word + 1 == m.words() || (m.chunks() > 1 && (word + 1) % words_in_chunk == 0)) {
+            _mm512_storeu_si512(row_sums, sums);
+            row_sums += 64;
+            sums = _mm512_setzero_si512();
+        }
         store_transposed(codes, rows);
         int most = 0;
         for (int r = 0; r < 16; ++r) {
@@ -471,8 +534,8 @@ template <int TOKENS> inline void listed_rows(const ProductJob& job, int64_t blo
     const int64_t chunks = m.chunks();
     const int64_t words = m.words();
     const int64_t words_in_chunk = std::max<int64_t>(1, m.chunk / WORD);
-    const uint8_t* list = job.room;
-    const uint8_t* counts = job.room + 2 * job.panel;
+    const ListRoom room(job);
+    const uint8_t* list = room.list;
     const uint8_t* ahead = after<1>(job, block, token);
     __m512 total[TOKENS];
     for (__m512& sum : total) sum = _mm512_setzero_ps();
@@ -487,11 +550,11 @@ template <int TOKENS> inline void listed_rows(const ProductJob& job, int64_t blo
             __m512i low[TOKENS];
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; ++t) {
-                high[t] = _mm512_loadu_si512(job.q.high_of(token + t) + word * WORD);
+                high[t] = _mm512_xor_si512(_mm512_loadu_si512(job.q.high_of(token + t) + word * WORD), _mm512_set1_epi8(char(0x80)));
                 low[t] = _mm512_loadu_si512(job.q.low_of(token + t) + word * WORD);
             }
             for (int line = 0; line < 8; ++line) _mm_prefetch(reinterpret_cast<const char*>(ahead) + 512 * word + 64 * line, _MM_HINT_T1);
-            const int64_t size = 64 * counts[word];
+            const int64_t size = 64 * room.counts[word];
             for (const uint8_t* const end_of_codes = list + size; list < end_of_codes; list += 64) {
                 const __m512i codes = _mm512_loadu_si512(list);
                 const __m512i places = _mm512_loadu_si512(list + size);
@@ -503,11 +566,11 @@ template <int TOKENS> inline void listed_rows(const ProductJob& job, int64_t blo
             }
             list += size;
         }
-        const __m512i offset = offsets_of(m, block, c);
+        const __m512i excess = _mm512_slli_epi32(_mm512_loadu_si512(room.row_sums + 64 * c), 15);
         const __m512 scales = scales_of(m, block, c);
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t)
-            total[t] = with_planes(total[t], h[t], l[t], offset, scales, job.q.scales_of(token + t)[c]);
+            total[t] = with_planes(total[t], h[t], l[t], excess, scales, job.q.scales_of(token + t)[c]);
     }
     store_block<TOKENS>(job, block, token, total);
 }
@@ -522,9 +585,10 @@ inline bool lists_pay(const ProductJob& job, int64_t block) {
 
 template <int BITS, bool MASKED, int PANELS> inline void panels(const ProductJob& job, int64_t block) {
     static constexpr void (*PLANES[])(const ProductJob&, int64_t, int64_t) = {
-        panel_rows<1, PANELS>, panel_rows<2, PANELS>, panel_rows<3, PANELS>, panel_rows<4, PANELS>, panel_rows<5, PANELS>, panel_rows<6, PANELS>};
+        panel_rows<BITS, 1, PANELS>, panel_rows<BITS, 2, PANELS>, panel_rows<BITS, 3, PANELS>,
+        panel_rows<BITS, 4, PANELS>, panel_rows<BITS, 5, PANELS>, panel_rows<BITS, 6, PANELS>};
     if (job.q.are_bytes) return all_byte_rows<BITS, MASKED, PANELS>(job, block);
-    for (int p = 0; p < PANELS; ++p) expand_16<BITS, MASKED, false>(job.m, block + p, job.room + p * job.panel);
+    for (int p = 0; p < PANELS; ++p) expand_16<BITS, MASKED, Form::STREAM>(job.m, block + p, job.room + p * job.panel);
     in_tiles(job, block, PLANES);
 }
 
@@ -537,7 +601,7 @@ template <int BITS, bool MASKED> inline void code_product_of(const ProductJob& j
         if (lists_pay(job, block)) {
             static constexpr void (*LISTED[])(const ProductJob&, int64_t, int64_t) = {
                 listed_rows<1>, listed_rows<2>, listed_rows<3>, listed_rows<4>, listed_rows<5>, listed_rows<6>};
-            list_kept<BITS>(job.m, block, job.room + 2 * job.panel, job.room);
+            list_kept<BITS>(job, block);
             in_tiles(job, block++, LISTED);
         } else if (block + 1 < job.last && !lists_pay(job, block + 1)) {
             panels<BITS, MASKED, 2>(job, block);

@@ -36,6 +36,21 @@ inline void round_to_integers(const float* x, int64_t count, float inverse, int1
     for (int64_t i = whole; i < count; ++i) q[i] = int16_t(int32_t(x[i] * inverse + shift - shift));
 }
 
+inline int32_t sum_of(const int16_t* q, int64_t count) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += q[i];
+    return sum;
+}
+
+// What the sums of WORDS exceed the exact ones by, because they multiply unsigned codes (avx512.hpp), modulo 2^32. 4-bit
+// codes are codes + 8 for both planes; 8-bit codes are codes + 128 for the high plane only, whose sum counts 256 times.
+inline int32_t excess_of(int bits, const int16_t* q, int64_t count) {
+    if (bits == 4) return int32_t(8 * uint32_t(sum_of(q, count)));
+    int32_t high = 0;
+    for (int64_t i = 0; i < count; ++i) high += q[i] >> 8;
+    return int32_t(uint32_t(high) << 15);
+}
+
 // Quantise one vector, chunk by chunk. A chunk with an infinity or a NaN has the scale NaN.
 inline void quantize(const Matrix& m, const float* x, int64_t token, Activations& to) {
     int16_t* q = to.q.data() + token * to.stride;
@@ -50,17 +65,14 @@ inline void quantize(const Matrix& m, const float* x, int64_t token, Activations
             round_to_integers(x + begin, count, rounding.inverse, q + begin);
         else
             std::memset(q + begin, 0, size_t(count) * sizeof(int16_t));
-        if (WORDS_FIRST) continue;  // these kernels use a matrix's offsets instead of sums
-        int32_t sum = 0;
-        for (int64_t i = begin; i < begin + count; ++i) sum += q[i];
-        to.sums[size_t(token * to.chunks + c)] = sum;
+        to.sums[size_t(token * to.chunks + c)] = WORDS_FIRST ? excess_of(m.bits, q + begin, count) : sum_of(q + begin, count);
     }
     const int64_t stride = to.stride;  // a local copy, because writing bytes might alias it
     std::memset(q + m.columns, 0, size_t(stride - m.columns) * sizeof(int16_t));
 #pragma GCC ivdep
     for (int64_t i = 0; i < stride; ++i) {
         low[i] = uint8_t(q[i]);
-        high[i] = uint8_t((uint16_t(q[i]) >> 8) ^ (WORDS_FIRST ? 0x80 : 0));
+        high[i] = uint8_t(uint16_t(q[i]) >> 8);
     }
 }
 

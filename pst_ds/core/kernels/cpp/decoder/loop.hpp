@@ -298,7 +298,7 @@ class Decoder {
         const auto quantize = in_bytes ? kernels.quantize_to_bytes : kernels.quantize;
         for (const Linear::Part& part : linear.parts) {
             const Matrix& m = *part.matrix;
-            if (m.layout != FLOATS && !(rounded_for && rounded_for->chunk == m.chunk && rounded_for->levels == m.levels)) {
+            if (m.layout != FLOATS && !(rounded_for && rounded_for->chunk == m.chunk && rounded_for->levels == m.levels && rounded_for->bits == m.bits)) {
                 integers.begin(m, in_bytes);
                 each(tokens, [&](int64_t t) { quantize(m, from + t * m.columns, t, integers); });
                 rounded_for = &m;

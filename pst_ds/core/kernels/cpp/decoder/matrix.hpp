@@ -37,7 +37,7 @@ enum Layout {
     PAIRS,  // all codes; 2 columns of 8 rows are adjacent
     WINDOWS,  // kept codes; 2 per row from each of two windows of 16 columns, for 8 rows, followed by their places
     PLACES,  // kept codes; 4 or 8 per row from every 16 columns, for 8 rows; 4 per row follow their places
-    WORDS,  // kept codes of 4 columns of 16 rows, [row][column], and a word of their bits; or all codes without bits
+    WORDS,  // kept codes of 4 columns of 16 rows, [row][column], and a word of their bits; or all codes without bits. 4-bit codes + 8
 };
 
 struct Matrix {
@@ -60,7 +60,6 @@ struct Matrix {
     int64_t slots = 0;                   // PLACES: codes per row of 16 columns, 4 or 8
     InHugePages<uint64_t> masks;         // WORDS: [block][4 columns]
     std::vector<int32_t> list_vectors;   // WORDS: per block, 64 kept codes each if every 64 columns of a row are padded alike
-    std::vector<int32_t> offsets;        // WORDS: [block][chunk][row], 2^15 times the sum of a row's codes, modulo 2^32
 
     int64_t blocks() const { return (rows + height - 1) / height; }
     int64_t chunks() const { return (columns + chunk - 1) / chunk; }
@@ -68,8 +67,7 @@ struct Matrix {
     int64_t words() const { return (columns + word - 1) / word; }
     int64_t bytes() const {
         const int64_t held = layout == FLOATS ? rows * columns * bits / 8 : int64_t(data.size());
-        return held + 2 * int64_t(scales.size() + steps.size()) + 8 * int64_t(masks.size()) + int64_t(moves.size()) +
-               4 * int64_t(offsets.size());
+        return held + 2 * int64_t(scales.size() + steps.size()) + 8 * int64_t(masks.size()) + int64_t(moves.size());
     }
 };
 

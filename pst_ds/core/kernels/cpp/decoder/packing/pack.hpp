@@ -77,7 +77,6 @@ inline Matrix* pack(const int8_t* codes, const uint16_t* scales, int64_t rows, i
     if (m->layout != WORDS) m->data = InHugePages<uint8_t>(data, CODE_PADDING);
     m->moves.shrink_to_fit();
     m->scales.shrink_to_fit();
-    m->offsets.shrink_to_fit();
     m->steps.shrink_to_fit();
     return m.release();
 }

@@ -66,13 +66,15 @@ struct Tile {
         return store(_mm512_maskz_compress_epi8(bits, word[w]), int(_mm_popcnt_u64(bits)), to, end);
     }
 
-    // The same for two words of 4-bit codes, in the lower and the upper halves of bytes.
+    // The same for two words of 4-bit codes, in the lower and the upper halves of bytes: codes + 8, whose lowest 4 bits
+    // are those of code ^ 8.
     uint8_t* put_two(int64_t w, uint64_t low, uint64_t high, uint8_t* to, const uint8_t* end) const {
         const __m512i halves = _mm512_set1_epi8(15);
         const __m512i lower = _mm512_and_si512(_mm512_maskz_compress_epi8(low, word[w]), halves);
         const __m512i upper = _mm512_and_si512(_mm512_maskz_compress_epi8(high, word[w + 1]), halves);
+        const __m512i both = _mm512_or_si512(lower, _mm512_slli_epi16(upper, 4));
         const int count = int(std::max(_mm_popcnt_u64(low), _mm_popcnt_u64(high)));
-        return store(_mm512_or_si512(lower, _mm512_slli_epi16(upper, 4)), count, to, end);
+        return store(_mm512_xor_si512(both, _mm512_set1_epi8(char(0x88))), count, to, end);
     }
 
     static uint8_t* store(__m512i bytes, int count, uint8_t* to, const uint8_t* end) {
@@ -127,25 +129,16 @@ struct Tile {
         const int64_t uppers = compress(word[w + 1], high, upper);
         const int64_t count = std::max(lowers, uppers);
         for (int64_t i = 0; i < count; ++i)
-            to[i] = nibbles(i < lowers ? lower[i] : 0, i < uppers ? upper[i] : 0);
+            to[i] = nibbles(i < lowers ? lower[i] + 8 : 8, i < uppers ? upper[i] + 8 : 8);
         return to + count;
     }
 };
 
 #endif
 
-// Write what a block has besides codes: `masks` if the matrix has bits, `offsets` and `list_vectors`. Returns the bytes
-// of its codes.
-inline int64_t pack_masks(const Matrix& m, const Codes& from, int64_t block, uint64_t* masks, int32_t* offsets,
-                          int32_t* list_vectors) {
+// Write what a block has besides codes: `masks` if the matrix has bits, and `list_vectors`. Returns the bytes of its codes.
+inline int64_t pack_masks(const Matrix& m, const Codes& from, int64_t block, uint64_t* masks, int32_t* list_vectors) {
     const int64_t first = block * WORD_ROWS;
-    for (int64_t c = 0; c < m.chunks(); ++c)
-        for (int64_t row = first; row < first + WORD_ROWS; ++row) {
-            uint32_t sum = 0;
-            for (int64_t i = c * m.chunk; row < m.rows && i < m.chunk_end(c); ++i)
-                sum += uint32_t(int32_t(from.codes[row * m.columns + i]));
-            *offsets++ = int32_t(sum << 15);
-        }
     *list_vectors = 0;
     const int64_t words = m.words() * m.word / 4;
     if (!m.has_bits) return words * (m.bits == 4 ? 32 : 64);

@@ -37,7 +37,7 @@ inline bool packs_words_wide() {
 #endif
 }
 
-// A word is 4 columns of 16 rows. 4-bit codes: a word in the lower halves of bytes, the next in the upper. Two passes,
+// A word is 4 columns of 16 rows. 4-bit codes + 8: a word in the lower halves of bytes, the next in the upper. Two passes,
 // so that codes are written once, to their place: the first writes masks, from which the place of each block follows.
 inline void pack_words(Matrix& m, const Codes& from) {
     auto* masks_of = words_plain::pack_masks;
@@ -50,15 +50,13 @@ inline void pack_words(Matrix& m, const Codes& from) {
 #endif
     const int64_t blocks = m.blocks();
     const int64_t words = m.has_bits ? m.words() * m.word / 4 : 0;  // masks of a block
-    const int64_t offsets = m.chunks() * WORD_ROWS;
     m.masks = InHugePages<uint64_t>(size_t(blocks * words), CODE_PADDING);
-    m.offsets.resize(size_t(blocks * offsets));
     m.list_vectors.resize(size_t(blocks));
     m.first_byte.resize(size_t(blocks + 1));
     uint64_t* const masks = m.masks.writable();
     in_parallel_blocks(blocks, from.threads, [&](int64_t block) {
         m.first_byte[size_t(block + 1)] =
-            masks_of(m, from, block, masks + block * words, m.offsets.data() + block * offsets, &m.list_vectors[size_t(block)]);
+            masks_of(m, from, block, masks + block * words, &m.list_vectors[size_t(block)]);
     });
     for (int64_t block = 0; block < blocks; ++block) m.first_byte[size_t(block + 1)] += m.first_byte[size_t(block)];
     m.data = InHugePages<uint8_t>(size_t(m.first_byte.back()), CODE_PADDING);
